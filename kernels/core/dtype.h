@@ -1,0 +1,96 @@
+// Element types of tensors, and the CPU representation of bfloat16.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/core/check.h"
+
+namespace attune {
+
+// kF64 exists on the CPU backend only: there every backward is checked by finite differences.
+enum class DType : uint8_t { kF64, kF32, kBF16, kF16, kI64, kI32, kU8, kI8 };
+
+constexpr int64_t DTypeBytes(DType dtype) {
+  switch (dtype) {
+    case DType::kF64:
+    case DType::kI64:
+      return 8;
+    case DType::kF32:
+    case DType::kI32:
+      return 4;
+    case DType::kBF16:
+    case DType::kF16:
+      return 2;
+    case DType::kU8:
+    case DType::kI8:
+      return 1;
+  }
+  return 0;
+}
+
+// Name as safetensors headers spell it ("F32", "BF16", ...).
+constexpr const char* DTypeName(DType dtype) {
+  constexpr const char* kNames[] = {"F64", "F32", "BF16", "F16", "I64", "I32", "U8", "I8"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+// bfloat16: the upper half of a float. From float: round to nearest, ties to even; NaN stays NaN.
+struct BFloat16 {
+  uint16_t bits = 0;
+
+  BFloat16() = default;
+  explicit BFloat16(float value) {
+    uint32_t u;
+    std::memcpy(&u, &value, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) {
+      bits = static_cast<uint16_t>((u >> 16) | 0x40u);
+    } else {
+      bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    }
+  }
+  explicit operator float() const {
+    const uint32_t u = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &u, 4);
+    return value;
+  }
+};
+
+// The type in which an element type is summed: double for double, else float.
+template <typename T>
+using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+inline AccumulatorOf<T> ToAccumulator(T value) {
+  return static_cast<AccumulatorOf<T>>(value);
+}
+
+template <typename T>
+constexpr DType DTypeOf() {
+  if constexpr (std::is_same_v<T, double>) return DType::kF64;
+  if constexpr (std::is_same_v<T, float>) return DType::kF32;
+  if constexpr (std::is_same_v<T, BFloat16>) return DType::kBF16;
+  if constexpr (std::is_same_v<T, int64_t>) return DType::kI64;
+  if constexpr (std::is_same_v<T, int32_t>) return DType::kI32;
+  if constexpr (std::is_same_v<T, uint8_t>) return DType::kU8;
+  if constexpr (std::is_same_v<T, int8_t>) return DType::kI8;
+}
+
+// Calls f.template operator()<T>() with the CPU type of a floating dtype (f64, f32, bf16).
+template <typename F>
+void DispatchFloat(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF64:
+      return f.template operator()<double>();
+    case DType::kF32:
+      return f.template operator()<float>();
+    case DType::kBF16:
+      return f.template operator()<BFloat16>();
+    default:
+      CHECK(false && "not a floating dtype that ops compute in");
+  }
+}
+
+}  // namespace attune
