@@ -61,10 +61,9 @@ bool AgentLink::stop_requested() const {
   return stop_;
 }
 
-bool AgentLink::WaitForRelease(int64_t step, absl::Duration timeout) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  return changed_.wait_for(lock, absl::ToChronoNanoseconds(timeout),
-                           [&] { return released_step_ >= step; });
+int64_t AgentLink::released_step() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return released_step_;
 }
 
 void AgentLink::Receive() {

@@ -32,8 +32,8 @@ class AgentLink : public RendezvousStore {
 
   // Whether the agent asked for a checkpoint and an end.
   bool stop_requested() const;
-  // Waits until the checkpoint of `step` is stored elsewhere. False after `timeout`.
-  bool WaitForRelease(int64_t step, absl::Duration timeout);
+  // The last step whose checkpoint is stored elsewhere; -1 if there is none.
+  int64_t released_step() const;
 
  private:
   void Receive();
