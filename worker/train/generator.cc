@@ -8,7 +8,7 @@
 #include "kernels/core/philox.h"
 #include "kernels/elementwise/elementwise.h"
 #include "worker/model/peft_adapter.h"
-#include "worker/train/job_setup.h"
+#include "worker/model/checkpoint_source.h"
 
 namespace attune {
 namespace {

@@ -9,7 +9,6 @@
 #include "kernels/matmul/matmul.h"
 #include "proto/job_spec.h"
 #include "worker/io/file.h"
-#include "worker/io/json.h"
 #include "worker/methods/pack_batch.h"
 
 namespace attune {
@@ -261,32 +260,6 @@ absl::Status SetUpModel(PreparedJob* job) {
 
 }  // namespace
 
-absl::StatusOr<TensorView> CheckpointWeights::Find(const std::string& name) const {
-  absl::StatusOr<TensorInfo> info = checkpoint_.Find(name);
-  if (!info.ok()) return info.status();
-  if (info->shape.size() > TensorView::kMaxRank) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tensor ", name, " has ", info->shape.size(), " dimensions"));
-  }
-  const uint8_t* data = info->bytes.data();
-  if (reinterpret_cast<uintptr_t>(data) % DTypeBytes(info->dtype) != 0) {
-    aligned_.resize((info->bytes.size() + 7) / 8);
-    std::memcpy(aligned_.data(), data, info->bytes.size());
-    data = reinterpret_cast<const uint8_t*>(aligned_.data());
-  }
-  TensorView view;
-  view.data = const_cast<uint8_t*>(data);  // sources are read only
-  view.dtype = info->dtype;
-  view.rank = static_cast<int>(info->shape.size());
-  int64_t stride = 1;
-  for (int i = view.rank - 1; i >= 0; --i) {
-    view.shape[i] = info->shape[i];
-    view.strides[i] = stride;
-    stride *= info->shape[i];
-  }
-  return view;
-}
-
 PackStream::PackStream(const ExampleSet* examples, int64_t pack_tokens, uint64_t seed)
     : examples_(examples), pack_tokens_(pack_tokens), seed_(seed) {
   for (int64_t i : examples->examples) lengths_.push_back(examples->dataset->length(i));
@@ -361,16 +334,6 @@ v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device
   const bool cpu = device.type() != v1::DEVICE_TYPE_CUDA;
   const bool bf16 = cpu ? CpuHasBf16Products() : device.bf16();
   return bf16 ? v1::PRECISION_BF16 : v1::PRECISION_F32;
-}
-
-absl::StatusOr<LoadedConfig> LoadModelConfig(const std::string& directory) {
-  absl::StatusOr<Json> json = ReadJsonFile(absl::StrCat(directory, "/config.json"));
-  if (!json.ok()) return json.status();
-  absl::StatusOr<const Family*> family = FindFamily(*json);
-  if (!family.ok()) return family.status();
-  absl::StatusOr<ModelConfig> config = (*family)->parse(*json);
-  if (!config.ok()) return config.status();
-  return LoadedConfig{*config, (*family)->names()};
 }
 
 absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignment& assignment) {

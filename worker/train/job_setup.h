@@ -12,22 +12,10 @@
 #include "worker/data/chat_template.h"
 #include "worker/data/dataset.h"
 #include "worker/data/tokenizer.h"
-#include "worker/io/safetensors.h"
+#include "worker/model/checkpoint_source.h"
 #include "worker/train/engine.h"
 
 namespace attune {
-
-// A checkpoint's tensors. A view is valid until the next Find: a tensor that is not aligned in
-// its file is copied.
-class CheckpointWeights : public WeightSource {
- public:
-  explicit CheckpointWeights(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
-  absl::StatusOr<TensorView> Find(const std::string& name) const override;
-
- private:
-  Checkpoint checkpoint_;
-  mutable std::vector<uint64_t> aligned_;
-};
 
 // A dataset, and which of its examples are used.
 struct ExampleSet {
@@ -92,12 +80,5 @@ absl::StatusOr<std::string> ModelDigest(const std::string& directory);
 
 // The dtype that a precision stands for on this machine; AUTO is resolved by the device.
 v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device);
-
-// config.json of a model directory and its family.
-struct LoadedConfig {
-  ModelConfig config;
-  WeightNames names;
-};
-absl::StatusOr<LoadedConfig> LoadModelConfig(const std::string& directory);
 
 }  // namespace attune

@@ -8,9 +8,9 @@
 
 #include "proto/job_spec.h"
 #include "worker/io/json.h"
+#include "worker/model/checkpoint_source.h"
 #include "worker/model/peft_adapter.h"
 #include "worker/train/engine.h"
-#include "worker/train/job_setup.h"
 
 namespace attune {
 
