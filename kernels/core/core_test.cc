@@ -49,6 +49,23 @@ TEST(BFloat16Test, RoundsToNearestEven) {
   EXPECT_EQ(BFloat16(3.4e38f).bits, 0x7f80);
 }
 
+TEST(Float16Test, ConvertsExactly) {
+  const auto value = [](uint16_t bits) {
+    Float16 half;
+    half.bits = bits;
+    return static_cast<float>(half);
+  };
+  EXPECT_EQ(value(0x3c00), 1.0f);
+  EXPECT_EQ(value(0xc248), -3.140625f);
+  EXPECT_EQ(value(0x7bff), 65504.0f);
+  EXPECT_EQ(value(0x0400), 6.103515625e-5f);
+  EXPECT_EQ(value(0x0001), 5.9604644775390625e-8f);
+  EXPECT_EQ(value(0x83ff), -1023 * 5.9604644775390625e-8f);
+  EXPECT_TRUE(std::signbit(value(0x8000)));
+  EXPECT_EQ(value(0xfc00), -std::numeric_limits<float>::infinity());
+  EXPECT_TRUE(std::isnan(value(0x7e00)));
+}
+
 template <typename A>
 void CheckGemmBlock(double tolerance) {
   std::mt19937_64 rng(7);

@@ -20,14 +20,14 @@
 #endif
 
 // The last statement of an op, after its checks.
-#define ATTUNE_RUN(Op, exec, args)             \
-  do {                                         \
-    if ((exec).plan) return;                   \
-    if ((exec).device == DeviceKind::kCpu) {   \
-      Op##Cpu(exec, args);                     \
-    } else {                                   \
-      ATTUNE_CALL_CUDA_(Op, exec, args);       \
-    }                                          \
+#define ATTUNE_RUN(Op, exec, args)           \
+  do {                                       \
+    if ((exec).plan) return;                 \
+    if ((exec).device == DeviceKind::kCpu) { \
+      Op##Cpu(exec, args);                   \
+    } else {                                 \
+      ATTUNE_CALL_CUDA_(Op, exec, args);     \
+    }                                        \
   } while (false)
 
 namespace attune {
@@ -53,7 +53,8 @@ inline void CheckVector(const TensorView& x, DType dtype, int64_t size) {
   CHECK(x.dim(0) <= 1 || x.stride(0) == 1);
 }
 inline void CheckWorkspace(const TensorView& workspace, int64_t bytes) {
-  CHECK(bytes == 0 || (workspace.defined() && workspace.contiguous() && workspace.bytes() >= bytes));
+  CHECK(bytes == 0 ||
+        (workspace.defined() && workspace.contiguous() && workspace.bytes() >= bytes));
 }
 
 // True if the two views are the same memory with the same layout.

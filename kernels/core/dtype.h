@@ -58,6 +58,29 @@ struct BFloat16 {
   }
 };
 
+// IEEE half precision, read only: checkpoints hold it, no op computes in it.
+struct Float16 {
+  uint16_t bits = 0;
+
+  explicit operator float() const {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    const uint32_t magnitude = bits & 0x7fffu;
+    float value;
+    if (magnitude < 0x0400u) {  // zero and subnormals: a multiple of 2^-24
+      value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+      uint32_t u;
+      std::memcpy(&u, &value, 4);
+      u |= sign;
+      std::memcpy(&value, &u, 4);
+      return value;
+    }
+    const uint32_t exponent = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
+    const uint32_t u = sign | ((magnitude << 13) + exponent);
+    std::memcpy(&value, &u, 4);
+    return value;
+  }
+};
+
 // The type in which an element type is summed: double for double, else float.
 template <typename T>
 using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -72,6 +95,7 @@ constexpr DType DTypeOf() {
   if constexpr (std::is_same_v<T, double>) return DType::kF64;
   if constexpr (std::is_same_v<T, float>) return DType::kF32;
   if constexpr (std::is_same_v<T, BFloat16>) return DType::kBF16;
+  if constexpr (std::is_same_v<T, Float16>) return DType::kF16;
   if constexpr (std::is_same_v<T, int64_t>) return DType::kI64;
   if constexpr (std::is_same_v<T, int32_t>) return DType::kI32;
   if constexpr (std::is_same_v<T, uint8_t>) return DType::kU8;

@@ -57,8 +57,12 @@ ATTUNE_INLINE void Product(const GemmBlockArgs<A>& g) {
   }
 }
 
-ATTUNE_CLONES void Run(const GemmBlockArgs<float>& args) { Product(args); }
-ATTUNE_CLONES void Run(const GemmBlockArgs<double>& args) { Product(args); }
+ATTUNE_CLONES void Run(const GemmBlockArgs<float>& args) {
+  Product(args);
+}
+ATTUNE_CLONES void Run(const GemmBlockArgs<double>& args) {
+  Product(args);
+}
 
 }  // namespace
 

@@ -11,7 +11,9 @@
 namespace attune {
 
 constexpr int64_t kGemmPad = 16;
-constexpr int64_t GemmPadded(int64_t n) { return (n + kGemmPad - 1) / kGemmPad * kGemmPad; }
+constexpr int64_t GemmPadded(int64_t n) {
+  return (n + kGemmPad - 1) / kGemmPad * kGemmPad;
+}
 
 template <typename A>
 struct GemmBlockArgs {

@@ -156,12 +156,16 @@ inline Tensor Ints(const std::vector<int32_t>& values) {
   return out;
 }
 
-inline Tensor Bytes(int64_t n) { return Tensor(DType::kU8, {n}); }
+inline Tensor Bytes(int64_t n) {
+  return Tensor(DType::kU8, {n});
+}
 
-// max |got - want| / max(|want|), 0 for empty; NaN and misplaced infinities count as infinite.
-inline double RelativeError(const std::vector<double>& got, const std::vector<double>& want) {
+// max |got - want| / max(|want|, floor), 0 for empty; NaN and misplaced infinities count as
+// infinite.
+inline double RelativeError(const std::vector<double>& got, const std::vector<double>& want,
+                            double floor = 0.0) {
   CHECK(got.size() == want.size());
-  double scale = 0.0, worst = 0.0;
+  double scale = floor, worst = 0.0;
   for (double w : want) {
     if (std::isfinite(w)) scale = std::max(scale, std::abs(w));
   }
@@ -180,8 +184,8 @@ inline double Tolerance(DType dtype) {
 }
 
 inline void ExpectClose(const Tensor& got, const std::vector<double>& want, double tolerance,
-                        const std::string& what) {
-  EXPECT_LE(RelativeError(got.ToVector(), want), tolerance) << what;
+                        const std::string& what, double floor = 0.0) {
+  EXPECT_LE(RelativeError(got.ToVector(), want, floor), tolerance) << what;
   got.ExpectGuardsIntact();
 }
 
@@ -221,7 +225,9 @@ inline void ExpectSameOnAnyThreadCount(const std::function<std::vector<uint8_t>(
   omp_set_num_threads(threads);
 }
 
-inline Exec CpuExec() { return Exec{}; }
+inline Exec CpuExec() {
+  return Exec{};
+}
 inline Exec PlanExec() {
   Exec exec;
   exec.plan = true;

@@ -18,8 +18,7 @@
 // The resolvers run before a sanitizer's run time is up.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define ATTUNE_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define ATTUNE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ATTUNE_CLONES
 #endif
@@ -76,10 +75,16 @@ ATTUNE_INLINE float Exp(float x) {
   std::memcpy(&scale2, &bits2, 4);
   return p * scale1 * scale2;
 }
-ATTUNE_INLINE double Exp(double x) { return std::exp(x); }
+ATTUNE_INLINE double Exp(double x) {
+  return std::exp(x);
+}
 
 // tanh for the same loops, to 2 units of 1 (not of the result, where that is small).
-ATTUNE_INLINE float Tanh(float x) { return 1.0f - 2.0f / (1.0f + Exp(2.0f * x)); }
-ATTUNE_INLINE double Tanh(double x) { return std::tanh(x); }
+ATTUNE_INLINE float Tanh(float x) {
+  return 1.0f - 2.0f / (1.0f + Exp(2.0f * x));
+}
+ATTUNE_INLINE double Tanh(double x) {
+  return std::tanh(x);
+}
 
 }  // namespace attune

@@ -20,8 +20,8 @@ ATTUNE_INLINE A Activate(A x, A* slope) {
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const A squared = x * x;
     const A t = Tanh(A(kSqrt2OverPi) * (x + A(kCubic) * squared * x));
-    *slope = A(0.5) * (A(1) + t) + A(0.5) * x * (A(1) - t * t) * A(kSqrt2OverPi) *
-                                       (A(1) + A(3 * kCubic) * squared);
+    *slope = A(0.5) * (A(1) + t) +
+             A(0.5) * x * (A(1) - t * t) * A(kSqrt2OverPi) * (A(1) + A(3 * kCubic) * squared);
     return A(0.5) * x * (A(1) + t);
   } else {
     const A cdf = A(0.5) * (A(1) + std::erf(x * A(kSqrtHalf)));

@@ -185,7 +185,9 @@ bool CpuHasBf16Products() {
   return isa == dnnl::cpu_isa::avx512_core_bf16 || isa == dnnl::cpu_isa::avx512_core_amx;
 }
 
-void SetCpuMatMulPlain(bool plain) { plain_only = plain; }
+void SetCpuMatMulPlain(bool plain) {
+  plain_only = plain;
+}
 
 int64_t MatMulWorkspaceBytesCpu(const Exec& exec, const MatMulArgs& a) {
   const auto [m, n, k] = ShapeOf(a);

@@ -43,8 +43,8 @@ ATTUNE_CLONES AccumulatorOf<T> SumOfProducts(const T* dy, const T* x, const W* w
   for (; c + kLanes <= C; c += kLanes) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      sum.lane[l] += ToAccumulator(dy[c + l]) * (ToAccumulator(w[c + l]) + offset) *
-                     ToAccumulator(x[c + l]);
+      sum.lane[l] +=
+          ToAccumulator(dy[c + l]) * (ToAccumulator(w[c + l]) + offset) * ToAccumulator(x[c + l]);
     }
   }
   for (int l = 0; c + l < C; ++l) {
