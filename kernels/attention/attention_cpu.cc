@@ -2,16 +2,19 @@
 // with a running maximum and sum.
 //
 // A block holds kRows rows: the query heads that share a key head, times as many queries as fit,
-// so that each packed block of keys serves all of them. Row r is query r % queries of head
-// r / queries. Blocks start at the segment's begin, so a segment's sums are the same wherever it is
-// packed. Forward's unit of work is (segment, block of queries, key head, chunk of its heads);
-// backward's is (segment, key head), since dk and dv sum over all its queries. Threads take units
-// in turn, and share nothing but inputs.
+// so that a block of keys serves all of them. Row r is query r % queries of head r / queries.
+// Scores lie transposed, (keys, rows): maxima and sums then run over lanes, keys and values are
+// read where they are, and only the queries are turned, once a block. Blocks start at the segment's
+// begin, so a segment's sums are the same wherever it is packed. Forward's unit of work is
+// (segment, block of queries, key head, chunk of its heads); backward's is (segment, key head),
+// since dk and dv sum over all its queries. Threads take units in turn, and share nothing but
+// inputs.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/attention/attention.h"
 #include "kernels/core/dispatch.h"
@@ -103,15 +106,11 @@ ATTUNE_CLONES void StoreRow(const AccumulatorOf<T>* x, AccumulatorOf<T> scale, i
   for (int64_t j = 0; j < n; ++j) out[j] = T(x[j] * scale);
 }
 
-// out[d][j] = x[j][d] for j < n, zero for n <= j < kKeys.
+// Row r of the block as column r of out (n, kRows).
 template <typename T>
-ATTUNE_CLONES void LoadTransposed(const T* x, int64_t stride, int64_t n, int64_t d_size,
-                                  AccumulatorOf<T>* out) {
-  for (int64_t d = 0; d < d_size; ++d) {
-    AccumulatorOf<T>* line = out + d * kKeys;
-    for (int64_t j = 0; j < n; ++j) line[j] = ToAccumulator(x[j * stride + d]);
-    for (int64_t j = n; j < kKeys; ++j) line[j] = 0;
-  }
+ATTUNE_CLONES void LoadColumn(const T* x, AccumulatorOf<T> scale, int64_t n,
+                              AccumulatorOf<T>* out) {
+  for (int64_t j = 0; j < n; ++j) out[j * kRows] = ToAccumulator(x[j]) * scale;
 }
 
 template <typename T>
@@ -130,41 +129,98 @@ ATTUNE_CLONES AccumulatorOf<T> DotRow(const T* a, const T* b, int64_t n) {
 
 // ---- Scores ----
 
+// Keys that the rows of a block see, as positions in the segment; nothing for rows that are
+// padding.
+struct RowRanges {
+  int32_t begin[kRows], end[kRows];
+  int64_t first, last;           // the keys that any row sees
+  int64_t full_begin, full_end;  // the keys that every row sees
+
+  RowRanges(const AttentionOptions& options, const Segment& seg, const Block& block) {
+    const int64_t position = seg.q_offset + block.query;
+    for (int64_t r = 0; r < kRows; ++r) {
+      Range seen{0, 0};
+      if (r < block.rows()) {
+        seen = VisibleKeys(options, position + r % block.queries, seg.k_length);
+      }
+      begin[r] = static_cast<int32_t>(std::min(seen.begin, seg.k_length));
+      end[r] = static_cast<int32_t>(std::max<int64_t>(seen.end, 0));
+    }
+    // Both ends of the range grow with the position.
+    const Range head = VisibleKeys(options, position, seg.k_length);
+    const Range tail = VisibleKeys(options, position + block.queries - 1, seg.k_length);
+    first = head.begin;
+    last = tail.end;
+    full_begin = tail.begin;
+    full_end = head.end;
+  }
+  bool AllSee(int64_t j0, int64_t keys) const { return full_begin <= j0 && j0 + keys <= full_end; }
+};
+
 template <typename A>
-void CapRow(A* s, A softcap) {
-  for (int64_t j = 0; j < kKeys; ++j) s[j] = softcap * std::tanh(s[j] / softcap);
+void Cap(A* s, A softcap, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) s[i] = softcap * std::tanh(s[i] / softcap);
 }
 
-// One row of scores against keys [begin, end) of the block: s becomes exp(s - new maximum), 0 at
-// hidden keys. Updates the row's maximum and sum; returns the factor for what was summed before.
+// s (keys, kRows): hidden scores become `hidden`.
 template <typename A>
-ATTUNE_CLONES A SoftmaxRow(A* s, int64_t begin, int64_t end, A* row_max, A* row_sum) {
-  A largest = *row_max;
-  for (int64_t j = begin; j < end; ++j) largest = s[j] > largest ? s[j] : largest;
-  LaneSum<A> sum;
-  for (int64_t j = 0; j < kKeys; j += kLanes) {
+ATTUNE_CLONES void MaskScores(A* s, const int32_t* begin, const int32_t* end, int64_t j0,
+                              int64_t keys, A hidden) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const int32_t key = static_cast<int32_t>(j0 + j);
+    A* line = s + j * kRows;
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const A p = begin <= j + l && j + l < end ? Exp(s[j + l] - largest) : A(0);
-      s[j + l] = p;
-      sum.lane[l] += p;
+    for (int r = 0; r < kRows; ++r) {
+      line[r] = begin[r] <= key && key < end[r] ? line[r] : hidden;
     }
   }
-  const A factor = Exp(*row_max - largest);
-  *row_max = largest;
-  *row_sum = *row_sum * factor + sum.Total();
-  return factor;
+}
+
+// s becomes exp(s - new maximum). Updates maxima and sums of the rows; factor[r] is for what row r
+// has summed before.
+template <typename A>
+ATTUNE_CLONES void SoftmaxBlock(A* s, int64_t keys, A* row_max, A* row_sum, A* factor) {
+  A largest[kRows], sum[kRows];
+  for (int r = 0; r < kRows; ++r) largest[r] = row_max[r];
+  for (int64_t j = 0; j < keys; ++j) {
+    const A* line = s + j * kRows;
+#pragma omp simd
+    for (int r = 0; r < kRows; ++r) largest[r] = line[r] > largest[r] ? line[r] : largest[r];
+  }
+#pragma omp simd
+  for (int r = 0; r < kRows; ++r) {
+    // A row that has seen no key yet: any finite shift leaves its exponentials at 0.
+    const A shift = largest[r] == -std::numeric_limits<A>::infinity() ? A(0) : largest[r];
+    factor[r] = Exp(row_max[r] - shift);
+    row_max[r] = largest[r];
+    largest[r] = shift;
+    sum[r] = A(0);
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    A* line = s + j * kRows;
+#pragma omp simd
+    for (int r = 0; r < kRows; ++r) {
+      const A p = Exp(line[r] - largest[r]);
+      line[r] = p;
+      sum[r] += p;
+    }
+  }
+#pragma omp simd
+  for (int r = 0; r < kRows; ++r) row_sum[r] = row_sum[r] * factor[r] + sum[r];
 }
 
 // p becomes the probabilities, dp the gradient of the scores.
 template <typename A>
-ATTUNE_CLONES void BackwardRow(A* p, A* dp, int64_t begin, int64_t end, A lse, A delta) {
+ATTUNE_CLONES void DifferentiateBlock(A* p, A* dp, int64_t keys, const A* lse, const A* delta) {
+  for (int64_t j = 0; j < keys; ++j) {
+    A* p_line = p + j * kRows;
+    A* dp_line = dp + j * kRows;
 #pragma omp simd
-  for (int64_t j = 0; j < kKeys; ++j) {
-    const A value = begin <= j && j < end ? Exp(p[j] - lse) : A(0);
-    // Not value * ...: a hidden key's product may be infinite.
-    dp[j] = begin <= j && j < end ? value * (dp[j] - delta) : A(0);
-    p[j] = value;
+    for (int r = 0; r < kRows; ++r) {
+      const A value = Exp(p_line[r] - lse[r]);
+      dp_line[r] = value * (dp_line[r] - delta[r]);
+      p_line[r] = value;
+    }
   }
 }
 
@@ -178,38 +234,40 @@ ATTUNE_CLONES void ScaleRow(A* x, A factor, int64_t n) {
 
 template <typename A>
 struct ForwardScratch {
-  A *q, *kt, *v, *s, *o, *row_max, *row_sum;
+  A *qt, *k, *v, *s, *o, *row_max, *row_sum, *factor;
   static int64_t Elements(int64_t dqk, int64_t dv) {
-    return kRows * GemmPadded(dqk) + dqk * kKeys + kKeys * GemmPadded(dv) + kRows * kKeys +
-           kRows * GemmPadded(dv) + 2 * kRows;
+    return dqk * kRows + kKeys * (GemmPadded(dqk) + GemmPadded(dv)) + kKeys * kRows +
+           kRows * GemmPadded(dv) + 3 * kRows;
   }
   ForwardScratch(A* base, int64_t dqk, int64_t dv) {
-    q = base;
-    kt = q + kRows * GemmPadded(dqk);
-    v = kt + dqk * kKeys;
+    qt = base;
+    k = qt + dqk * kRows;
+    v = k + kKeys * GemmPadded(dqk);
     s = v + kKeys * GemmPadded(dv);
-    o = s + kRows * kKeys;
+    o = s + kKeys * kRows;
     row_max = o + kRows * GemmPadded(dv);
     row_sum = row_max + kRows;
+    factor = row_sum + kRows;
   }
 };
 
 template <typename A>
 struct BackwardScratch {
-  A *q, *d_o, *kt, *k, *vt, *p, *ds, *dq, *lse, *delta;
+  A *qt, *q, *d_ot, *d_o, *k, *v, *p, *ds, *dq, *lse, *delta;
   static int64_t Elements(int64_t dqk, int64_t dv) {
-    return (2 * kRows + kKeys) * GemmPadded(dqk) + kRows * GemmPadded(dv) + (dqk + dv) * kKeys +
-           2 * kRows * kKeys + 2 * kRows;
+    return (dqk + dv) * kRows + (2 * kRows + kKeys) * GemmPadded(dqk) +
+           (kRows + kKeys) * GemmPadded(dv) + 2 * kKeys * kRows + 2 * kRows;
   }
   BackwardScratch(A* base, int64_t dqk, int64_t dv) {
-    q = base;
-    d_o = q + kRows * GemmPadded(dqk);
-    kt = d_o + kRows * GemmPadded(dv);
-    k = kt + dqk * kKeys;
-    vt = k + kKeys * GemmPadded(dqk);
-    p = vt + dv * kKeys;
-    ds = p + kRows * kKeys;
-    dq = ds + kRows * kKeys;
+    qt = base;
+    q = qt + dqk * kRows;
+    d_ot = q + kRows * GemmPadded(dqk);
+    d_o = d_ot + dv * kRows;
+    k = d_o + kRows * GemmPadded(dv);
+    v = k + kKeys * GemmPadded(dqk);
+    p = v + kKeys * GemmPadded(dv);
+    ds = p + kKeys * kRows;
+    dq = ds + kKeys * kRows;
     lse = dq + kRows * GemmPadded(dqk);
     delta = lse + kRows;
   }
@@ -220,6 +278,27 @@ T* At(const TensorView& x, int64_t token, int64_t head) {
   return x.As<T>() + token * x.stride(0) + head * x.stride(1);
 }
 
+// Keys or values of a block, rows padded as GemmBlock wants them.
+template <typename A>
+struct Lines {
+  const A* data;
+  int64_t stride;
+};
+
+// Where they are, if that will do, else converted into `buffer`.
+template <typename T>
+Lines<AccumulatorOf<T>> LoadKeys(const TensorView& x, int64_t token, int64_t head, int64_t keys,
+                                 AccumulatorOf<T>* buffer) {
+  const int64_t d = x.dim(2), width = GemmPadded(d);
+  if constexpr (std::is_same_v<T, AccumulatorOf<T>>) {
+    if (d == width) return {At<T>(x, token, head), x.stride(0)};
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    LoadRow(At<T>(x, token + j, head), AccumulatorOf<T>(1), d, buffer + j * width, width);
+  }
+  return {buffer, width};
+}
+
 // ---- Forward ----
 
 template <typename T>
@@ -227,42 +306,34 @@ void ForwardBlock(const AttentionForwardArgs& a, const Segment& seg, const Block
                   int64_t key_head, const ForwardScratch<AccumulatorOf<T>>& scratch) {
   using A = AccumulatorOf<T>;
   const int64_t dqk = a.q.dim(2), dv = a.v.dim(2), rows = block.rows();
-  const int64_t q_width = GemmPadded(dqk), v_width = GemmPadded(dv);
+  const int64_t v_width = GemmPadded(dv);
   const A softcap = static_cast<A>(a.options.softcap);
-  const int64_t token = seg.q_begin + block.query, position = seg.q_offset + block.query;
+  const int64_t token = seg.q_begin + block.query;
+  if (rows < kRows) std::fill(scratch.qt, scratch.qt + dqk * kRows, A(0));
   for (int64_t r = 0; r < rows; ++r) {
-    LoadRow(At<T>(a.q, token + r % block.queries, block.head + r / block.queries),
-            static_cast<A>(a.options.scale), dqk, scratch.q + r * q_width, q_width);
-    scratch.row_max[r] = -std::numeric_limits<A>::infinity();
-    scratch.row_sum[r] = 0;
+    LoadColumn(At<T>(a.q, token + r % block.queries, block.head + r / block.queries),
+               static_cast<A>(a.options.scale), dqk, scratch.qt + r);
   }
+  std::fill(scratch.row_max, scratch.row_max + kRows, -std::numeric_limits<A>::infinity());
+  std::fill(scratch.row_sum, scratch.row_sum + kRows, A(0));
   std::fill(scratch.o, scratch.o + rows * v_width, A(0));
 
-  const int64_t first = VisibleKeys(a.options, position, seg.k_length).begin;
-  const int64_t last = VisibleKeys(a.options, position + block.queries - 1, seg.k_length).end;
-  for (int64_t j0 = first / kKeys * kKeys; j0 < last; j0 += kKeys) {
-    const int64_t keys = std::min(kKeys, last - j0);
-    LoadTransposed(At<T>(a.k, seg.k_begin + j0, key_head), a.k.stride(0), keys, dqk, scratch.kt);
-    for (int64_t j = 0; j < keys; ++j) {
-      LoadRow(At<T>(a.v, seg.k_begin + j0 + j, key_head), A(1), dv, scratch.v + j * v_width,
-              v_width);
+  const RowRanges seen(a.options, seg, block);
+  for (int64_t j0 = seen.first / kKeys * kKeys; j0 < seen.last; j0 += kKeys) {
+    const int64_t keys = std::min(kKeys, seen.last - j0);
+    const Lines<A> k = LoadKeys<T>(a.k, seg.k_begin + j0, key_head, keys, scratch.k);
+    const Lines<A> v = LoadKeys<T>(a.v, seg.k_begin + j0, key_head, keys, scratch.v);
+    GemmBlock(GemmBlockArgs<A>{keys, kRows, dqk, k.data, k.stride, 1, scratch.qt, kRows, scratch.s,
+                               kRows, false});
+    if (softcap > 0) Cap(scratch.s, softcap, keys * kRows);
+    if (!seen.AllSee(j0, keys)) {
+      MaskScores(scratch.s, seen.begin, seen.end, j0, keys, -std::numeric_limits<A>::infinity());
     }
-    GemmBlock(GemmBlockArgs<A>{rows, kKeys, dqk, scratch.q, q_width, 1, scratch.kt, kKeys,
-                               scratch.s, kKeys, false});
+    SoftmaxBlock(scratch.s, keys, scratch.row_max, scratch.row_sum, scratch.factor);
     for (int64_t r = 0; r < rows; ++r) {
-      A* s = scratch.s + r * kKeys;
-      const Range seen = VisibleKeys(a.options, position + r % block.queries, seg.k_length);
-      const int64_t begin = std::clamp<int64_t>(seen.begin - j0, 0, keys);
-      const int64_t end = std::clamp<int64_t>(seen.end - j0, 0, keys);
-      if (begin >= end) {
-        std::fill(s, s + kKeys, A(0));
-        continue;
-      }
-      if (softcap > 0) CapRow(s, softcap);
-      const A factor = SoftmaxRow(s, begin, end, scratch.row_max + r, scratch.row_sum + r);
-      if (factor != A(1)) ScaleRow(scratch.o + r * v_width, factor, v_width);
+      if (scratch.factor[r] != A(1)) ScaleRow(scratch.o + r * v_width, scratch.factor[r], v_width);
     }
-    GemmBlock(GemmBlockArgs<A>{rows, v_width, keys, scratch.s, kKeys, 1, scratch.v, v_width,
+    GemmBlock(GemmBlockArgs<A>{rows, v_width, keys, scratch.s, 1, kRows, v.data, v.stride,
                                scratch.o, v_width, true});
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -350,39 +421,47 @@ void LoadQueries(const AttentionBackwardArgs& a, const Segment& seg, const Block
   using A = AccumulatorOf<T>;
   const int64_t dqk = a.q.dim(2), dv = a.v.dim(2);
   const int64_t q_width = GemmPadded(dqk), v_width = GemmPadded(dv);
+  const A scale = static_cast<A>(a.options.scale);
+  if (block.rows() < kRows) {
+    std::fill(scratch.qt, scratch.qt + dqk * kRows, A(0));
+    std::fill(scratch.d_ot, scratch.d_ot + dv * kRows, A(0));
+    std::fill(scratch.lse, scratch.lse + kRows, A(0));
+    std::fill(scratch.delta, scratch.delta + kRows, A(0));
+  }
   for (int64_t r = 0; r < block.rows(); ++r) {
     const int64_t t = seg.q_begin + block.query + r % block.queries;
     const int64_t head = block.head + r / block.queries;
-    LoadRow(At<T>(a.q, t, head), static_cast<A>(a.options.scale), dqk, scratch.q + r * q_width,
-            q_width);
-    LoadRow(At<T>(a.d_o, t, head), A(1), dv, scratch.d_o + r * v_width, v_width);
+    const T* q = At<T>(a.q, t, head);
+    const T* d_o = At<T>(a.d_o, t, head);
+    LoadColumn(q, scale, dqk, scratch.qt + r);
+    LoadRow(q, scale, dqk, scratch.q + r * q_width, q_width);
+    LoadColumn(d_o, A(1), dv, scratch.d_ot + r);
+    LoadRow(d_o, A(1), dv, scratch.d_o + r * v_width, v_width);
     scratch.lse[r] = a.lse.As<A>()[head * a.lse.dim(1) + t];
-    scratch.delta[r] = DotRow(At<T>(a.d_o, t, head), At<T>(a.o, t, head), dv);
+    scratch.delta[r] = DotRow(d_o, At<T>(a.o, t, head), dv);
   }
   std::fill(scratch.dq, scratch.dq + block.rows() * q_width, A(0));
 }
 
 // From scores in scratch.p and dP in scratch.ds: probabilities and gradients of the scores.
 template <typename A>
-void DifferentiateScores(const AttentionOptions& options, const Segment& seg, const Block& block,
-                         int64_t j0, int64_t keys, const BackwardScratch<A>& scratch) {
+void DifferentiateScores(const AttentionOptions& options, const RowRanges& seen, int64_t j0,
+                         int64_t keys, const BackwardScratch<A>& scratch) {
   const A softcap = static_cast<A>(options.softcap);
-  for (int64_t r = 0; r < block.rows(); ++r) {
-    A* p = scratch.p + r * kKeys;
-    A* ds = scratch.ds + r * kKeys;
-    const int64_t position = seg.q_offset + block.query + r % block.queries;
-    const Range seen = VisibleKeys(options, position, seg.k_length);
-    const int64_t begin = std::clamp<int64_t>(seen.begin - j0, 0, keys);
-    const int64_t end = std::clamp<int64_t>(seen.end - j0, 0, keys);
-    if (softcap == 0) {
-      BackwardRow(p, ds, begin, end, scratch.lse[r], scratch.delta[r]);
-      continue;
+  A slope[kKeys * kRows];
+  if (softcap > 0) {
+    Cap(scratch.p, softcap, keys * kRows);
+    for (int64_t i = 0; i < keys * kRows; ++i) {
+      slope[i] = A(1) - (scratch.p[i] / softcap) * (scratch.p[i] / softcap);
     }
-    CapRow(p, softcap);
-    A slope[kKeys];
-    for (int64_t j = 0; j < kKeys; ++j) slope[j] = A(1) - (p[j] / softcap) * (p[j] / softcap);
-    BackwardRow(p, ds, begin, end, scratch.lse[r], scratch.delta[r]);
-    for (int64_t j = begin; j < end; ++j) ds[j] *= slope[j];
+  }
+  DifferentiateBlock(scratch.p, scratch.ds, keys, scratch.lse, scratch.delta);
+  if (!seen.AllSee(j0, keys)) {  // after it: what a hidden score gave may be infinite
+    MaskScores(scratch.p, seen.begin, seen.end, j0, keys, A(0));
+    MaskScores(scratch.ds, seen.begin, seen.end, j0, keys, A(0));
+  }
+  if (softcap > 0) {
+    for (int64_t i = 0; i < keys * kRows; ++i) scratch.ds[i] *= slope[i];
   }
 }
 
@@ -395,27 +474,21 @@ void BackwardBlock(const AttentionBackwardArgs& a, const Segment& seg, const Blo
   const int64_t dqk = a.q.dim(2), dv = a.v.dim(2), rows = block.rows();
   const int64_t q_width = GemmPadded(dqk), v_width = GemmPadded(dv);
   LoadQueries<T>(a, seg, block, scratch);
-  const int64_t position = seg.q_offset + block.query;
-  const int64_t first = VisibleKeys(a.options, position, seg.k_length).begin;
-  const int64_t last = VisibleKeys(a.options, position + block.queries - 1, seg.k_length).end;
-  for (int64_t j0 = first / kKeys * kKeys; j0 < last; j0 += kKeys) {
-    const int64_t keys = std::min(kKeys, last - j0);
-    const T* k = At<T>(a.k, seg.k_begin + j0, key_head);
-    LoadTransposed(k, a.k.stride(0), keys, dqk, scratch.kt);
-    LoadTransposed(At<T>(a.v, seg.k_begin + j0, key_head), a.v.stride(0), keys, dv, scratch.vt);
-    for (int64_t j = 0; j < keys; ++j) {
-      LoadRow(k + j * a.k.stride(0), A(1), dqk, scratch.k + j * q_width, q_width);
-    }
-    GemmBlock(GemmBlockArgs<A>{rows, kKeys, dqk, scratch.q, q_width, 1, scratch.kt, kKeys,
-                               scratch.p, kKeys, false});
-    GemmBlock(GemmBlockArgs<A>{rows, kKeys, dv, scratch.d_o, v_width, 1, scratch.vt, kKeys,
-                               scratch.ds, kKeys, false});
-    DifferentiateScores(a.options, seg, block, j0, keys, scratch);
-    GemmBlock(GemmBlockArgs<A>{keys, v_width, rows, scratch.p, 1, kKeys, scratch.d_o, v_width,
+  const RowRanges seen(a.options, seg, block);
+  for (int64_t j0 = seen.first / kKeys * kKeys; j0 < seen.last; j0 += kKeys) {
+    const int64_t keys = std::min(kKeys, seen.last - j0);
+    const Lines<A> k = LoadKeys<T>(a.k, seg.k_begin + j0, key_head, keys, scratch.k);
+    const Lines<A> v = LoadKeys<T>(a.v, seg.k_begin + j0, key_head, keys, scratch.v);
+    GemmBlock(GemmBlockArgs<A>{keys, kRows, dqk, k.data, k.stride, 1, scratch.qt, kRows, scratch.p,
+                               kRows, false});
+    GemmBlock(GemmBlockArgs<A>{keys, kRows, dv, v.data, v.stride, 1, scratch.d_ot, kRows,
+                               scratch.ds, kRows, false});
+    DifferentiateScores(a.options, seen, j0, keys, scratch);
+    GemmBlock(GemmBlockArgs<A>{keys, v_width, rows, scratch.p, kRows, 1, scratch.d_o, v_width,
                                dv_sum + j0 * v_width, v_width, true});
-    GemmBlock(GemmBlockArgs<A>{keys, q_width, rows, scratch.ds, 1, kKeys, scratch.q, q_width,
+    GemmBlock(GemmBlockArgs<A>{keys, q_width, rows, scratch.ds, kRows, 1, scratch.q, q_width,
                                dk + j0 * q_width, q_width, true});
-    GemmBlock(GemmBlockArgs<A>{rows, q_width, keys, scratch.ds, kKeys, 1, scratch.k, q_width,
+    GemmBlock(GemmBlockArgs<A>{rows, q_width, keys, scratch.ds, 1, kRows, k.data, k.stride,
                                scratch.dq, q_width, true});
   }
   for (int64_t r = 0; r < rows; ++r) {

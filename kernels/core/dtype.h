@@ -1,8 +1,8 @@
 // Element types of tensors, and the CPU representation of bfloat16.
 #pragma once
 
+#include <bit>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "kernels/core/check.h"
@@ -41,20 +41,15 @@ struct BFloat16 {
   uint16_t bits = 0;
 
   BFloat16() = default;
+  // Without a branch, so that loops over it are vectorised.
   explicit BFloat16(float value) {
-    uint32_t u;
-    std::memcpy(&u, &value, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) {
-      bits = static_cast<uint16_t>((u >> 16) | 0x40u);
-    } else {
-      bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-    }
+    const uint32_t u = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (u >> 16) | 0x40u;
+    bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
   }
   explicit operator float() const {
-    const uint32_t u = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &u, 4);
-    return value;
+    return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
   }
 };
 
@@ -65,19 +60,12 @@ struct Float16 {
   explicit operator float() const {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t magnitude = bits & 0x7fffu;
-    float value;
     if (magnitude < 0x0400u) {  // zero and subnormals: a multiple of 2^-24
-      value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-      uint32_t u;
-      std::memcpy(&u, &value, 4);
-      u |= sign;
-      std::memcpy(&value, &u, 4);
-      return value;
+      const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+      return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
     }
     const uint32_t exponent = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
-    const uint32_t u = sign | ((magnitude << 13) + exponent);
-    std::memcpy(&value, &u, 4);
-    return value;
+    return std::bit_cast<float>(sign | ((magnitude << 13) + exponent));
   }
 };
 

@@ -9,9 +9,9 @@
 // compiled apart, for the baseline.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "kernels/core/dtype.h"
 
@@ -52,8 +52,7 @@ ATTUNE_INLINE float Exp(float x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the significand.
   constexpr float kShift = 12582912.0f;
   const float shifted = x * 1.44269504088896341f + kShift;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
+  const uint32_t bits = std::bit_cast<uint32_t>(shifted);
   const float n = shifted - kShift;
   // ln 2 in two parts, the first short enough for n * part to be exact.
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -68,11 +67,8 @@ ATTUNE_INLINE float Exp(float x) {
   // 2^n as a product of two, so that the results of n from -150 to 128 round as they should.
   const int32_t exponent = static_cast<int32_t>(bits - 0x4b400000u);
   const int32_t half = exponent >> 1;
-  const uint32_t bits1 = static_cast<uint32_t>(half + 127) << 23;
-  const uint32_t bits2 = static_cast<uint32_t>(exponent - half + 127) << 23;
-  float scale1, scale2;
-  std::memcpy(&scale1, &bits1, 4);
-  std::memcpy(&scale2, &bits2, 4);
+  const float scale1 = std::bit_cast<float>(static_cast<uint32_t>(half + 127) << 23);
+  const float scale2 = std::bit_cast<float>(static_cast<uint32_t>(exponent - half + 127) << 23);
   return p * scale1 * scale2;
 }
 ATTUNE_INLINE double Exp(double x) {
