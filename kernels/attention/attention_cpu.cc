@@ -103,7 +103,7 @@ ATTUNE_CLONES void LoadRow(const T* x, AccumulatorOf<T> scale, int64_t n, Accumu
 template <typename T>
 ATTUNE_CLONES void StoreRow(const AccumulatorOf<T>* x, AccumulatorOf<T> scale, int64_t n, T* out) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = T(x[j] * scale);
+  for (int64_t j = 0; j < n; ++j) StoreRounded<T>(x[j] * scale, &out[j]);
 }
 
 // Row r of the block as column r of out (n, kRows).

@@ -78,6 +78,16 @@ inline AccumulatorOf<T> ToAccumulator(T value) {
   return static_cast<AccumulatorOf<T>>(value);
 }
 
+// *out = value, rounded. Loops over it are vectorised; over assignments of BFloat16 they are not.
+template <typename T>
+inline void StoreRounded(AccumulatorOf<T> value, T* out) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    out->bits = BFloat16(value).bits;
+  } else {
+    *out = value;
+  }
+}
+
 template <typename T>
 constexpr DType DTypeOf() {
   if constexpr (std::is_same_v<T, double>) return DType::kF64;

@@ -52,7 +52,8 @@ ATTUNE_CLONES AccumulatorOf<T> SumOfExp(const T* x, AccumulatorOf<T> shift, int6
 template <typename T>
 ATTUNE_CLONES void SoftmaxRow(T* x, AccumulatorOf<T> lse, AccumulatorOf<T> grad_scale, int64_t V) {
 #pragma omp simd
-  for (int64_t v = 0; v < V; ++v) x[v] = T(Exp(ToAccumulator(x[v]) - lse) * grad_scale);
+  for (int64_t v = 0; v < V; ++v)
+    StoreRounded<T>(Exp(ToAccumulator(x[v]) - lse) * grad_scale, &x[v]);
 }
 
 template <typename T>
@@ -72,7 +73,7 @@ void SoftmaxRowCapped(T* x, AccumulatorOf<T> lse, AccumulatorOf<T> softcap,
   for (int64_t v = 0; v < V; ++v) {
     const A z = Capped(ToAccumulator(x[v]), softcap);
     const A slope = A(1) - (z / softcap) * (z / softcap);
-    x[v] = T((Exp(z - lse) - (v == target ? A(1) : A(0))) * slope * grad_scale);
+    StoreRounded<T>((Exp(z - lse) - (v == target ? A(1) : A(0))) * slope * grad_scale, &x[v]);
   }
 }
 
@@ -104,7 +105,7 @@ void Row(const CrossEntropyArgs& a, int64_t r) {
   const A grad_scale = a.grad_scale.As<A>()[0];
   if (softcap > 0) return SoftmaxRowCapped(x, lse, softcap, grad_scale, target, V);
   SoftmaxRow(x, lse, grad_scale, V);
-  x[target] = T((Exp(x_target - lse) - A(1)) * grad_scale);
+  StoreRounded<T>((Exp(x_target - lse) - A(1)) * grad_scale, &x[target]);
 }
 
 }  // namespace

@@ -45,12 +45,12 @@ ATTUNE_CLONES void Apply(const T* x, T* y, const uint32_t* bits, uint32_t thresh
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A kept = bits[i] >= threshold ? ToAccumulator(x[i]) * scale : A(0);
-      y[i] = T(ToAccumulator(y[i]) + kept);
+      StoreRounded<T>(ToAccumulator(y[i]) + kept, &y[i]);
     }
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      y[i] = T(bits[i] >= threshold ? ToAccumulator(x[i]) * scale : A(0));
+      StoreRounded<T>(bits[i] >= threshold ? ToAccumulator(x[i]) * scale : A(0), &y[i]);
     }
   }
 }

@@ -65,12 +65,12 @@ ATTUNE_CLONES void CopyRun(const X* x, Y* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (std::is_same_v<X, double> || std::is_same_v<Y, double>) {
       if constexpr (std::is_same_v<X, double>) {
-        y[i] = Y(static_cast<AccumulatorOf<Y>>(x[i]));
+        StoreRounded<Y>(static_cast<AccumulatorOf<Y>>(x[i]), &y[i]);
       } else {
         y[i] = static_cast<double>(static_cast<float>(x[i]));
       }
     } else {
-      y[i] = Y(static_cast<float>(x[i]));
+      StoreRounded<Y>(static_cast<float>(x[i]), &y[i]);
     }
   }
 }
@@ -81,14 +81,14 @@ ATTUNE_CLONES void AddRun(const X* x, Y* y, WiderOf<X, Y> alpha, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A sum = static_cast<A>(ToAccumulator(y[i])) + alpha * static_cast<A>(ToAccumulator(x[i]));
-    y[i] = Y(static_cast<AccumulatorOf<Y>>(sum));
+    StoreRounded<Y>(static_cast<AccumulatorOf<Y>>(sum), &y[i]);
   }
 }
 
 template <typename T>
 ATTUNE_CLONES void ScaleRun(T* x, AccumulatorOf<T> alpha, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = T(ToAccumulator(x[i]) * alpha);
+  for (int64_t i = 0; i < n; ++i) StoreRounded<T>(ToAccumulator(x[i]) * alpha, &x[i]);
 }
 
 template <typename T>

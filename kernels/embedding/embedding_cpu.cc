@@ -8,7 +8,7 @@ namespace {
 template <typename T>
 ATTUNE_CLONES void ScaleRow(const T* x, AccumulatorOf<T> scale, T* y, int64_t C) {
 #pragma omp simd
-  for (int64_t c = 0; c < C; ++c) y[c] = T(ToAccumulator(x[c]) * scale);
+  for (int64_t c = 0; c < C; ++c) StoreRounded<T>(ToAccumulator(x[c]) * scale, &y[c]);
 }
 
 template <typename T>

@@ -36,7 +36,8 @@ ATTUNE_CLONES void ForwardRow(const T* gate, const T* up, T* h, int64_t F) {
 #pragma omp simd
   for (int64_t f = 0; f < F; ++f) {
     A slope;
-    h[f] = T(Activate<kActivation>(ToAccumulator(gate[f]), &slope) * ToAccumulator(up[f]));
+    StoreRounded<T>(Activate<kActivation>(ToAccumulator(gate[f]), &slope) * ToAccumulator(up[f]),
+                    &h[f]);
   }
 }
 
@@ -49,8 +50,8 @@ ATTUNE_CLONES void BackwardRow(const T* dh, const T* gate, const T* up, T* dgate
     A slope;
     const A d = ToAccumulator(dh[f]), u = ToAccumulator(up[f]);
     const A act = Activate<kActivation>(ToAccumulator(gate[f]), &slope);
-    dgate[f] = T(d * u * slope);
-    dup[f] = T(d * act);
+    StoreRounded<T>(d * u * slope, &dgate[f]);
+    StoreRounded<T>(d * act, &dup[f]);
   }
 }
 
@@ -63,9 +64,9 @@ ATTUNE_CLONES void BackwardRowAndRebuild(const T* dh, const T* gate, const T* up
     A slope;
     const A d = ToAccumulator(dh[f]), u = ToAccumulator(up[f]);
     const A act = Activate<kActivation>(ToAccumulator(gate[f]), &slope);
-    dgate[f] = T(d * u * slope);
-    dup[f] = T(d * act);
-    h[f] = T(act * u);
+    StoreRounded<T>(d * u * slope, &dgate[f]);
+    StoreRounded<T>(d * act, &dup[f]);
+    StoreRounded<T>(act * u, &h[f]);
   }
 }
 

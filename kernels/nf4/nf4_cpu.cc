@@ -101,7 +101,7 @@ std::array<float, 512> MakePairs() {
 template <typename T>
 ATTUNE_CLONES void ScaleValues(const float* values, float absmax, T* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = T(values[i] * absmax);
+  for (int64_t i = 0; i < n; ++i) StoreRounded<T>(values[i] * absmax, &out[i]);
 }
 
 struct Source {

@@ -11,7 +11,8 @@ namespace {
 template <typename T>
 ATTUNE_CLONES void AddRows(const T* x, const T* delta, T* sum, int64_t C) {
 #pragma omp simd
-  for (int64_t c = 0; c < C; ++c) sum[c] = T(ToAccumulator(x[c]) + ToAccumulator(delta[c]));
+  for (int64_t c = 0; c < C; ++c)
+    StoreRounded<T>(ToAccumulator(x[c]) + ToAccumulator(delta[c]), &sum[c]);
 }
 
 template <typename T>
@@ -59,7 +60,7 @@ ATTUNE_CLONES void NormalizeRow(const T* x, const W* w, AccumulatorOf<T> rstd,
                                 AccumulatorOf<T> offset, T* y, int64_t C) {
 #pragma omp simd
   for (int64_t c = 0; c < C; ++c) {
-    y[c] = T(ToAccumulator(x[c]) * rstd * (ToAccumulator(w[c]) + offset));
+    StoreRounded<T>(ToAccumulator(x[c]) * rstd * (ToAccumulator(w[c]) + offset), &y[c]);
   }
 }
 
@@ -73,13 +74,14 @@ ATTUNE_CLONES void BackwardRow(const T* dy, const T* x, const W* w, const T* dre
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
       const A g = ToAccumulator(dy[c]) * (ToAccumulator(w[c]) + offset);
-      dx[c] = T(rstd * (g - ToAccumulator(x[c]) * mean));
+      StoreRounded<T>(rstd * (g - ToAccumulator(x[c]) * mean), &dx[c]);
     }
   } else {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
       const A g = ToAccumulator(dy[c]) * (ToAccumulator(w[c]) + offset);
-      dx[c] = T(rstd * (g - ToAccumulator(x[c]) * mean) + ToAccumulator(dresidual[c]));
+      StoreRounded<T>(rstd * (g - ToAccumulator(x[c]) * mean) + ToAccumulator(dresidual[c]),
+                      &dx[c]);
     }
   }
 }

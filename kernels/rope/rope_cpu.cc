@@ -34,8 +34,8 @@ ATTUNE_CLONES void RotateHead(T* x, const AccumulatorOf<T>* cos, const Accumulat
   for (int64_t i = 0; i < half; ++i) {
     const A first = ToAccumulator(x[i]), second = ToAccumulator(x[half + i]);
     const A s = sign * sin[i];
-    x[i] = T(first * cos[i] - second * s);
-    x[half + i] = T(second * cos[i] + first * s);
+    StoreRounded<T>(first * cos[i] - second * s, &x[i]);
+    StoreRounded<T>(second * cos[i] + first * s, &x[half + i]);
   }
 }
 
