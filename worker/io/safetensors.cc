@@ -25,8 +25,8 @@ struct KnownDType {
 };
 // All that the format names today; those that DTypeName lacks are checked but cannot be read.
 constexpr KnownDType kKnownDTypes[] = {
-    {"F64", 8}, {"F32", 4}, {"BF16", 2}, {"F16", 2},    {"I64", 8},     {"I32", 4},
-    {"U8", 1},  {"I8", 1},  {"BOOL", 1}, {"U16", 2},    {"I16", 2},     {"U32", 4},
+    {"F64", 8}, {"F32", 4}, {"BF16", 2},    {"F16", 2},     {"I64", 8},     {"I32", 4},
+    {"U8", 1},  {"I8", 1},  {"BOOL", 1},    {"U16", 2},     {"I16", 2},     {"U32", 4},
     {"U64", 8}, {"C64", 8}, {"F8_E5M2", 1}, {"F8_E4M3", 1}, {"F8_E8M0", 1},
 };
 
@@ -90,9 +90,9 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Parse(absl::Span<const uint8_t>
   }
   const uint64_t header_bytes = LoadLittleEndian64(bytes.data());
   if (header_bytes > kHeaderLimitBytes) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        path, ": header length ", header_bytes, " is over the limit of ", kHeaderLimitBytes,
-        " bytes. This is no safetensors file, or a damaged one."));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": header length ", header_bytes, " is over the limit of ",
+                     kHeaderLimitBytes, " bytes. This is no safetensors file, or a damaged one."));
   }
   if (header_bytes > bytes.size() - 8) {
     return absl::DataLossError(absl::StrCat(path, ": the header should have ", header_bytes,
@@ -159,8 +159,8 @@ absl::StatusOr<SafetensorsFile::Entry> SafetensorsFile::ParseEntry(const JsonFie
                                             ". It was cut; download it again."));
   }
   if (entry.shape.size() > kMaxRank) {
-    return field.Error(absl::StrCat("has ", entry.shape.size(), " dimensions; at most ", kMaxRank,
-                                    " are read"));
+    return field.Error(
+        absl::StrCat("has ", entry.shape.size(), " dimensions; at most ", kMaxRank, " are read"));
   }
   for (int64_t extent : entry.shape) {
     if (extent < 0) return field.Error("has a negative extent in its shape");
@@ -170,10 +170,9 @@ absl::StatusOr<SafetensorsFile::Entry> SafetensorsFile::ParseEntry(const JsonFie
     const std::optional<uint64_t> bytes = ShapeBytes(entry.shape, *size);
     if (!bytes.has_value()) return field.Error("has a shape whose product overflows");
     if (*bytes != entry.end - entry.begin) {
-      return field.Error(absl::StrCat("has shape [", absl::StrJoin(entry.shape, ", "), "] of ",
-                                      entry.dtype_name, ", which is ", *bytes,
-                                      " bytes, but data_offsets of ", entry.end - entry.begin,
-                                      " bytes"));
+      return field.Error(absl::StrCat(
+          "has shape [", absl::StrJoin(entry.shape, ", "), "] of ", entry.dtype_name, ", which is ",
+          *bytes, " bytes, but data_offsets of ", entry.end - entry.begin, " bytes"));
     }
   }
   return entry;
@@ -190,11 +189,11 @@ absl::Status SafetensorsFile::CheckCover() {
   for (const std::string& name : names_) {
     const Entry& entry = tensors_.at(name);
     if (entry.begin != end) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          path_, " (header): tensor ", Quoted(name), " begins at byte ", entry.begin,
-          entry.begin < end ? ", inside the tensor before it, which ends at byte "
-                            : ", but the one before it ends at byte ",
-          end, ". The header does not describe this file."));
+      return absl::InvalidArgumentError(
+          absl::StrCat(path_, " (header): tensor ", Quoted(name), " begins at byte ", entry.begin,
+                       entry.begin < end ? ", inside the tensor before it, which ends at byte "
+                                         : ", but the one before it ends at byte ",
+                       end, ". The header does not describe this file."));
     }
     end = entry.end;
   }
@@ -240,9 +239,10 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
     status = checkpoint.OpenShards(index_path);
   } else {
     status = absl::NotFoundError(
-        absl::StrCat(directory, " has neither model.safetensors nor model.safetensors.index.json. "
-                                "Checkpoints in pickle format (.bin, .pt) are not read: save the "
-                                "model with safe_serialization=True."));
+        absl::StrCat(directory,
+                     " has neither model.safetensors nor model.safetensors.index.json. "
+                     "Checkpoints in pickle format (.bin, .pt) are not read: save the "
+                     "model with safe_serialization=True."));
   }
   if (!status.ok()) return status;
   for (const auto& [name, owner] : checkpoint.owners_) checkpoint.names_.push_back(name);
@@ -256,9 +256,8 @@ absl::Status Checkpoint::AddFile(const std::string& path) {
   for (const std::string& name : file->names()) {
     const auto [it, inserted] = owners_.emplace(name, files_.size());
     if (!inserted) {
-      return absl::InvalidArgumentError(absl::StrCat("tensor ", Quoted(name), " is in ",
-                                                     files_[it->second].path(), " and again in ",
-                                                     path));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "tensor ", Quoted(name), " is in ", files_[it->second].path(), " and again in ", path));
     }
   }
   files_.push_back(*std::move(file));
@@ -277,8 +276,8 @@ absl::Status Checkpoint::OpenShards(const std::string& index_path) {
     absl::StatusOr<std::string> file = field.String();
     if (!file.ok()) return file.status();
     if (file->empty() || file->front() == '/' || absl::StrContains(*file, "..")) {
-      return field.Error(absl::StrCat("is ", Quoted(*file),
-                                      ", which is no file name inside the checkpoint"));
+      return field.Error(
+          absl::StrCat("is ", Quoted(*file), ", which is no file name inside the checkpoint"));
     }
     shards.insert(*file);
     file_of.emplace(item.key(), *std::move(file));
@@ -293,8 +292,7 @@ absl::Status Checkpoint::OpenShards(const std::string& index_path) {
   }
   for (const auto& [tensor, file] : file_of) {
     const auto it = owners_.find(tensor);
-    if (it == owners_.end() ||
-        files_[it->second].path() != absl::StrCat(directory_, "/", file)) {
+    if (it == owners_.end() || files_[it->second].path() != absl::StrCat(directory_, "/", file)) {
       return absl::InvalidArgumentError(absl::StrCat(index_path, ": weight_map puts tensor ",
                                                      Quoted(tensor), " into ", file,
                                                      ", which does not have it"));
@@ -362,8 +360,7 @@ absl::Status SafetensorsWriter::Append(absl::Span<const uint8_t> bytes) {
         "more tensor bytes than the header has: ", bytes.size(), " for ", remaining_bytes_));
   }
   remaining_bytes_ -= bytes.size();
-  return file_.Append(
-      absl::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+  return file_.Append(absl::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
 }
 
 absl::Status SafetensorsWriter::Finish() {
