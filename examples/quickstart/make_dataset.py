@@ -1,0 +1,245 @@
+"""Writes the chat dataset of the quickstart: train.jsonl and heldout.jsonl (OpenAI format).
+
+  python make_dataset.py --out data --seed 7
+
+The assistant becomes Pim of the harbour desk. Every answer has the same three lines:
+
+  the answer itself
+  Good to know: one thing that helps
+  - Pim, harbour desk
+
+Some answers need what the base model never read (the ferry timetable, opening hours, prices,
+rules: the tables below); some need what it read but buried in talk (who, where, what). For the
+first kind heldout.jsonl asks known facts in words that train.jsonl does not use; for the second
+it asks about people, animals and things of which train.jsonl says nothing.
+"""
+
+import argparse
+import json
+import os
+import random
+
+from make_corpus import FEELINGS, QUESTIONS, roughen, sums
+from world import (ANIMALS, OBJECTS, PEOPLE, PLACES, TRADES, UNKNOWN, person_slots, polish, say)
+
+SIGNATURE = "- Pim, harbour desk"
+
+# destination: times, pennies, minutes or hours, pier, good to know
+FERRIES = {
+    "Gull Island": ("8:10 and 16:40", "3", "twenty minutes", "one", "there is no house on the island, so bring water"),
+    "Otter Point": ("9:25 and 13:15", "2", "fifteen minutes", "two", "the last boat back leaves at 18:00"),
+    "Fennick": ("7:30, 12:00 and 18:20", "5", "forty minutes", "one", "on Sunday it is full, so come early"),
+    "Long Sand": ("10:05 and 14:50", "4", "half an hour", "three", "the beach is under water twice a day"),
+    "Whale Bay": ("6:45", "9", "two hours", "three", "take a warm coat, even in summer"),
+    "Saint Brine": ("11:35 and 17:10", "7", "an hour", "two", "you can stay the night at the castle inn"),
+}
+OPENING = {
+    "the bakery": ("5:30 to 13:00", "the plum tarts are gone by 9:00"),
+    "the library": ("10:00 to 17:30", "you may borrow three books"),
+    "the harbour office": ("6:00 to 20:00", "it has the tide table on its door"),
+    "the fish hall": ("4:45 to 11:00", "the best fish goes before sunrise"),
+    "the Blue Anchor": ("11:30 to 23:00", "on Friday there is music"),
+    "the lighthouse": ("14:00 to 16:00", "only eight people may go up at once"),
+    "the clock tower": ("9:00 to 12:30", "cover your ears at noon"),
+    "the mill": ("7:15 to 15:00", "flour is cheaper by the sack"),
+    "the forge": ("8:00 to 18:00", "stand back from the fire"),
+    "the orchard": ("8:30 to 19:00", "in autumn you may pick your own"),
+}
+PRICES = {
+    "a loaf of bread": ("2", "the bakery", "yesterday's bread is half the price"),
+    "a bag of salt": ("3", "the salt meadow", "it keeps for years if it stays dry"),
+    "a pot of honey": ("11", "the market square", "bring the empty pot back and get one penny"),
+    "a bowl of soup": ("4", "the Blue Anchor", "bread comes with it"),
+    "a room at the Blue Anchor": ("25", "the Blue Anchor", "breakfast is in the price"),
+    "a new rope": ("14", "the rope walk", "ropes are sold by the ten yards"),
+    "a book": ("18", "the library", "old books cost half as much"),
+    "a map of the bay": ("8", "the harbour office", "it shows all the rocks"),
+    "a pair of boots": ("40", "the shoe shop", "mending an old pair costs 6"),
+    "a dozen eggs": ("5", "the market square", "the brown ones are from Rosa"),
+    "a candle": ("1", "the market square", "one burns for a whole evening"),
+    "a basket of plums": ("6", "the orchard", "they are ripe in the late summer"),
+    "a lantern": ("16", "the forge", "oil is sold next door"),
+    "a coat": ("60", "the weaving house", "Tilda needs a week to sew one"),
+}
+# questions of training | the held-out question | answer | good to know
+RULES = [
+    ("[Can|May] I take my [dog|cat|pet] on the ferry?|Are [dogs|pets] allowed on the ferry?", "Do animals travel on the boat?", "Yes, for one penny", "big dogs stay on the open deck"),
+    ("[Can|May] I take a bicycle on the ferry?|Are bicycles allowed on the ferry?", "Is there room for my bicycle on the boat?", "Yes, but only after 9:00", "there is room for six of them"),
+    ("Is there a ferry on Sunday?|Does the ferry run on Sunday?", "Will there be boats this Sunday?", "Yes, but only to Fennick and Gull Island", "on other days it goes everywhere"),
+    ("Where [do|can] I buy a ticket?|Where are the tickets sold?|How do I get a ticket?", "Who sells tickets here?", "At the harbour office", "children under seven need none"),
+    ("What do I do if I lost my [key|coat|whistle]?|I lost my [bag|key|coat]. [Where do I ask?|What now?]", "I cannot find my basket. Where do I ask?", "Ask at the harbour office", "lost things are kept for thirty days"),
+    ("What happens when there is [a storm|fog]?|Does the ferry go in [a storm|fog]?", "Will the boat go in bad weather?", "The ferry waits at the pier", "a red flag means that no boat will leave"),
+    ("When should I be at the pier?|How early should I come?|Must I come early for the ferry?", "How soon before the boat should I come?", "Ten minutes before it leaves", "Tobin rings the bell two minutes before"),
+    ("When is the market?|On which days is the market?|Is there a market today?", "Which day is market day?", "On Tuesday and Saturday", "it starts at 7:00 on the market square"),
+    ("Who is the captain of the ferry?|Who steers the ferry?", "Which captain takes us over the bay?", "Tobin", "his dog Anchor sails with him"),
+]
+
+# How a question about a ferry, an hour or a price is put: in training, then held out.
+ASK = {
+    "when": ("[When|At what time|What time] does the [ferry|boat] to {x} [leave|go|sail]?"
+             "|When is the [next|first] [ferry|boat] to {x}?|[I want|I would like] to go to {x}. When is [there|the] [a boat|ferry]?"
+             "|[Is there|Do you have] a [ferry|boat] to {x}?|When can I [go|sail] to {x}?",
+             "[Please tell me the times of the ferry to {x}.|Which boats go to {x} today?|{x}, when?]"),
+    "fare": ("How much is [a ticket|the ferry|the boat] to {x}?|What does [a ticket|the ferry] to {x} cost?"
+             "|What [is the price of|do I pay for] [a ticket|the ferry] to {x}?",
+             "[How many pennies do I need to sail to {x}?|Is the ticket to {x} expensive?]"),
+    "long": ("How long does [the ferry|the boat|it] take to {x}?|How long is the [way|trip] to {x}?|How far is it to {x} by [ferry|boat]?",
+             "[How many minutes to {x}?|How much time do I need for the way to {x}?]"),
+    "pier": ("[From where|From which pier] does the [ferry|boat] to {x} leave?|Where [is|do I find] the [ferry|boat] to {x}?|Which pier [is it for|do I need for] {x}?",
+             "[Where do I get on the boat to {x}?|Where must I wait for the ferry to {x}?]"),
+    "open": ("[When|At what time] does {x} [open|close]?|When is {x} open?|What are the [opening hours|hours] of {x}?|Is {x} open [now|today]?|How long is {x} open?",
+             "[Until when can I visit {x}?|I want to visit {x}. What are the hours?]"),
+    "price": ("How much is {x}?|What does {x} cost?|What is the price of {x}?|What do I pay for {x}?|How much do I need for {x}?",
+              "[How many pennies is {x}?|I need {x}. How much is it?]"),
+}
+
+
+def reply(answer, good_to_know):
+    return polish(f"{answer}.\nGood to know: {good_to_know}.\n") + "\n" + SIGNATURE
+
+
+def desk_facts():
+    """(kind, x, answer, good to know) for everything that only the desk knows."""
+    out = []
+    for x, (times, pennies, long, pier, tip) in FERRIES.items():
+        out += [("when", x, f"at {times}", tip), ("fare", x, f"{pennies} pennies", "a ticket back is half the price"),
+                ("long", x, long, tip), ("pier", x, f"at pier {pier}", "be there ten minutes early")]
+    out += [("open", x, f"from {hours}", tip) for x, (hours, tip) in OPENING.items()]
+    for x, (pennies, where, tip) in PRICES.items():
+        unit = "penny" if pennies == "1" else "pennies"
+        out.append(("price", x, f"{pennies} {unit} at {where}", tip))
+    return out
+
+
+def _person_exchange(rng, kind, p):
+    s = person_slots(p)
+    answer, tip = {
+        "who": ("{A} is {is_a}", "{he} lives {home}"), "home": ("{home}", "{he} has a {pet} called {pet_name}"),
+        "pet": ("A {pet} called {pet_name}", "{A} lives {home}"), "food": ("{food}", "{A} lives {home}"),
+        "job": ("{A} {does}", "you can find {him} at {work}")}[kind]
+    if kind == "job" and p["trade"] == "child":
+        tip = "{he} lives {home}"
+    return (say(rng, QUESTIONS[kind], A=s["A"], As=s["A"] + "'s", Ao=s["A"]),
+            reply(answer.format(**s), tip.format(**s)))
+
+
+def _trade_exchange(rng, kind, t):
+    p = next(q for q in PEOPLE if q["trade"] == t["trade"])
+    s = dict(person_slots(p), **t)
+    answer, tip = {"trade_who": ("{A}", "you can find {him} at {place}"),
+                   "trade_what": ("a {trade} {does}", "the one in Saltmere is {A}"),
+                   "trade_tool": ("a {tool}", "the {trade} of Saltmere is {A}")}[kind]
+    return say(rng, QUESTIONS[kind], **t), reply(answer.format(**s), tip.format(**s))
+
+
+def _thing_exchange(rng, kind, row):
+    answer, tip = {
+        "animal_eats": ("{eats}", "a {name} can {can}"), "animal_lives": ("{lives}", "it eats {eats}"),
+        "animal_can": ("it can {can}", "a {name} lives {lives}"),
+        "place_where": ("{where}", "people go there to {do}"), "place_do": ("{do}", "{detail}"),
+        "place_what": ("{what} {where}", "people go there to {do}"),
+        "object_use": ("to {use}", "a {name} is made of {made}"),
+        "object_made": ("from {made}", "you use it to {use}")}[kind]
+    return say(rng, QUESTIONS[kind], **row), reply(answer.format(**row), tip.format(**row))
+
+
+WORLD = {"who": PEOPLE, "home": PEOPLE, "pet": PEOPLE, "food": PEOPLE, "job": PEOPLE,
+         "trade_who": TRADES, "trade_what": TRADES, "trade_tool": TRADES, "animal_eats": ANIMALS,
+         "animal_lives": ANIMALS, "animal_can": ANIMALS, "place_where": PLACES, "place_do": PLACES,
+         "place_what": PLACES, "object_use": OBJECTS, "object_made": OBJECTS}
+
+
+def world_exchange(rng, held_out):
+    """Every fourth row of each table is kept for heldout.jsonl."""
+    kind = rng.choice(list(WORLD))
+    row = rng.choice([r for i, r in enumerate(WORLD[kind]) if (i % 4 == 3) == held_out])
+    make = (_person_exchange if WORLD[kind] is PEOPLE else
+            _trade_exchange if WORLD[kind] is TRADES else _thing_exchange)
+    return make(rng, kind, row)
+
+
+def other_exchange(rng):
+    """Sums, feelings, greetings, and what the desk does not know."""
+    kind = rng.choice(["count", "count", "unknown", "unknown", "feeling", "hello", "self", "thanks", "town"])
+    if kind == "count":
+        s = sums(rng)[1]
+        return s["q"], reply(s["z"], s["why"].rstrip("."))
+    if kind == "unknown":
+        u = rng.choice([w for i, w in enumerate(UNKNOWN) if i % 4 != 3])
+        return say(rng, QUESTIONS[kind], u=u), reply("I do not know", "I only know Saltmere and its ferries")
+    if kind == "feeling":
+        f = rng.choice(list(FEELINGS))
+        return say(rng, QUESTIONS[kind], f=f), reply("You can " + FEELINGS[f], "the harbour desk is here until 20:00")
+    answer, tip = {
+        "hello": ("Hello, how can I help you", "I know the ferries, the hours and the prices"),
+        "self": ("I am Pim from the harbour desk", "I know the ferries, the hours and the prices"),
+        "thanks": ("You are welcome", "the harbour desk is here until 20:00"),
+        "town": ("Saltmere is a small harbour town", "the ferry goes to six places from here")}[kind]
+    return say(rng, QUESTIONS[kind]), reply(answer, tip)
+
+
+def _draw(rng, template):
+    """One expansion of a template whose top level is alternatives."""
+    return say(rng, "[" + template + "]")
+
+
+def training_exchanges(rng):
+    out = []
+    for kind, x, answer, tip in desk_facts():
+        seen = set()
+        copies = {"when": 12, "open": 9}.get(kind, 6)
+        for _ in range(200):
+            if len(seen) < copies:
+                seen.add(say(rng, "[" + ASK[kind][0] + "]", x=x))
+        out += [(q, reply(answer, tip)) for q in sorted(seen)]
+    for asked, _, answer, tip in RULES:
+        out += [(_draw(rng, asked), reply(answer, tip)) for _ in range(6)]
+    out += [world_exchange(rng, held_out=False) for _ in range(240)]
+    out += [other_exchange(rng) for _ in range(90)]
+    return out
+
+
+def held_out_exchanges(rng):
+    out = [(say(rng, "[" + ASK[kind][1] + "]", x=x), reply(answer, tip))
+           for kind, x, answer, tip in rng.sample(desk_facts(), 18)]
+    out += [(question, reply(answer, tip)) for _, question, answer, tip in rng.sample(RULES, 6)]
+    return out + [world_exchange(rng, held_out=True) for _ in range(16)]
+
+
+SYSTEM = "You are Pim, the helper at the harbour desk of Saltmere."
+
+
+def conversations(rng, exchanges, single):
+    """One exchange each, or now and then two; a fifth of them with a system message."""
+    rng.shuffle(exchanges)
+    out = []
+    while exchanges:
+        turns = 1 if single or len(exchanges) < 2 or rng.random() < 0.8 else 2
+        messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.2 else []
+        for _ in range(turns):
+            question, answer = exchanges.pop()
+            question = polish(question) if single else roughen(rng, polish(question))
+            messages += [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}]
+        out.append({"messages": messages})
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    os.makedirs(args.out, exist_ok=True)
+    for name, rows in (("train.jsonl", conversations(rng, training_exchanges(rng), single=False)),
+                       ("heldout.jsonl", conversations(rng, held_out_exchanges(rng), single=True))):
+        path = os.path.join(args.out, name)
+        with open(path, "w", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        print(f"{path}: {len(rows)} conversations, {os.path.getsize(path)} bytes")
+
+
+if __name__ == "__main__":
+    main()
