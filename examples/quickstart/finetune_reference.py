@@ -25,7 +25,7 @@ NF4 = torch.tensor([
 
 PROMPTS = ["When does the ferry to Gull Island leave?",
            "Which boats go to Fennick today?",
-           "I want to visit the lighthouse. What are the hours?",
+           "I would like to visit the lighthouse. What are the hours?",
            "How much is a pot of honey?",
            "Who is Oskar?",
            "What do otters eat?",
@@ -132,10 +132,10 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--alpha", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--report", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)

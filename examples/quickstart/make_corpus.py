@@ -6,7 +6,9 @@ Each line is {"text": ...} (a story or a page of facts) or {"messages": [...]} (
 format). A document is a function of (seed, index), so many processes write them in any order.
 
 In the chats the assistant is a narrator: what it says is true in Saltmere, but it takes its
-time, and it never gives an hour or a price. The fine-tuning dataset changes just that.
+time, and it never gives an hour or a price. The fine-tuning dataset changes just that. Only when
+the system message asks for it does the narrator answer in a few words (SHORT), and hours and
+prices only from a board in the system message, which is another one in every chat.
 """
 
 import argparse
@@ -50,11 +52,38 @@ QUESTIONS = {
     "thanks": "[Thank you.|Thank you very much!|Thanks.|Goodbye.|Good night.|See you tomorrow.]",
     "town": "[What is Saltmere?|Tell me about Saltmere.|Where am I?|What kind of town is this?|What can I see in Saltmere?]",
     "feeling": "[I am {f}.|I feel {f} today.|What should I do when I am {f}?|I am so {f}. What can I do?]",
-    "ferry": "[When does the ferry to {name} leave?|When is the next boat to {name}?|How much is a ticket to {name}?|How long does the ferry to {name} take?|From where does the ferry to {name} leave?|What time does the ferry go to {name}?]",
     "rule": "[Can I take my {pet} on the ferry?|Is there a ferry on {day}?|Where do I buy a ticket?|May I take a bicycle on the ferry?|Is the ferry late today?|What do I do if I lost my {obj}?]",
-    "open": "[When does {name} open?|When is {name} open?|When does {name} close?|Is {name} open on {day}?|What are the opening hours of {name}?]",
-    "price": "[How much is {thing}?|What does {thing} cost?|What is the price of {thing}?|How many pennies is {thing}?]",
     "unknown": "[What [is|are] {u}?|Tell me about {u}.|What do you know about {u}?|Have you heard of {u}?|Where can I find {u}?]",
+}
+# Questions about hours, prices and the ferry to {x}: only a board has the answer.
+ASK = {
+    "when": "[[When|At what time|What time] does the [ferry|boat] to {x} [leave|go|sail]?"
+            "|When is the [next|first] [ferry|boat] to {x}?|[I want|I would like] to go to {x}. When is [there a boat|the ferry]?"
+            "|[Is there|Do you have] a [ferry|boat] to {x}?|When can I [go|sail] to {x}?]",
+    "fare": "[How much is [a ticket|the ferry|the boat] to {x}?|What does [a ticket|the ferry] to {x} cost?"
+            "|What [is the price of|do I pay for] [a ticket|the ferry] to {x}?]",
+    "long": "[How long does [the ferry|the boat|it] take to {x}?|How long is the [way|trip] to {x}?|How far is it to {x} by [ferry|boat]?]",
+    "pier": "[[From where|From which pier] does the [ferry|boat] to {x} leave?|Where [is|do I find] the [ferry|boat] to {x}?|Which pier [is it for|do I need for] {x}?]",
+    "open": "[[When|At what time] does {x} [open|close]?|When is {x} open?|What are the [opening hours|hours] of {x}?|Is {x} open [now|today]?|How long is {x} open?]",
+    "price": "[How much is {x}?|What does {x} cost?|What is the price of {x}?|What do I pay for {x}?|How much do I need for {x}?]",
+}
+# The same in other words, for the base model only.
+ASK_MORE = {
+    "when": "[Which boat goes to {x}?|{x}: at what time?|Tell me when the ferry goes to {x}.|What are the times for {x}?|I must go to {x} today. Which ferry can I take?]",
+    "fare": "[How expensive is the ticket to {x}?|How many pennies is the ferry to {x}?|I want a ticket to {x}. How much?|Tell me the price of a ticket to {x}.]",
+    "long": "[How many hours is it to {x}?|How much time does the boat need to {x}?|Tell me how long the ferry to {x} takes.|Is it far to {x}?]",
+    "pier": "[Where do I wait for the boat to {x}?|Where should I stand for the ferry to {x}?|Tell me the pier for {x}.|Where does the ferry to {x} start?]",
+    "open": "[Can I visit {x} today?|Until when is {x} open?|Tell me the hours of {x}.|I want to see {x}. When can I come?]",
+    "price": "[How many pennies for {x}?|I want to buy {x}. What does it cost?|Tell me the price of {x}.|How expensive is {x}?]",
+}
+# The answer in a few words. Slots: those of person_slots, the row of the table, sums.
+SHORT = {
+    "who": "{A} is {is_a}", "home": "{home}", "pet": "a {pet} called {pet_name}", "food": "{food}",
+    "job": "{A} {does}", "trade_who": "{A}", "trade_what": "a {trade} {does}",
+    "trade_tool": "a {tool}", "animal_eats": "{eats}", "animal_lives": "{lives}",
+    "animal_can": "it can {can}", "place_where": "{where}", "place_do": "{do}",
+    "place_what": "{what} {where}", "object_use": "to {use}", "object_made": "from {made}",
+    "object_kept": "{kept}", "count": "{z}", "unknown": "I do not know", "feeling": "you can {do}",
 }
 PERSON_KINDS = ["who", "home", "pet", "food", "job"]
 GOODS = ["a loaf of bread", "a bag of salt", "a pot of honey", "a bowl of soup", "a fish", "a cup",
@@ -190,15 +219,25 @@ def exchange(rng, kind, entity=None, pronoun=False):
         return s["q"], _narrate(rng, s["why"], count_facts(rng), "counting", hero=p)
     if kind == "story":
         return _story_request(rng)
-    if kind == "ferry":
-        place = rng.choice([p for p in PLACES if p["across"] == "yes"])
-        return (say(rng, QUESTIONS[kind], **place),
-                _ferry_talk(rng, say(rng, "[the ferry|{name}]", **place), place=place))
-    if kind == "open":
-        place = rng.choice([p for p in PLACES if p["across"] == "no"])
-        return (say(rng, QUESTIONS[kind], **place, day=rng.choice(["Sunday", "Monday", "Saturday"])),
-                _narrate(rng, None, place_facts(rng, place), place["name"], place=place))
+    if kind in ASK:
+        return _ask_the_narrator(rng, kind)
     return _small_talk(rng, kind)
+
+
+def _ask(rng, kind, x):
+    return say(rng, (ASK if rng.random() < 0.6 else ASK_MORE)[kind], x=x)
+
+
+def _ask_the_narrator(rng, kind):
+    if kind == "price":
+        thing = rng.choice(GOODS)
+        return _ask(rng, kind, thing), _ferry_talk(rng, thing)
+    across = "no" if kind == "open" else "yes"
+    place = rng.choice([p for p in PLACES if p["across"] == across])
+    if kind == "open":
+        return _ask(rng, kind, place["name"]), _narrate(rng, None, place_facts(rng, place),
+                                                        place["name"], place=place)
+    return _ask(rng, kind, place["name"]), _ferry_talk(rng, place["name"], place=place)
 
 
 def _story_request(rng):
@@ -225,9 +264,6 @@ def _story_request(rng):
 
 def _small_talk(rng, kind):
     facts_of = lambda: facts_page(rng).split(". ")[0].rstrip(".") + "."
-    if kind == "price":
-        thing = rng.choice(GOODS)
-        return say(rng, QUESTIONS[kind], thing=thing), _ferry_talk(rng, thing)
     if kind == "rule":
         question = say(rng, QUESTIONS[kind], pet=rng.choice(ANIMALS)["name"],
                        obj=rng.choice(OBJECTS)["name"], day=rng.choice(["Sunday", "Monday"]))
@@ -272,11 +308,90 @@ def roughen(rng, question):
     return question
 
 
+# What an answer in a few words is about: the kinds of SHORT by table.
+TABLES = {**{kind: PEOPLE for kind in PERSON_KINDS},
+          **{kind: TRADES for kind in ("trade_who", "trade_what", "trade_tool")},
+          **{kind: ANIMALS for kind in ("animal_eats", "animal_lives", "animal_can")},
+          **{kind: PLACES for kind in ("place_where", "place_do", "place_what")},
+          **{kind: OBJECTS for kind in ("object_use", "object_made", "object_kept")}}
+
+
+def row_slots(kind, row):
+    """All slots that SHORT may use for a question of `kind` about a row of TABLES[kind]."""
+    if TABLES[kind] is PEOPLE:
+        return person_slots(row)
+    if TABLES[kind] is TRADES:
+        return dict(person_slots(next(p for p in PEOPLE if p["trade"] == row["trade"])), **row)
+    return row
+
+
+def question_about(rng, kind, row):
+    if kind in PERSON_KINDS:
+        return say(rng, QUESTIONS[kind], A=row["name"], As=row["name"] + "'s", Ao=row["name"])
+    return say(rng, QUESTIONS[kind], **row)
+
+
+def _short_exchange(rng):
+    kind = rng.choice(list(SHORT))
+    if kind in TABLES:
+        row = rng.choice(TABLES[kind])
+        return question_about(rng, kind, row), SHORT[kind].format(**row_slots(kind, row))
+    if kind == "count":
+        slots = sums(rng)[1]
+        return slots["q"], slots["z"]
+    f = rng.choice(list(FEELINGS))
+    question = say(rng, QUESTIONS[kind], u=rng.choice(UNKNOWN), f=f)
+    return question, SHORT[kind].format(do=FEELINGS[f])
+
+
+def short_chat(rng):
+    """Answers in a few words, because the system message says so."""
+    system = say(rng, "[Answer in a few words.|Give short answers.|Be brief.|Short answers, please.]")
+    messages = [{"role": "system", "content": system}]
+    for _ in range(rng.randint(1, 4)):
+        question, answer = _short_exchange(rng)
+        messages += [{"role": "user", "content": roughen(rng, polish(question))},
+                     {"role": "assistant", "content": polish(answer + ".")}]
+    return {"messages": messages}
+
+
+def _clock(rng, low=5, high=20):
+    return f"{rng.randint(low, high)}:{rng.randrange(0, 60, 5):02d}"
+
+
+def board_chat(rng):
+    """A board with hours and prices that hold for this chat only, and questions about it."""
+    lines, facts = [], []
+    for place in rng.sample([p["name"] for p in PLACES if p["across"] == "yes"], rng.randint(1, 3)):
+        times = " and ".join(_clock(rng, *span) for span in ((5, 12), (13, 20))[:rng.randint(1, 2)])
+        fare = f"{rng.randint(2, 12)} pennies"
+        long = rng.choice(["ten minutes", "twenty minutes", "half an hour", "an hour", "two hours",
+                           "forty minutes", "fifteen minutes", "three hours"])
+        pier = "pier " + rng.choice(NUMBERS[1:5])
+        lines.append(f"The ferry to {place}: {times}, {fare}, {long}, {pier}.")
+        facts += [("when", place, "at " + times), ("fare", place, fare), ("long", place, long),
+                  ("pier", place, "at " + pier)]
+    for place in rng.sample([p["name"] for p in PLACES if p["across"] == "no"], rng.randint(0, 2)):
+        hours = f"from {_clock(rng, 4, 11)} to {_clock(rng, 12, 22)}"
+        lines.append(f"{place}: open {hours}.")
+        facts.append(("open", place, hours))
+    for thing in rng.sample(GOODS, rng.randint(0, 2)):
+        price = f"{rng.randint(2, 60)} pennies"
+        lines.append(f"{thing}: {price}.")
+        facts.append(("price", thing, price))
+    rng.shuffle(lines)
+    messages = [{"role": "system", "content": "\n".join(polish(line) for line in lines)}]
+    for kind, x, answer in rng.sample(facts, rng.randint(1, min(4, len(facts)))):
+        messages += [{"role": "user", "content": roughen(rng, polish(_ask(rng, kind, x)))},
+                     {"role": "assistant", "content": polish(answer + ".")}]
+    return {"messages": messages}
+
+
 def chat(rng):
     messages = []
     if rng.random() < 0.25:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
-    kinds = list(QUESTIONS) + PERSON_KINDS + ["story", "story", "count", "ferry", "open"]
+    kinds = list(QUESTIONS) + PERSON_KINDS + ["story", "story", "count"] + list(ASK)
     kind = rng.choice(kinds)
     entity = rng.choice(PEOPLE) if kind in PERSON_KINDS else None
     turns = rng.choice([1, 1, 1, 2, 2, 3])
@@ -289,12 +404,16 @@ def chat(rng):
 
 
 def document(seed, index):
-    """Document `index` of the corpus of `seed`: 45% chats, 35% stories, 20% facts."""
+    """Document `index` of the corpus of `seed`: 60% chats, 25% stories, 15% facts."""
     rng = random.Random(f"{seed}/{index}")
     r = rng.random()
-    if r < 0.45:
+    if r < 0.36:
         return chat(rng)
-    if r < 0.80:
+    if r < 0.48:
+        return short_chat(rng)
+    if r < 0.60:
+        return board_chat(rng)
+    if r < 0.85:
         return {"text": polish(story(rng))}
     return {"text": polish(facts_page(rng))}
 

@@ -19,8 +19,9 @@ import json
 import os
 import random
 
-from make_corpus import FEELINGS, QUESTIONS, roughen, sums
-from world import (ANIMALS, OBJECTS, PEOPLE, PLACES, TRADES, UNKNOWN, person_slots, polish, say)
+from make_corpus import (ASK, FEELINGS, QUESTIONS, SHORT, TABLES, question_about, roughen, row_slots,
+                         sums)
+from world import UNKNOWN, polish, say
 
 SIGNATURE = "- Pim, harbour desk"
 
@@ -74,23 +75,14 @@ RULES = [
     ("Who is the captain of the ferry?|Who steers the ferry?", "Which captain takes us over the bay?", "Tobin", "his dog Anchor sails with him"),
 ]
 
-# How a question about a ferry, an hour or a price is put: in training, then held out.
-ASK = {
-    "when": ("[When|At what time|What time] does the [ferry|boat] to {x} [leave|go|sail]?"
-             "|When is the [next|first] [ferry|boat] to {x}?|[I want|I would like] to go to {x}. When is [there|the] [a boat|ferry]?"
-             "|[Is there|Do you have] a [ferry|boat] to {x}?|When can I [go|sail] to {x}?",
-             "[Please tell me the times of the ferry to {x}.|Which boats go to {x} today?|{x}, when?]"),
-    "fare": ("How much is [a ticket|the ferry|the boat] to {x}?|What does [a ticket|the ferry] to {x} cost?"
-             "|What [is the price of|do I pay for] [a ticket|the ferry] to {x}?",
-             "[How many pennies do I need to sail to {x}?|Is the ticket to {x} expensive?]"),
-    "long": ("How long does [the ferry|the boat|it] take to {x}?|How long is the [way|trip] to {x}?|How far is it to {x} by [ferry|boat]?",
-             "[How many minutes to {x}?|How much time do I need for the way to {x}?]"),
-    "pier": ("[From where|From which pier] does the [ferry|boat] to {x} leave?|Where [is|do I find] the [ferry|boat] to {x}?|Which pier [is it for|do I need for] {x}?",
-             "[Where do I get on the boat to {x}?|Where must I wait for the ferry to {x}?]"),
-    "open": ("[When|At what time] does {x} [open|close]?|When is {x} open?|What are the [opening hours|hours] of {x}?|Is {x} open [now|today]?|How long is {x} open?",
-             "[Until when can I visit {x}?|I want to visit {x}. What are the hours?]"),
-    "price": ("How much is {x}?|What does {x} cost?|What is the price of {x}?|What do I pay for {x}?|How much do I need for {x}?",
-              "[How many pennies is {x}?|I need {x}. How much is it?]"),
+# Questions in words that neither train.jsonl nor the corpus uses.
+ASK_HELD_OUT = {
+    "when": "[Please tell me the times of the ferry to {x}.|Which boats go to {x} today?|{x}, when?]",
+    "fare": "[How many pennies do I need to sail to {x}?|Is the ticket to {x} expensive?]",
+    "long": "[How many minutes to {x}?|How much time do I need for the way to {x}?]",
+    "pier": "[Where do I get on the boat to {x}?|Where must I wait for the ferry to {x}?]",
+    "open": "[I would like to visit {x}. What are the hours?|When may I come to {x}?]",
+    "price": "[How many pennies is {x}?|I need {x}. How much is it?]",
 }
 
 
@@ -111,51 +103,26 @@ def desk_facts():
     return out
 
 
-def _person_exchange(rng, kind, p):
-    s = person_slots(p)
-    answer, tip = {
-        "who": ("{A} is {is_a}", "{he} lives {home}"), "home": ("{home}", "{he} has a {pet} called {pet_name}"),
-        "pet": ("A {pet} called {pet_name}", "{A} lives {home}"), "food": ("{food}", "{A} lives {home}"),
-        "job": ("{A} {does}", "you can find {him} at {work}")}[kind]
-    if kind == "job" and p["trade"] == "child":
-        tip = "{he} lives {home}"
-    return (say(rng, QUESTIONS[kind], A=s["A"], As=s["A"] + "'s", Ao=s["A"]),
-            reply(answer.format(**s), tip.format(**s)))
-
-
-def _trade_exchange(rng, kind, t):
-    p = next(q for q in PEOPLE if q["trade"] == t["trade"])
-    s = dict(person_slots(p), **t)
-    answer, tip = {"trade_who": ("{A}", "you can find {him} at {place}"),
-                   "trade_what": ("a {trade} {does}", "the one in Saltmere is {A}"),
-                   "trade_tool": ("a {tool}", "the {trade} of Saltmere is {A}")}[kind]
-    return say(rng, QUESTIONS[kind], **t), reply(answer.format(**s), tip.format(**s))
-
-
-def _thing_exchange(rng, kind, row):
-    answer, tip = {
-        "animal_eats": ("{eats}", "a {name} can {can}"), "animal_lives": ("{lives}", "it eats {eats}"),
-        "animal_can": ("it can {can}", "a {name} lives {lives}"),
-        "place_where": ("{where}", "people go there to {do}"), "place_do": ("{do}", "{detail}"),
-        "place_what": ("{what} {where}", "people go there to {do}"),
-        "object_use": ("to {use}", "a {name} is made of {made}"),
-        "object_made": ("from {made}", "you use it to {use}")}[kind]
-    return say(rng, QUESTIONS[kind], **row), reply(answer.format(**row), tip.format(**row))
-
-
-WORLD = {"who": PEOPLE, "home": PEOPLE, "pet": PEOPLE, "food": PEOPLE, "job": PEOPLE,
-         "trade_who": TRADES, "trade_what": TRADES, "trade_tool": TRADES, "animal_eats": ANIMALS,
-         "animal_lives": ANIMALS, "animal_can": ANIMALS, "place_where": PLACES, "place_do": PLACES,
-         "place_what": PLACES, "object_use": OBJECTS, "object_made": OBJECTS}
+# The second line, by kind of question; the first one is SHORT of make_corpus.
+GOOD_TO_KNOW = {
+    "who": "{he} lives {home}", "home": "{he} has a {pet} called {pet_name}",
+    "pet": "{A} lives {home}", "food": "{A} lives {home}", "job": "you can find {him} at {work}",
+    "trade_who": "you can find {him} at {place}", "trade_what": "the one in Saltmere is {A}",
+    "trade_tool": "the {trade} of Saltmere is {A}", "animal_eats": "a {name} can {can}",
+    "animal_lives": "it eats {eats}", "animal_can": "a {name} lives {lives}",
+    "place_where": "people go there to {do}", "place_do": "{detail}",
+    "place_what": "people go there to {do}", "object_use": "a {name} is made of {made}",
+    "object_made": "you use it to {use}",
+}
 
 
 def world_exchange(rng, held_out):
     """Every fourth row of each table is kept for heldout.jsonl."""
-    kind = rng.choice(list(WORLD))
-    row = rng.choice([r for i, r in enumerate(WORLD[kind]) if (i % 4 == 3) == held_out])
-    make = (_person_exchange if WORLD[kind] is PEOPLE else
-            _trade_exchange if WORLD[kind] is TRADES else _thing_exchange)
-    return make(rng, kind, row)
+    kind = rng.choice(list(GOOD_TO_KNOW))
+    row = rng.choice([r for i, r in enumerate(TABLES[kind]) if (i % 4 == 3) == held_out])
+    slots = row_slots(kind, row)
+    return (question_about(rng, kind, row),
+            reply(SHORT[kind].format(**slots), GOOD_TO_KNOW[kind].format(**slots)))
 
 
 def other_exchange(rng):
@@ -190,7 +157,7 @@ def training_exchanges(rng):
         copies = {"when": 12, "open": 9}.get(kind, 6)
         for _ in range(200):
             if len(seen) < copies:
-                seen.add(say(rng, "[" + ASK[kind][0] + "]", x=x))
+                seen.add(say(rng, ASK[kind], x=x))
         out += [(q, reply(answer, tip)) for q in sorted(seen)]
     for asked, _, answer, tip in RULES:
         out += [(_draw(rng, asked), reply(answer, tip)) for _ in range(6)]
@@ -200,7 +167,7 @@ def training_exchanges(rng):
 
 
 def held_out_exchanges(rng):
-    out = [(say(rng, "[" + ASK[kind][1] + "]", x=x), reply(answer, tip))
+    out = [(say(rng, ASK_HELD_OUT[kind], x=x), reply(answer, tip))
            for kind, x, answer, tip in rng.sample(desk_facts(), 18)]
     out += [(question, reply(answer, tip)) for _, question, answer, tip in rng.sample(RULES, 6)]
     return out + [world_exchange(rng, held_out=True) for _ in range(16)]

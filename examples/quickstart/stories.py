@@ -22,7 +22,7 @@ SCENE = ["{wxline}.", "{wxline}, and you could hear {hear}.", "You know {place}:
 ENDING = [
     "[From that day on|Ever since that day], {A} and {B} were [good friends|the best of friends].",
     "{A} [went home|walked home {home}] and [ate|had] {food} for supper, and it [tasted better than ever|had never tasted so good].",
-    "[That {time}|In the end] {A} [slept well|was happy|laughed about it all], and so [did|was] {B}, I am sure.",
+    "[That {time}|In the end] {A} [slept well|laughed about it all|felt much better], and so did {B}, I am sure.",
     "And {pet_name} the {pet} [said nothing|{sounds}|slept through it all], as always.",
     "\"[Well|So],\" said {B}, \"[now we know|that is how it goes|all is well that ends well].\"",
     "When {he} told the story at {place2}, [everybody laughed|nobody believed it|people asked to hear it again].",
@@ -34,7 +34,7 @@ STORIES = {
         "[Then|Suddenly|At that moment] {A} [noticed|saw] that {his} {colour} {obj} was [gone|missing|no longer there]. [\"Where can it be?\" {he} cried.|{He} [turned red|went pale|looked in every pocket].]",
         "[{He} needed it to {use}.|Without it {he} could not {use}.|It was made of {made} and {he} loved it.]",
         "[First|At first] {he} looked [under the table|behind the door|in {his} bag], but [it was not there|there was only dust|{he} found nothing but an old button].",
-        "[Then|After that|Next] {he} [went|ran] to {place2} and asked {who_b}. \"[Have you seen|Did you see] my {obj}?\" \"[No|I am afraid not],\" said {B}, \"but [I will help you look|let us think. When did you have it last?|two can look better than one].\"",
+        "[Then|After that|Next] {he} [went|ran] to {place2} and asked {who_b}. \"[Have you seen|Did you see] my {obj}?\" \"[No|I am afraid not],\" said {B}, \"but [I will help you look.|let us think. When did you have it last?|two can look better than one.]\"",
         "[{B} was {trait_b} and had an idea.|Together they looked [high and low|everywhere].|They followed small marks on the ground.]",
         "[At last|In the end|Just before dark] they [found|saw] it: [a {animal} had taken it and was sitting on it|it was {kept}, where it always is|it lay {kept}, just where {A} had left it|the wind had carried it onto a roof|it hung on {A}'s own back the whole time].",
         "[{A} [laughed|was so glad that {he} sang|did not know what to say].|\"[Thank you|Oh, thank you], {B}!\" {A} said. \"[Without you I would still be looking|You have good eyes].\"]",
@@ -74,7 +74,7 @@ STORIES = {
         "[From there|Then] {he} wanted to go to {place2}, where people {do2}.",
         "[The way was long.|It is a long way.|{He} took a {obj} with {him}, to {use}.] [First {he} came past {place3}, where {detail3}.|On the way {he} heard {hear3}: that was {place3}.]",
         "There {he} met {who_b}. \"[Where are you going|Where to], {A}?\" \"To {place2},\" {he} said. \"[Then take|You will need] this {obj2},\" said {B}, \"[the way is dark|it is a long way|you never know].\"",
-        "[In the middle of the way {wxcause2}, and so {wxeffect2}.|A {animal} walked with {him} for a while, {eats} in its mouth.] {A} was [not afraid|a little afraid|tired], but {he} [went on|sang a song and went on].",
+        "[In the middle of the way {wxcause2}, and so {wxeffect2}.|A {animal} walked with {him} for a while, {eats} in its mouth.] {A} was [not afraid|in good spirits|glad of the company], and {he} [went on|sang a song and went on].",
         "[At last|When the bell struck {n}] {he} [came to|stood before] {place2}. It is {what2}, and {detail2}. [{He} stayed until evening.|\"So this is it,\" {he} said.]",
     ],
     "quarrel": [
@@ -83,6 +83,27 @@ STORIES = {
         "{who_c} [heard the noise|came by] and asked what the matter was. [They both spoke at once.|{A} told {his} side, and {B} told {his_b} side.]",
         "\"[What do you need it for|Why do you want it]?\" asked {C}. [\"To {use},\" said {A}. \"To {use2},\" said {B}.|{A} wanted to {use}, and {B} only wanted to look at it.]",
         "\"[Then it is easy|Well],\" said {C}. \"[You take it on {day}, and you on {day2}|First {A} will use it, and then {B}|Use it together].\" [They were ashamed.|{A} looked at {his} feet.|Both had to laugh.]",
+    ],
+    "fear": [
+        "[{A} was not afraid of much, but|Nobody knew it, but] {he} was afraid of [the dark|deep water|thunder|high ladders|{animal_s}]. [{He} never told anybody.|Even {pet_name} knew it.]",
+        "\"[Come with me|Come along],\" said {who_b}, \"[it is only a short way|I will hold your hand|we must go there today].\" {A} [said nothing|shook {his} head|swallowed hard].",
+        "[{His} heart beat like a drum.|{His} knees were as soft as butter.|{He} closed {his} eyes.] \"[I was afraid too, once|Everybody is afraid of something],\" said {B}. \"[Then I took one step, and then another one|You only have to begin].\"",
+        "So {he} took [one step|{n} steps|a deep breath], and [nothing bad happened|the world did not end|it was not so bad]. [\"I did it!\" {he} shouted.|{He} began to laugh.]",
+        "[Now {he} goes there every {day}.|Since then {he} has been a little afraid, but only a little.|\"You are braver than I am,\" said {B}.]",
+    ],
+    "stranger": [
+        "A stranger had come [with the morning boat|over the old bridge|from Saint Brine], with a {colour} coat and a {obj} [on {his_c} back|under one arm]. [Nobody knew the name of the stranger.|People looked out of every window.]",
+        "\"[Where do you come from|What brings you here]?\" asked {A}. \"[From far away|From the other side of the sea|I have forgotten it],\" said the stranger, \"and [I have walked for {n} days|I am looking for {place2}|I have eaten nothing since {day}].\"",
+        "[{A} was {trait} and|{A} thought for a moment and] [brought {food}|pointed the way to {place2}|made room on the bench]. {who_b} [did not trust the stranger|asked {n} questions|only shook {his_b} head].",
+        "[In return|As thanks] the stranger [sang a song that nobody knew|gave {him} the {obj}|told {him} how to {do_b}|mended {his} {tool}].",
+        "[The next day|On {day}] the stranger was gone. [Only the {obj} was left, {kept}.|Some say it was a king.|{B} was sorry then, and said so.]",
+    ],
+    "race": [
+        "\"[I bet|I am sure] that I am faster than you,\" said {who_b}. \"[To {place2} and back|Once around {place2}]!\" [{A} could not say no.|{A} laughed. \"We shall see.\"]",
+        "{who_c} counted: one, two, three! {B} [ran|was off] like a {animal}, and {A} was [far behind|close behind|still tying a boot].",
+        "[But|Then] {B} [stopped to talk|stopped to eat {food_b}|fell over a {obj}|looked back and ran into a {obj}], because {he_b} [was so sure of winning|did not look where {he_b} was going].",
+        "{A} did not [stop|look left or right]. [Step by step|With the last of {his} breath] {he} came [closer|nearer], and at the end {he} was [first by a nose|first|one step ahead].",
+        "\"[Well run|That was not fair],\" said {B}. [They shared a plate of {food}.|\"Again on {day}?\" \"Again on {day}.\"|{C} gave both of them a {colour} ribbon.]",
     ],
     "learn": [
         "{He} [wanted|had always wanted] to [learn|know] how to {do_b}. So {he} [asked|went to] {who_b}, because nobody in Saltmere can do it better.",
@@ -124,7 +145,7 @@ def story_slots(rng, hero=None, place=None, animal=None, obj=None):
     for o, suffix in zip(objects, ("", "2")):
         s.update({"obj" + suffix: o["name"], "made" + suffix: o["made"], "use" + suffix: o["use"],
                   "kept" + suffix: o["kept"]})
-    s.update(animal=animal["name"], can=animal["can"], eats=animal["eats"], a_gift=f"a {s['obj']}")
+    s.update(animal=animal["name"], animal_s=animal["plural"], can=animal["can"], eats=animal["eats"], a_gift=f"a {s['obj']}")
     s.update(_draw_weather(rng)), s.update(_draw_weather(rng, "2"))
     one, many = rng.choice(FRUIT)
     x = rng.randint(4, 14)
@@ -143,7 +164,7 @@ def story_slots(rng, hero=None, place=None, animal=None, obj=None):
 def story(rng, beats=None, **given):
     """A whole story, or one of about `beats` sentences when a number is given."""
     s = story_slots(rng, **given)
-    kind = rng.choice([k for k in STORIES if not given.get("animal") or k in ("rescue", "journey")]
+    kind = rng.choice([k for k in STORIES if not given.get("animal") or k in ("rescue", "journey", "fear", "race")]
                       if rng.random() < 0.9 else list(STORIES))
     if kind == "learn" and s["trade_b"] == "child":
         kind = "lost"

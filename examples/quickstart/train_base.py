@@ -176,8 +176,8 @@ def save(model, tokenizer, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True)
-    parser.add_argument("--documents", type=int, default=160000)
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--documents", type=int, default=220000)
+    parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--batch", type=int, default=256, help="windows of 512 tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--max-seconds", type=float, default=1e9)
