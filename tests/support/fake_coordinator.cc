@@ -230,6 +230,8 @@ FakeCoordinator::FakeCoordinator(const std::string& socket, std::shared_ptr<Fake
       artifacts_(std::make_unique<Artifacts>(store_)) {
   grpc::ServerBuilder builder;
   builder.AddListeningPort(absl::StrCat("unix:", socket), grpc::InsecureServerCredentials());
+  // Shutdown waits for as long as an idle poller sleeps.
+  builder.SetSyncServerOption(grpc::ServerBuilder::CQ_TIMEOUT_MSEC, 50);
   builder.RegisterService(worker_.get());
   builder.RegisterService(artifacts_.get());
   server_ = builder.BuildAndStart();
