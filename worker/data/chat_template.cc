@@ -70,10 +70,11 @@ absl::StatusOr<ChatTemplate> ChatTemplate::Load(const std::string& directory) {
 
 absl::StatusOr<ChatTemplate> ChatTemplate::FromConfig(const TokenizerConfig& config) {
   if (config.chat_templates.empty()) {
-    return absl::NotFoundError(absl::StrCat(
-        config.source, " has no chat template: neither chat_template.jinja nor \"chat_template\" in "
-                       "tokenizer_config.json. Base models often have none; take the instruct "
-                       "model's, or train on prompt/completion lines."));
+    return absl::NotFoundError(
+        absl::StrCat(config.source,
+                     " has no chat template: neither chat_template.jinja nor \"chat_template\" in "
+                     "tokenizer_config.json. Base models often have none; take the instruct "
+                     "model's, or train on prompt/completion lines."));
   }
   ChatTemplate result;
   result.special_tokens_ = config.special_tokens;

@@ -28,8 +28,7 @@ absl::Status ReadTokens(const JsonField& root, std::map<std::string, std::string
     const JsonField field = root.Get(role);
     if (!field.has_value() || tokens->count(std::string(role)) > 0) continue;
     const bool is_object = field.json()->is_object();
-    absl::StatusOr<std::string> text =
-        is_object ? field.Get("content").String() : field.String();
+    absl::StatusOr<std::string> text = is_object ? field.Get("content").String() : field.String();
     if (!text.ok()) return text.status();
     tokens->emplace(role, *std::move(text));
   }
@@ -83,9 +82,8 @@ absl::Status ReadTemplateDirectory(const std::string& path,
   }
   closedir(directory);
   for (const std::string& name : names) {
-    absl::Status status = ReadTemplateFile(absl::StrCat(path, "/", name),
-                                           std::string(absl::StripSuffix(name, ".jinja")),
-                                           templates);
+    absl::Status status = ReadTemplateFile(
+        absl::StrCat(path, "/", name), std::string(absl::StripSuffix(name, ".jinja")), templates);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -120,8 +118,8 @@ absl::StatusOr<TokenizerConfig> TokenizerConfig::Load(const std::string& directo
     absl::Status status = ReadTemplateFile(template_path, "default", &config.chat_templates);
     if (!status.ok()) return status;
   }
-  absl::Status status = ReadTemplateDirectory(directory + "/additional_chat_templates",
-                                              &config.chat_templates);
+  absl::Status status =
+      ReadTemplateDirectory(directory + "/additional_chat_templates", &config.chat_templates);
   if (!status.ok()) return status;
   return config;
 }

@@ -124,8 +124,7 @@ void NewLine(const JsonStyle& style, int level, std::string* out) {
   for (int i = 0; i < level; ++i) out->append(style.indent);
 }
 
-absl::Status AppendJsonDict(const Dict& dict, const JsonStyle& style, int level,
-                            std::string* out) {
+absl::Status AppendJsonDict(const Dict& dict, const JsonStyle& style, int level, std::string* out) {
   std::vector<const std::pair<Value, Value>*> items;
   for (const auto& item : dict.items) items.push_back(&item);
   if (style.sort_keys) {
