@@ -29,11 +29,15 @@ OrderedJson NormalizeMessage(const OrderedJson& message) {
   OrderedJson out = OrderedJson::object();
   auto& pairs =
       static_cast<OrderedJson::object_t::Container&>(out.get_ref<OrderedJson::object_t&>());
-  const bool adds_thinking =
-      reasoning != nullptr && (!message.contains("thinking") || message["thinking"].is_null());
-  if (adds_thinking) pairs.emplace_back("thinking", *reasoning);
+  if (reasoning != nullptr) {
+    const auto it = message.find("thinking");
+    const bool own = it != message.end() && !it->is_null();
+    pairs.emplace_back("thinking", own ? *it : *reasoning);
+  }
   for (const auto& item : message.items()) {
-    if (!item.value().is_null()) pairs.emplace_back(item.key(), item.value());
+    if (!item.value().is_null() && item.key() != "thinking") {
+      pairs.emplace_back(item.key(), item.value());
+    }
   }
   if (reasoning != nullptr) out["reasoning_content"] = *reasoning;
   return out;

@@ -7,11 +7,14 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/core/check.h"
+#include "worker/data/random.h"
 #include "worker/data/unicode.h"
 #include "worker/io/line_reader.h"
 
 namespace attune {
 namespace {
+
+constexpr uint64_t kHoldOutStream = 1;  // packing.cc uses 2 and 3
 
 bool IsBlank(absl::string_view text) {
   return text.find_first_not_of(" \t\r\n\v\f") == absl::string_view::npos;
@@ -357,6 +360,30 @@ absl::StatusOr<Dataset> LoadDataset(absl::Span<const DatasetFile> files,
     if (!status.ok()) return status;
   }
   return reader.Finish(files);
+}
+
+HeldOutSplit SplitHeldOut(int64_t num_examples, double fraction, uint64_t seed) {
+  HeldOutSplit split;
+  // Of the example that is nearest to being held out, and to being trained.
+  std::pair<uint64_t, int64_t> lowest = {UINT64_MAX, -1};
+  std::pair<uint64_t, int64_t> highest = {0, -1};
+  for (int64_t i = 0; i < num_examples; ++i) {
+    const uint64_t hash = HashOf(seed, static_cast<uint64_t>(i), kHoldOutStream);
+    lowest = std::min(lowest, {hash, i});
+    highest = std::max(highest, {hash, i});
+    const double uniform = static_cast<double>(hash >> 11) * 0x1.0p-53;
+    (uniform < fraction ? split.held_out : split.train).push_back(i);
+  }
+  if (fraction > 0 && num_examples >= 2) {
+    if (split.held_out.empty()) {
+      split.held_out.push_back(lowest.second);
+      split.train.erase(std::find(split.train.begin(), split.train.end(), lowest.second));
+    } else if (split.train.empty()) {
+      split.train.push_back(highest.second);
+      split.held_out.erase(std::find(split.held_out.begin(), split.held_out.end(), highest.second));
+    }
+  }
+  return split;
 }
 
 }  // namespace attune

@@ -16,7 +16,7 @@ namespace {
 constexpr size_t kWindowExamples = 2048;
 
 // What a random stream of (seed, epoch) is for.
-enum Stream : uint64_t { kHoldOut = 1, kShuffleExamples = 2, kShufflePacks = 3 };
+enum Stream : uint64_t { kShuffleExamples = 2, kShufflePacks = 3 };
 
 template <typename T>
 void Shuffle(uint64_t seed, uint64_t epoch, Stream stream, std::vector<T>* items) {
@@ -111,30 +111,6 @@ Pack BuildPack(const Dataset& dataset, absl::Span<const int64_t> examples, int64
   }
   pack.q_begin.push_back(static_cast<int32_t>(row));
   return pack;
-}
-
-HeldOutSplit SplitHeldOut(int64_t num_examples, double fraction, uint64_t seed) {
-  HeldOutSplit split;
-  // Of the example that is nearest to being held out, and to being trained.
-  std::pair<uint64_t, int64_t> lowest = {UINT64_MAX, -1};
-  std::pair<uint64_t, int64_t> highest = {0, -1};
-  for (int64_t i = 0; i < num_examples; ++i) {
-    const uint64_t hash = HashOf(seed, static_cast<uint64_t>(i), kHoldOut);
-    lowest = std::min(lowest, {hash, i});
-    highest = std::max(highest, {hash, i});
-    const double uniform = static_cast<double>(hash >> 11) * 0x1.0p-53;
-    (uniform < fraction ? split.held_out : split.train).push_back(i);
-  }
-  if (fraction > 0 && num_examples >= 2) {
-    if (split.held_out.empty()) {
-      split.held_out.push_back(lowest.second);
-      split.train.erase(std::find(split.train.begin(), split.train.end(), lowest.second));
-    } else if (split.train.empty()) {
-      split.train.push_back(highest.second);
-      split.held_out.erase(std::find(split.held_out.begin(), split.held_out.end(), highest.second));
-    }
-  }
-  return split;
 }
 
 }  // namespace attune

@@ -167,11 +167,8 @@ std::string FloatRepr(double value) {
       std::to_chars(buffer, buffer + sizeof(buffer), value, std::chars_format::scientific);
   absl::string_view text(buffer, static_cast<size_t>(result.ptr - buffer));
   // [-]d[.ddd]e±xx, the shortest digits that give the value back.
-  std::string sign;
-  if (text.front() == '-') {
-    sign = "-";
-    text.remove_prefix(1);
-  }
+  const absl::string_view sign = text.front() == '-' ? "-" : "";
+  text.remove_prefix(sign.size());
   const size_t e = text.find('e');
   int exponent = 0;
   if (!absl::SimpleAtoi(text.substr(e + 1), &exponent)) exponent = 0;
