@@ -1,5 +1,7 @@
 #include "tests/sim/invariants.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "server/core/job_state.h"
 
@@ -18,6 +20,26 @@ std::string Invariants::AfterCommit(const std::vector<Effect>& effects) {
     const std::string broken = std::visit([this](const auto& e) { return On(e); }, effect);
     if (!broken.empty()) return broken;
   }
+  // What begins in one transaction begins whole: leases for all its devices, or none.
+  for (const auto& [epoch, parts] : begun_) {
+    size_t devices = 0;
+    for (const auto& [worker, lease] : parts) devices += lease.devices.size();
+    const auto world = static_cast<size_t>(parts.begin()->second.world_size);
+    if (devices != world) {
+      return absl::StrCat("epoch ", epoch, " begins with ", devices, " of ", world, " devices");
+    }
+  }
+  begun_.clear();
+  return "";
+}
+
+std::string Invariants::On(const PutLease& effect) {
+  const LeaseRecord& lease = effect.record;
+  if (lease.kind != v1::LEASE_KIND_TRAIN) return "";
+  if (lease.epoch > newest_epoch_ || begun_.count(lease.epoch) != 0) {
+    newest_epoch_ = std::max(newest_epoch_, lease.epoch);
+    begun_[lease.epoch][lease.worker] = lease;
+  }
   return "";
 }
 
@@ -30,6 +52,11 @@ std::string Invariants::On(const PutJob& effect) {
   if (job.state() != truth.state) {
     return absl::StrCat(job.name(), " is ", StateLabel(job.state()), " but its last event says ",
                         StateLabel(truth.state));
+  }
+  if (job.attempts_size() > 0) {
+    const int64_t epoch = job.attempts().rbegin()->epoch();
+    if (epoch < truth.epoch) return absl::StrCat(job.name(), ": the epoch fell");
+    truth.epoch = epoch;
   }
   if (job.state() == v1::JOB_STATE_SUCCEEDED) {
     const int64_t total = job.spec().schedule().steps();
@@ -133,8 +160,6 @@ std::string Invariants::Removed(const std::string& artifact) const {
 
 std::string Invariants::OfState(const Coordinator& coordinator) {
   std::set<std::pair<std::string, std::string>> leased;
-  std::map<int64_t, int32_t> ranks;  // by epoch
-  std::map<int64_t, int32_t> world;
   for (const LeaseRecord& lease : coordinator.LiveLeases()) {
     for (const std::string& device : lease.devices) {
       if (!leased.insert({lease.worker, device}).second) {
@@ -156,12 +181,7 @@ std::string Invariants::OfState(const Coordinator& coordinator) {
       return absl::StrCat(job.name(), " is ", StateLabel(job.state()), " and holds ", holds,
                           " devices, not ", wants);
     }
-    JobTruth& truth = jobs_[job.name()];
-    if (job.attempts_size() > 0) {
-      const int64_t epoch = job.attempts().rbegin()->epoch();
-      if (epoch < truth.epoch) return absl::StrCat(job.name(), ": the epoch fell");
-      truth.epoch = epoch;
-    }
+    const JobTruth& truth = jobs_[job.name()];
     if (job.state() != truth.state) {
       return absl::StrCat(job.name(), " is ", StateLabel(job.state()), ", last event says ",
                           StateLabel(truth.state));

@@ -40,6 +40,7 @@ class Invariants {
   };
 
   std::string On(const PutJob& effect);
+  std::string On(const PutLease& effect);
   std::string On(const AppendEvent& effect);
   std::string On(const AppendMetrics& effect);
   std::string On(const AppendLog& effect);
@@ -53,6 +54,8 @@ class Invariants {
   std::string NextRevision(int64_t revision);
 
   int64_t revision_ = 0;
+  int64_t newest_epoch_ = 0;
+  std::map<int64_t, std::map<std::string, LeaseRecord>> begun_;  // in this commit
   std::map<std::string, JobTruth> jobs_;
   std::set<std::string> acknowledged_;
 };

@@ -36,9 +36,9 @@ void SimAgent::Report(Held* held, v1::Report report) {
   held->unacknowledged.push_back(std::move(report));
 }
 
-void SimAgent::Kill(Held* held, Ground* ground) {
+void SimAgent::Kill(Held* held) {
   if (held->loaded) {
-    Gang& gang = ground->gangs[held->lease.epoch()];
+    Gang& gang = ground_->gangs[held->lease.epoch()];
     gang.loaded.erase(name_);
     gang.loaded_ranks -= held->lease.devices_size();
   }
@@ -47,9 +47,9 @@ void SimAgent::Kill(Held* held, Ground* ground) {
   held->uploading.clear();
 }
 
-void SimAgent::End(Held* held, v1::LeaseOutcome outcome, v1::FailureCause cause, Ground* ground) {
+void SimAgent::End(Held* held, v1::LeaseOutcome outcome, v1::FailureCause cause) {
   if (held->ended) return;
-  Kill(held, ground);
+  Kill(held);
   v1::Report report;
   report.mutable_ended()->set_outcome(outcome);
   report.mutable_ended()->set_cause(cause);
@@ -78,7 +78,7 @@ void SimAgent::OnMessage(const v1::CoordinatorMessage& message, absl::Time now, 
   if (message.has_stale()) {
     const auto it = held_.find(message.stale().epoch());
     if (it == held_.end()) return;
-    Kill(&it->second, ground_);
+    Kill(&it->second);
     held_.erase(it);
     return;
   }
@@ -105,29 +105,28 @@ void SimAgent::OnMessage(const v1::CoordinatorMessage& message, absl::Time now, 
   }
 }
 
-void SimAgent::Advance(absl::Time now, Ground* ground, Random* random) {
-  ground_ = ground;
+void SimAgent::Advance(absl::Time now, Random* random) {
   if (!up_) return;
   for (auto& [epoch, held] : held_) {
     if (held.ended) continue;
     FinishUploads(&held, now, /*all=*/false);
     if (held.stop == v1::STOP_MODE_KILL) {
-      End(&held, v1::LEASE_OUTCOME_STOPPED, v1::FAILURE_CAUSE_UNSPECIFIED, ground);
+      End(&held, v1::LEASE_OUTCOME_STOPPED, v1::FAILURE_CAUSE_UNSPECIFIED);
     } else if (now < held.busy_until) {
       continue;
     } else if (!Trains(held.lease)) {
-      Validate(&held, ground, random);
+      Validate(&held, random);
     } else if (!held.loaded) {
-      Load(&held, now, ground, random);
+      Load(&held, now, random);
     } else {
-      Train(&held, now, ground, random);
+      Train(&held, now, random);
     }
   }
 }
 
-void SimAgent::Validate(Held* held, Ground* ground, Random* random) {
+void SimAgent::Validate(Held* held, Random* random) {
   if (OneIn(random, 20)) {
-    End(held, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_TRAINER_CRASH, ground);
+    End(held, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_TRAINER_CRASH);
     return;
   }
   v1::Report report;
@@ -139,11 +138,11 @@ void SimAgent::Validate(Held* held, Ground* ground, Random* random) {
     report.mutable_validation()->set_total_steps(TotalSteps(held->lease));
   }
   Report(held, std::move(report));
-  End(held, v1::LEASE_OUTCOME_COMPLETED, v1::FAILURE_CAUSE_UNSPECIFIED, ground);
+  End(held, v1::LEASE_OUTCOME_COMPLETED, v1::FAILURE_CAUSE_UNSPECIFIED);
 }
 
 // Parts of a gang meet through the coordinator's rendezvous, as the real ones do.
-void SimAgent::Load(Held* held, absl::Time now, Ground* ground, Random* random) {
+void SimAgent::Load(Held* held, absl::Time now, Random* random) {
   const v1::Lease& lease = held->lease;
   if (lease.devices_size() < lease.world_size() && !held->found_peer) {
     if (held->asked_peer) return;
@@ -161,7 +160,7 @@ void SimAgent::Load(Held* held, absl::Time now, Ground* ground, Random* random) 
     outgoing_.push_back(message);
     return;
   }
-  Gang& gang = ground->gangs[lease.epoch()];
+  Gang& gang = ground_->gangs[lease.epoch()];
   gang.world_size = lease.world_size();
   gang.step = lease.checkpoint_step();
   gang.loaded.insert(name_);
@@ -174,40 +173,40 @@ void SimAgent::Load(Held* held, absl::Time now, Ground* ground, Random* random) 
   Report(held, std::move(report));
 }
 
-void SimAgent::Train(Held* held, absl::Time now, Ground* ground, Random* random) {
+void SimAgent::Train(Held* held, absl::Time now, Random* random) {
   const v1::Lease& lease = held->lease;
-  Gang& gang = ground->gangs[lease.epoch()];
+  Gang& gang = ground_->gangs[lease.epoch()];
   const bool done = gang.step >= TotalSteps(lease);
   if (lease.first_rank() != 0 && done) {
-    End(held, v1::LEASE_OUTCOME_COMPLETED, v1::FAILURE_CAUSE_UNSPECIFIED, ground);
+    End(held, v1::LEASE_OUTCOME_COMPLETED, v1::FAILURE_CAUSE_UNSPECIFIED);
     return;
   }
   if (lease.first_rank() != 0 && held->stop == v1::STOP_MODE_CHECKPOINT) {
-    End(held, v1::LEASE_OUTCOME_STOPPED, v1::FAILURE_CAUSE_UNSPECIFIED, ground);
+    End(held, v1::LEASE_OUTCOME_STOPPED, v1::FAILURE_CAUSE_UNSPECIFIED);
     return;
   }
   if (lease.first_rank() == 0 && held->stop == v1::STOP_MODE_CHECKPOINT) {
     FinishUploads(held, now, /*all=*/true);
     if (gang.step > lease.checkpoint_step()) {
-      Report(held, MakeCheckpoint(*held, gang.step, done, ground));
+      Report(held, MakeCheckpoint(*held, gang.step, done));
     }
-    End(held, v1::LEASE_OUTCOME_STOPPED, v1::FAILURE_CAUSE_UNSPECIFIED, ground);
+    End(held, v1::LEASE_OUTCOME_STOPPED, v1::FAILURE_CAUSE_UNSPECIFIED);
     return;
   }
   if (gang.loaded_ranks < gang.world_size) {  // the collective hangs, then breaks
     if (held->peer_missing_since == absl::InfiniteFuture()) held->peer_missing_since = now;
     if (now - held->peer_missing_since > absl::Seconds(20)) {
-      End(held, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_PEER_LOST, ground);
+      End(held, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_PEER_LOST);
     }
     return;
   }
   held->peer_missing_since = absl::InfiniteFuture();
-  if (lease.first_rank() == 0) Step(held, now, ground, random);
+  if (lease.first_rank() == 0) Step(held, now, random);
 }
 
-void SimAgent::Step(Held* held, absl::Time now, Ground* ground, Random* random) {
+void SimAgent::Step(Held* held, absl::Time now, Random* random) {
   const v1::Lease& lease = held->lease;
-  Gang& gang = ground->gangs[lease.epoch()];
+  Gang& gang = ground_->gangs[lease.epoch()];
   held->busy_until = now + held->step_time;
   if (gang.step < TotalSteps(lease)) {
     ++gang.step;
@@ -225,11 +224,11 @@ void SimAgent::Step(Held* held, absl::Time now, Ground* ground, Random* random) 
   const bool final = gang.step >= TotalSteps(lease);
   if (final) {
     FinishUploads(held, now, /*all=*/true);
-    Report(held, MakeCheckpoint(*held, gang.step, true, ground));
-    End(held, v1::LEASE_OUTCOME_COMPLETED, v1::FAILURE_CAUSE_UNSPECIFIED, ground);
+    Report(held, MakeCheckpoint(*held, gang.step, true));
+    End(held, v1::LEASE_OUTCOME_COMPLETED, v1::FAILURE_CAUSE_UNSPECIFIED);
   } else if (gang.step % lease.spec().checkpoints().every_steps() == 0) {
     held->uploading.emplace_back(now + absl::Milliseconds(Below(random, 1500)),
-                                 MakeCheckpoint(*held, gang.step, false, ground));
+                                 MakeCheckpoint(*held, gang.step, false));
   }
 }
 
@@ -242,7 +241,7 @@ void SimAgent::FinishUploads(Held* held, absl::Time now, bool all) {
 }
 
 // The epoch in the artifact's name lets the invariants see who wrote it.
-v1::Report SimAgent::MakeCheckpoint(const Held& held, int64_t step, bool final, Ground* ground) {
+v1::Report SimAgent::MakeCheckpoint(const Held& held, int64_t step, bool final) {
   v1::Report report;
   v1::CheckpointStored* stored = report.mutable_checkpoint();
   stored->set_step(step);
@@ -250,7 +249,7 @@ v1::Report SimAgent::MakeCheckpoint(const Held& held, int64_t step, bool final, 
       absl::StrCat("artifacts/", held.lease.job(), "/", held.lease.epoch(), "/", step));
   stored->set_bytes(1000);
   stored->set_final(final);
-  ground->artifacts.insert(stored->artifact());
+  ground_->artifacts.insert(stored->artifact());
   return report;
 }
 
@@ -275,10 +274,10 @@ void SimAgent::Reconnected() {
   }
 }
 
-void SimAgent::Crash(bool wiped, Ground* ground) {
+void SimAgent::Crash(bool wiped) {
   up_ = false;
   outgoing_.clear();
-  for (auto& [epoch, held] : held_) Kill(&held, ground);
+  for (auto& [epoch, held] : held_) Kill(&held);
   if (wiped) held_.clear();
 }
 
@@ -286,15 +285,15 @@ void SimAgent::Restart() {
   up_ = true;
   // What it finds on its disk: leases whose processes died with it.
   for (auto& [epoch, held] : held_) {
-    End(&held, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_WORKER_LOST, ground_);
+    End(&held, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_WORKER_LOST);
   }
 }
 
-void SimAgent::CrashTrainer(v1::FailureCause cause, Ground* ground, Random* random) {
+void SimAgent::CrashTrainer(v1::FailureCause cause, Random* random) {
   if (held_.empty()) return;
   auto it = held_.begin();
   std::advance(it, Below(random, static_cast<int>(held_.size())));
-  if (it->second.alive) End(&it->second, v1::LEASE_OUTCOME_FAILED, cause, ground);
+  if (it->second.alive) End(&it->second, v1::LEASE_OUTCOME_FAILED, cause);
 }
 
 std::vector<std::pair<std::string, int64_t>> SimAgent::Processes() const {

@@ -42,7 +42,8 @@ struct Ground {
 
 class SimAgent {
  public:
-  SimAgent(std::string name, int devices) : name_(std::move(name)), devices_(devices) {}
+  SimAgent(std::string name, int devices, Ground* ground)
+      : name_(std::move(name)), devices_(devices), ground_(ground) {}
 
   const std::string& name() const { return name_; }
   int devices() const { return devices_; }
@@ -51,7 +52,7 @@ class SimAgent {
   v1::Register MakeRegister() const;
   void OnMessage(const v1::CoordinatorMessage& message, absl::Time now, Random* random);
   // Trainers make progress.
-  void Advance(absl::Time now, Ground* ground, Random* random);
+  void Advance(absl::Time now, Random* random);
   // Messages for the session, in order.
   std::vector<v1::WorkerMessage> TakeOutgoing();
   // A new session: everything that is not acknowledged goes again.
@@ -60,10 +61,10 @@ class SimAgent {
   void SendAgain() { Reconnected(); }
 
   // The agent and its trainers die. `wiped`: it also forgets all that it kept on disk.
-  void Crash(bool wiped, Ground* ground);
+  void Crash(bool wiped);
   void Restart();
   // One trainer dies.
-  void CrashTrainer(v1::FailureCause cause, Ground* ground, Random* random);
+  void CrashTrainer(v1::FailureCause cause, Random* random);
 
   // (device, epoch) of every trainer process that is alive here.
   std::vector<std::pair<std::string, int64_t>> Processes() const;
@@ -87,19 +88,19 @@ class SimAgent {
   };
 
   void Report(Held* held, v1::Report report);
-  void End(Held* held, v1::LeaseOutcome outcome, v1::FailureCause cause, Ground* ground);
-  void Kill(Held* held, Ground* ground);
-  void Load(Held* held, absl::Time now, Ground* ground, Random* random);
-  void Train(Held* held, absl::Time now, Ground* ground, Random* random);
-  void Step(Held* held, absl::Time now, Ground* ground, Random* random);
-  void Validate(Held* held, Ground* ground, Random* random);
+  void End(Held* held, v1::LeaseOutcome outcome, v1::FailureCause cause);
+  void Kill(Held* held);
+  void Load(Held* held, absl::Time now, Random* random);
+  void Train(Held* held, absl::Time now, Random* random);
+  void Step(Held* held, absl::Time now, Random* random);
+  void Validate(Held* held, Random* random);
   void FinishUploads(Held* held, absl::Time now, bool all);
-  v1::Report MakeCheckpoint(const Held& held, int64_t step, bool final, Ground* ground);
+  v1::Report MakeCheckpoint(const Held& held, int64_t step, bool final);
 
   const std::string name_;
   const int devices_;
+  Ground* const ground_;
   bool up_ = true;
-  Ground* ground_ = nullptr;
   std::map<int64_t, Held> held_;
   std::vector<v1::WorkerMessage> outgoing_;
 };
