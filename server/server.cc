@@ -29,7 +29,8 @@ namespace attune {
 namespace {
 
 constexpr int kIoThreads = 4;
-constexpr absl::Duration kShutdownGrace = absl::Seconds(2);
+// Waiting calls are answered before; uploads and downloads that are cut off go on later.
+constexpr absl::Duration kShutdownGrace = absl::Milliseconds(300);
 constexpr absl::Duration kGarbageAge = absl::Hours(24);
 
 // Holds data_dir/lock as long as it lives.
@@ -245,8 +246,8 @@ void ServerImpl::Shutdown() {
     }
     // After the last call: reactors use them until then.
     io_.reset();
-    runner_.reset();
     watch_hub_.reset();
+    runner_.reset();  // the last to close the store writes its log back
     lock_.reset();
   });
 }

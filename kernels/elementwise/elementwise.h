@@ -39,7 +39,7 @@ struct ScaleArgs {
 };
 void Scale(const Exec& exec, const ScaleArgs& args);
 
-// out = sum of x (out += with accumulate), in a fixed order.
+// out = sum of x (out += with accumulate), in f64 and in a fixed order.
 struct SumToScalarArgs {
   TensorView x;    // (M, N) or (N)  f64, f32, bf16 or u8
   TensorView out;  // (1)  out, f32 or f64

@@ -38,9 +38,16 @@ absl::Status CheckRegister(const v1::Register& message) {
   return absl::OkStatus();
 }
 
-v1::CoordinatorMessage StaleMessage(int64_t epoch) {
+// The answer to a rendezvous under a lease that its job does not count on. While the lease still
+// blocks devices it is Stop, not Stale: the agent must kill it and say LeaseEnded.
+v1::CoordinatorMessage NotCurrent(int64_t epoch, const LeaseRecord* lease) {
   v1::CoordinatorMessage message;
-  message.mutable_stale()->set_epoch(epoch);
+  if (lease == nullptr || lease->phase == LeasePhase::kEnded) {
+    message.mutable_stale()->set_epoch(epoch);
+  } else {
+    message.mutable_stop()->set_epoch(epoch);
+    message.mutable_stop()->set_mode(v1::STOP_MODE_KILL);
+  }
   return message;
 }
 
@@ -236,7 +243,7 @@ void Coordinator::On(const RendezvousSetEvent& event) {
   const int64_t epoch = event.message.epoch();
   const LeaseRecord* lease = FindLease(epoch, worker->worker.name());
   if (lease == nullptr || lease->phase == LeasePhase::kEnded || CurrentJob(*lease) == nullptr) {
-    Send(event.session, StaleMessage(epoch));
+    Send(event.session, NotCurrent(epoch, lease));
     return;
   }
   const std::pair<int64_t, std::string> key{epoch, event.message.key()};
@@ -267,7 +274,7 @@ void Coordinator::On(const RendezvousGetEvent& event) {
   const int64_t epoch = event.message.epoch();
   const LeaseRecord* lease = FindLease(epoch, worker->worker.name());
   if (lease == nullptr || lease->phase == LeasePhase::kEnded || CurrentJob(*lease) == nullptr) {
-    Send(event.session, StaleMessage(epoch));
+    Send(event.session, NotCurrent(epoch, lease));
     return;
   }
   const std::pair<int64_t, std::string> key{epoch, event.message.key()};

@@ -1,5 +1,11 @@
 #include "server/store/store.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
@@ -31,6 +37,15 @@ Store::Store(std::unique_ptr<sqlite::Database> database, Retention retention)
     : database_(std::move(database)), retention_(retention) {}
 
 absl::StatusOr<std::unique_ptr<Store>> Store::Open(const std::string& path, Retention retention) {
+  if (!path.empty()) {
+    // SQLite would let others read it; its side files take the mode of this one.
+    const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0) {
+      return absl::PermissionDeniedError(
+          absl::StrCat("cannot open ", path, ": ", std::strerror(errno)));
+    }
+    close(fd);
+  }
   auto database = sqlite::Database::Open(path.empty() ? ":memory:" : path,
                                          sqlite::Database::Mode::kReadWriteCreate);
   if (!database.ok()) return database.status();

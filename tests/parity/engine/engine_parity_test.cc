@@ -12,7 +12,7 @@ namespace {
 
 const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
-// |a - b| / |b|, in the Euclidean norm.
+// |a - b| / |b|, in the Euclidean norm; 0 where both are zero (the gradient of A while B is zero).
 double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
   EXPECT_EQ(a.size(), b.size());
   double difference = 0, norm = 0;
@@ -20,7 +20,7 @@ double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
     difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
     norm += std::pow(static_cast<double>(b[i]), 2);
   }
-  return std::sqrt(difference / norm);
+  return difference == 0 ? 0 : std::sqrt(difference / norm);
 }
 
 std::vector<float> Values(const Exec& exec, const TensorView& view) {
