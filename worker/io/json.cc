@@ -9,6 +9,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 
 namespace attune {
@@ -75,6 +76,12 @@ class JsonBuilder : public nlohmann::json_sax<J> {
     // "[json.exception.parse_error.101] parse error at line 1, column 5: what we want"
     if (const size_t colon = message_.find(": "); colon != std::string::npos) {
       message_.erase(0, colon + 2);
+    }
+    // It quotes what it last read, and an error is text that travels: no ill-formed UTF-8 in it.
+    if (absl::StrContains(message_, "ill-formed UTF-8")) {
+      message_ = "invalid UTF-8";
+    } else {
+      message_ = absl::Utf8SafeCHexEscape(message_);
     }
     return false;
   }
