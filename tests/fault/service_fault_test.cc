@@ -157,9 +157,8 @@ class ServiceTest : public testing::Test {
 
   int64_t StepOf(const std::string& job) {
     const Json json = Get(job);
-    return json.is_object() && json["progress"].is_object()
-               ? std::stoll(json["progress"].value("step", "0"))
-               : 0;
+    if (!json.is_object() || !json.contains("progress") || json["progress"].is_null()) return 0;
+    return std::stoll(json["progress"].value("step", "0"));
   }
 
   void WaitForStep(const std::string& job, int64_t step) {
@@ -248,7 +247,7 @@ TEST_F(ServiceTest, OneJobOverTwoWorkers) {
 TEST_F(ServiceTest, ACrashGoesBackToTheLastCheckpoint) {
   StartWorker("worker-a", 2);
   const Result waited =
-      Attune({"submit", WriteSpec("fake-crash-12", 2, 20), "--wait", "-o", "json"});
+      Attune({"submit", WriteSpec("fake-crash-12", 1, 20), "--wait", "-o", "json"});
   EXPECT_EQ(waited.exit, 0) << waited.out;
   std::vector<std::pair<int, int>> expected = Run(1, 1, 12);
   for (const auto& step : Run(2, 11, 20)) expected.push_back(step);
@@ -363,6 +362,10 @@ TEST_F(ServiceTest, ACoordinatorThatIsKilledLosesNothing) {
   const pid_t watcher =
       Spawn({Program("attune"), "watch", job, "-o", "json", "--data-dir", directory_ + "/data"},
             directory_ + "/watched");
+  std::error_code error;
+  while (fs::file_size(directory_ + "/watched", error) == 0 || error) {
+    absl::SleepFor(absl::Milliseconds(10));
+  }
   for (int i = 0; i < 4; ++i) {
     Kill("attuned");
     absl::SleepFor(absl::Milliseconds(100 + 150 * i));
