@@ -49,8 +49,10 @@ int main(int argc, char** argv) {
   // A reader of our output that goes away is an error of write, not a reason to die of.
   signal(SIGPIPE, SIG_IGN);
 
-  CLI::App app("Fine-tunes large language models: submits jobs to an attune coordinator and "
-               "follows them.", "attune");
+  CLI::App app(
+      "Fine-tunes large language models: submits jobs to an attune coordinator and "
+      "follows them.",
+      "attune");
   app.set_version_flag("--version", ATTUNE_VERSION);
   app.require_subcommand(1);
   app.footer(kFooter);

@@ -47,8 +47,7 @@ absl::Status FileError(absl::string_view what, const std::string& path) {
 }
 
 bool MayPass(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
-         absl::IsAborted(status);
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsAborted(status);
 }
 
 absl::StatusOr<int64_t> SizeOf(const std::string& path) {
@@ -277,11 +276,10 @@ absl::StatusOr<v1::Artifact> ArtifactClient::Upload(v1::ArtifactKind kind,
 absl::Status ArtifactClient::UploadFile(const std::string& artifact, const LocalFile& file,
                                         int64_t bytes, Transfer* transfer) {
   const int64_t before = transfer->done;
-  const absl::Status status =
-      Persist(transfer, [&]() -> absl::Status {
-        transfer->done = before;
-        return SendFrom(artifact, file, bytes, transfer);
-      });
+  const absl::Status status = Persist(transfer, [&]() -> absl::Status {
+    transfer->done = before;
+    return SendFrom(artifact, file, bytes, transfer);
+  });
   if (!status.ok()) {
     return absl::Status(status.code(), absl::StrCat(file.local, ": ", status.message()));
   }
@@ -314,8 +312,8 @@ absl::Status ArtifactClient::SendFrom(const std::string& artifact, const LocalFi
   auto writer = (*stub)->WriteFile(&context, &response);
   std::string buffer(kChunkBytes, '\0');
   for (bool first = true; offset < bytes; first = false) {
-    const ssize_t n = pread(source.fd(), buffer.data(),
-                            std::min<int64_t>(kChunkBytes, bytes - offset), offset);
+    const ssize_t n =
+        pread(source.fd(), buffer.data(), std::min<int64_t>(kChunkBytes, bytes - offset), offset);
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) {
       context.TryCancel();
@@ -356,8 +354,8 @@ absl::Status ArtifactClient::Download(const std::string& name, const std::string
   for (const v1::ArtifactFile& file : artifact->files()) {
     if (!absl::StartsWith(file.path(), prefix)) continue;
     if (!GoodPath(file.path()) || !GoodPath(file.path().substr(prefix.size()))) {
-      return absl::DataLossError(absl::StrCat(name, " has a file with the bad path ",
-                                              absl::CEscape(file.path())));
+      return absl::DataLossError(
+          absl::StrCat(name, " has a file with the bad path ", absl::CEscape(file.path())));
     }
     files.push_back(&file);
     transfer.total += file.bytes();
@@ -375,9 +373,8 @@ absl::Status ArtifactClient::Download(const std::string& name, const std::string
   return absl::OkStatus();
 }
 
-absl::Status ArtifactClient::DownloadFile(const std::string& artifact,
-                                          const v1::ArtifactFile& file, const std::string& to,
-                                          Transfer* transfer) {
+absl::Status ArtifactClient::DownloadFile(const std::string& artifact, const v1::ArtifactFile& file,
+                                          const std::string& to, Transfer* transfer) {
   struct stat info;
   if (stat(to.c_str(), &info) == 0 && info.st_size == file.bytes()) {
     absl::StatusOr<std::string> there = Sha256OfFile(to);

@@ -20,8 +20,7 @@ void AddChangeOptions(CLI::App* command, Invocation* invocation, const std::stri
 
 // Calls `change` for each job and prints what became of it. The first error is the exit code;
 // the other jobs are changed all the same.
-using Change =
-    std::function<grpc::Status(Connection*, const std::string& name, v1::Job* job)>;
+using Change = std::function<grpc::Status(Connection*, const std::string& name, v1::Job* job)>;
 CliExit ChangeJobs(Invocation* invocation, const ChangeOptions& options, const Change& change);
 
 }  // namespace attune

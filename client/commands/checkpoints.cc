@@ -15,8 +15,10 @@ CliExit RunCheckpoints(Invocation* invocation, const std::string& given) {
   request.set_job(*name);
   v1::ListCheckpointsResponse response;
   const auto context = (*connection)->NewContext();
-  const absl::Status status = (*connection)->Explain(
-      (*connection)->checkpoints().ListCheckpoints(context.get(), request, &response));
+  const absl::Status status =
+      (*connection)
+          ->Explain(
+              (*connection)->checkpoints().ListCheckpoints(context.get(), request, &response));
   if (!status.ok()) return Fail(status);
   Print(Render(invocation->output, response, CheckpointsTable(response, absl::Now())));
   return CliExit::kOk;

@@ -65,12 +65,11 @@ std::string ZshScript(const CLI::App& app) {
     const std::string description = absl::StrReplaceAll(
         command->get_description(), {{"'", ""}, {":", "\\:"}, {"`", ""}, {"[", "("}, {"]", ")"}});
     absl::StrAppend(&commands, "    '", command->get_name(), ":", description, "'\n");
-    absl::StrAppend(&cases, "    ", command->get_name(), ")\n      options=(",
-                    absl::StrJoin(OptionNames(*command), " "), ")\n",
-                    TakesJob(*command)
-                        ? "      candidates=(${(f)\"$(attune list -q 2>/dev/null)\"})\n"
-                        : "",
-                    "      ;;\n");
+    absl::StrAppend(
+        &cases, "    ", command->get_name(), ")\n      options=(",
+        absl::StrJoin(OptionNames(*command), " "), ")\n",
+        TakesJob(*command) ? "      candidates=(${(f)\"$(attune list -q 2>/dev/null)\"})\n" : "",
+        "      ;;\n");
   }
   return absl::StrCat(R"(#compdef attune
 # zsh completion for attune: attune completion zsh > "${fpath[1]}/_attune"

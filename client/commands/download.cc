@@ -68,8 +68,8 @@ absl::Status DownloadCheckpoint(const Invocation& invocation, const DownloadOpti
   transfer.cancellation = cancellation;
   transfer.progress = [&](int64_t done, int64_t total) {
     const double part = total > 0 ? static_cast<double>(done) / total : 1.0;
-    line.Draw(absl::StrCat("step ", checkpoint->step(), " [", Bar(part, 20, invocation.ascii),
-                           "] ", FormatBytes(done), " of ", FormatBytes(total)));
+    line.Draw(absl::StrCat("step ", checkpoint->step(), " [", Bar(part, 20, invocation.ascii), "] ",
+                           FormatBytes(done), " of ", FormatBytes(total)));
   };
   ArtifactClient client = connection->NewArtifactClient();
   std::string directory = fs::path(options.directory).lexically_normal().string();
@@ -107,8 +107,8 @@ CliExit RunDownload(Invocation* invocation, const DownloadOptions& options) {
     return CliExit::kInterrupted;
   }
   if (!status.ok()) return Fail(status);
-  Print(absl::StrCat(options.all ? "the checkpoint" : "the adapter", " of step ",
-                     checkpoint.step(), " is in ", options.directory, "\n"));
+  Print(absl::StrCat(options.all ? "the checkpoint" : "the adapter", " of step ", checkpoint.step(),
+                     " is in ", options.directory, "\n"));
   return CliExit::kOk;
 }
 

@@ -5,7 +5,8 @@ namespace attune {
 
 void AddEstimateCommand(CLI::App* app, Invocation* invocation) {
   CLI::App* command = app->add_subcommand(
-      "estimate", "Say how much memory a job needs, before any device is touched (further options: those of `attune-trainer estimate`)");
+      "estimate", "Say how much memory a job needs, before any device is touched");
+  command->footer("Further options are passed on: see `attune-trainer estimate --help`.");
   auto file = std::make_shared<std::string>();
   command->add_option("job", *file, "the job as YAML")->required()->type_name("JOB.yaml");
   command->allow_extras();

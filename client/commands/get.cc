@@ -36,9 +36,8 @@ void AddGetCommand(CLI::App* app, Invocation* invocation) {
   command->add_flag("--spec", options->spec, "its spec as YAML, with every default filled in");
   AddConnectionOptions(command, invocation);
   AddOutputOption(command, invocation);
-  command->callback([=] {
-    invocation->run = [=] { return RunGet(invocation, options->job, options->spec); };
-  });
+  command->callback(
+      [=] { invocation->run = [=] { return RunGet(invocation, options->job, options->spec); }; });
 }
 
 }  // namespace attune

@@ -31,8 +31,8 @@ CliExit RunList(Invocation* invocation, const ListOptions& options) {
     request.set_page_size(std::min(1000, options.limit - all.jobs_size()));
     v1::ListJobsResponse page;
     const auto context = (*connection)->NewContext();
-    const absl::Status status = (*connection)->Explain(
-        (*connection)->jobs().ListJobs(context.get(), request, &page));
+    const absl::Status status =
+        (*connection)->Explain((*connection)->jobs().ListJobs(context.get(), request, &page));
     if (!status.ok()) return Fail(status);
     all.mutable_jobs()->MergeFrom(page.jobs());
     all.set_next_page_token(page.next_page_token());

@@ -143,8 +143,8 @@ struct LocalResult {
 LocalResult RunJob(const Invocation& invocation, const LocalOptions& options,
                    const std::string& output, const std::string& data_directory,
                    Cancellation* cancellation, ParsedJobSpec* parsed) {
-  absl::StatusOr<std::unique_ptr<LocalService>> service = StartLocalService(
-      invocation, options, data_directory, parsed->spec.resources().devices());
+  absl::StatusOr<std::unique_ptr<LocalService>> service =
+      StartLocalService(invocation, options, data_directory, parsed->spec.resources().devices());
   if (!service.ok()) return {service.status(), ExitOf(service.status())};
   EndpointOptions endpoint;
   endpoint.data_directory = data_directory;
@@ -162,8 +162,8 @@ LocalResult RunJob(const Invocation& invocation, const LocalOptions& options,
   }
   if (!status.ok()) return {status, ExitOf(status)};
   if (job->state() != v1::JOB_STATE_SUCCEEDED) {
-    return {absl::AbortedError(absl::StrCat("the job is ", FormatState(job->state()), ": ",
-                                            job->message())),
+    return {absl::AbortedError(
+                absl::StrCat("the job is ", FormatState(job->state()), ": ", job->message())),
             ExitOf(job->state())};
   }
   DownloadOptions download;
@@ -220,16 +220,19 @@ void AddLocalCommand(CLI::App* app, Invocation* invocation) {
   command->add_option("job", options->file, "the job as YAML")->required()->type_name("JOB.yaml");
   command->add_option("-o,--output-dir", options->output, "where the adapter goes [NAME-adapter]")
       ->type_name("DIR");
-  command->add_option("--cpu-slots", options->cpu_slots,
-                      "CPU devices to share this machine's cores [those of the job]")
+  command
+      ->add_option("--cpu-slots", options->cpu_slots,
+                   "CPU devices to share this machine's cores [those of the job]")
       ->check(CLI::Range(1, 256))
       ->type_name("N");
-  command->add_option("--root", options->roots,
-                      "directory beneath which the job may name paths (repeatable; the job "
-                      "file's own is one)")
+  command
+      ->add_option("--root", options->roots,
+                   "directory beneath which the job may name paths (repeatable; the job "
+                   "file's own is one)")
       ->type_name("DIR");
-  command->add_option("--data-dir", options->data_directory,
-                      "keep jobs and checkpoints here [a temporary directory]")
+  command
+      ->add_option("--data-dir", options->data_directory,
+                   "keep jobs and checkpoints here [a temporary directory]")
       ->type_name("DIR");
   command->add_flag("--keep", options->keep, "keep the temporary directory");
   command->add_flag("--logs", options->logs, "show the trainers' lines too");

@@ -1,10 +1,11 @@
 // attune submit JOB.yaml
+#include "client/commands/submit.h"
+
 #include <cstdio>
 #include <filesystem>
 
 #include "absl/strings/str_cat.h"
 #include "client/commands/command.h"
-#include "client/commands/submit.h"
 #include "client/lib/job_view.h"
 #include "client/lib/live.h"
 #include "client/lib/progress.h"
@@ -31,8 +32,8 @@ absl::StatusOr<std::string> UploadWithProgress(const Invocation& invocation,
   options.cancellation = cancellation;
   options.progress = [&](int64_t done, int64_t total) {
     const double part = total > 0 ? static_cast<double>(done) / total : 1.0;
-    status.Draw(absl::StrCat("uploading ", source.path, " [", Bar(part, 20, invocation.ascii),
-                             "] ", FormatBytes(done), " of ", FormatBytes(total)));
+    status.Draw(absl::StrCat("uploading ", source.path, " [", Bar(part, 20, invocation.ascii), "] ",
+                             FormatBytes(done), " of ", FormatBytes(total)));
   };
   absl::StatusOr<v1::Artifact> artifact =
       connection->NewArtifactClient().Upload(source.kind, source.files, options);
@@ -51,17 +52,16 @@ CliExit RunSubmit(Invocation* invocation, const SubmitOptions& options) {
   Interrupt interrupt([&] { cancellation.Cancel(); });
   absl::StatusOr<std::unique_ptr<Connection>> connection = Connection::Open(invocation->endpoint);
   if (!connection.ok()) return Fail(connection.status());
-  const std::string request_id =
-      options.request_id.empty() ? NewRequestId() : options.request_id;
+  const std::string request_id = options.request_id.empty() ? NewRequestId() : options.request_id;
   if (invocation->verbose) std::fprintf(stderr, "request id: %s\n", request_id.c_str());
   const std::string directory = std::filesystem::path(options.file).parent_path().string();
-  absl::StatusOr<v1::Job> job =
-      SubmitJob(*invocation, directory, request_id, options.validate_only, connection->get(),
-                &cancellation, &*parsed);
+  absl::StatusOr<v1::Job> job = SubmitJob(*invocation, directory, request_id, options.validate_only,
+                                          connection->get(), &cancellation, &*parsed);
   if (!job.ok()) return Fail(job.status());
   if (options.validate_only) {
-    Print(Render(invocation->output, *job, "the job is right, as far as can be told without "
-                                           "reading model and data; nothing was stored\n"));
+    Print(Render(invocation->output, *job,
+                 "the job is right, as far as can be told without "
+                 "reading model and data; nothing was stored\n"));
     return CliExit::kOk;
   }
   if (!options.wait) {
@@ -112,8 +112,10 @@ CliExit FollowToExit(const Invocation& invocation, const Connection& connection,
   const absl::Status status = FollowLive(connection, job_name, live, cancellation, &job);
   const std::string id = IdOf(job_name);
   if (absl::IsCancelled(status) && cancellation->cancelled()) {
-    std::fprintf(stderr, "attune: no longer watching; the job goes on. `attune watch %s` goes on "
-                         "watching, `attune cancel %s` ends it.\n", id.c_str(), id.c_str());
+    std::fprintf(stderr,
+                 "attune: no longer watching; the job goes on. `attune watch %s` goes on "
+                 "watching, `attune cancel %s` ends it.\n",
+                 id.c_str(), id.c_str());
     return CliExit::kInterrupted;
   }
   if (!status.ok()) return Fail(status);
@@ -134,8 +136,9 @@ void AddSubmitCommand(CLI::App* app, Invocation* invocation) {
   CLI::App* command = app->add_subcommand("submit", "Submit a job");
   auto options = std::make_shared<SubmitOptions>();
   command->add_option("job", options->file, "the job as YAML")->required()->type_name("JOB.yaml");
-  command->add_option("--request-id", options->request_id,
-                      "a UUID: the same id submits the same job once [made anew]")
+  command
+      ->add_option("--request-id", options->request_id,
+                   "a UUID: the same id submits the same job once [made anew]")
       ->type_name("UUID");
   auto* wait = command->add_flag("-w,--wait", options->wait,
                                  "follow the job to its end; the exit code says how it ended");
@@ -144,8 +147,7 @@ void AddSubmitCommand(CLI::App* app, Invocation* invocation) {
   command->add_flag("--validate-only", options->validate_only, "check the spec, store nothing");
   AddConnectionOptions(command, invocation);
   AddOutputOption(command, invocation);
-  command->callback(
-      [=] { invocation->run = [=] { return RunSubmit(invocation, *options); }; });
+  command->callback([=] { invocation->run = [=] { return RunSubmit(invocation, *options); }; });
 }
 
 }  // namespace attune

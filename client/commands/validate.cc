@@ -4,8 +4,9 @@
 namespace attune {
 
 void AddValidateCommand(CLI::App* app, Invocation* invocation) {
-  CLI::App* command = app->add_subcommand(
-      "validate", "Read model and data and say what is wrong with a job (further options: those of `attune-trainer validate`)");
+  CLI::App* command =
+      app->add_subcommand("validate", "Read model and data and say what is wrong with a job");
+  command->footer("Further options are passed on: see `attune-trainer validate --help`.");
   auto file = std::make_shared<std::string>();
   command->add_option("job", *file, "the job as YAML")->required()->type_name("JOB.yaml");
   command->allow_extras();

@@ -31,9 +31,8 @@ void AddWatchCommand(CLI::App* app, Invocation* invocation) {
   command->add_flag("--logs", options->logs, "show the trainers' lines too");
   AddConnectionOptions(command, invocation);
   AddOutputOption(command, invocation);
-  command->callback([=] {
-    invocation->run = [=] { return RunWatch(invocation, options->job, options->logs); };
-  });
+  command->callback(
+      [=] { invocation->run = [=] { return RunWatch(invocation, options->job, options->logs); }; });
 }
 
 }  // namespace attune

@@ -31,8 +31,7 @@ std::unique_ptr<grpc::ClientContext> Connection::NewContext(absl::Duration timeo
   auto context = std::make_unique<grpc::ClientContext>();
   AddToken(endpoint_.token, context.get());
   if (timeout != absl::InfiniteDuration()) {
-    context->set_deadline(std::chrono::system_clock::now() +
-                          absl::ToChronoMilliseconds(timeout));
+    context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout));
   }
   return context;
 }

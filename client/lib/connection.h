@@ -28,8 +28,7 @@ class Connection {
   v1::WatchService::Stub& watch() { return *watch_; }
 
   // Carries the token; the call fails after `timeout`.
-  std::unique_ptr<grpc::ClientContext> NewContext(
-      absl::Duration timeout = absl::Seconds(30)) const;
+  std::unique_ptr<grpc::ClientContext> NewContext(absl::Duration timeout = absl::Seconds(30)) const;
   // For transfers: looks for the coordinator anew at each connection.
   ArtifactClient NewArtifactClient() const;
   const std::string& address() const { return endpoint_.address; }

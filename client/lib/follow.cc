@@ -23,7 +23,8 @@ struct Shared {
   const FollowHandlers& handlers;
   Cancellation* cancellation;
   std::mutex mutex;
-  bool away = false;  // said so
+  bool away = false;                   // said so
+  std::atomic<bool> connected{false};  // one of the streams was, once
 
   void Notice(const std::string& text) {
     if (handlers.notice) handlers.notice(text);
@@ -131,7 +132,7 @@ class StreamFollower {
         shared_.Notice("some items are missing: the coordinator no longer keeps them");
         continue;
       }
-      if (!MayPass(status) || (!connected_ && !status.ok())) return explained;
+      if (!MayPass(status) || (!shared_.connected && !status.ok())) return explained;
       {
         std::lock_guard<std::mutex> lock(shared_.mutex);
         if (!shared_.away && status.error_code() == grpc::StatusCode::UNAVAILABLE) {
@@ -177,7 +178,7 @@ class StreamFollower {
     auto reader = Stream::Open((*connection)->watch(), context.get(), request);
     typename Stream::Response response;
     while (reader->Read(&response)) {
-      *received = connected_ = true;
+      *received = shared_.connected = true;
       std::lock_guard<std::mutex> lock(shared_.mutex);
       if (shared_.away) shared_.Notice("the coordinator is back");
       shared_.away = false;
@@ -194,14 +195,16 @@ class StreamFollower {
   Shared& shared_;
   std::string token_;
   int64_t last_revision_ = 0;
-  bool connected_ = false;
 };
 
 }  // namespace
 
 absl::Status Follow(const Connection& connection, const FollowOptions& options,
                     const FollowHandlers& handlers, Cancellation* cancellation) {
-  Shared shared{connection, options, handlers, cancellation};
+  Shared shared{.connection = connection,
+                .options = options,
+                .handlers = handlers,
+                .cancellation = cancellation};
   std::vector<std::thread> threads;
   absl::Status results[3];
   // The first that fails ends the others: half of a job is no way to watch it.

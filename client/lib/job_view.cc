@@ -60,16 +60,15 @@ void AddValidation(const v1::ValidationReport& report, Fields* fields) {
                                       FormatCount(report.trained_parameters()), " trained"));
   }
   if (report.examples() > 0) {
-    fields->Add("data", absl::StrCat(report.examples(), " examples, ",
-                                     FormatCount(report.tokens()), " tokens in an epoch (",
-                                     FormatCount(report.trained_tokens()), " trained), ",
-                                     report.dropped_examples(), " dropped, ",
+    fields->Add("data", absl::StrCat(report.examples(), " examples, ", FormatCount(report.tokens()),
+                                     " tokens in an epoch (", FormatCount(report.trained_tokens()),
+                                     " trained), ", report.dropped_examples(), " dropped, ",
                                      report.truncated_examples(), " truncated"));
   }
   if (report.memory().peak_bytes() > 0) {
-    fields->Add("memory", absl::StrCat(FormatBytes(report.memory().peak_bytes()),
-                                       " on each device, at its peak in ",
-                                       report.memory().peak_phase()));
+    fields->Add("memory",
+                absl::StrCat(FormatBytes(report.memory().peak_bytes()),
+                             " on each device, at its peak in ", report.memory().peak_phase()));
   }
   fields->Add("errors", absl::StrJoin(report.errors(), "\n"));
   fields->Add("warnings", absl::StrJoin(report.warnings(), "\n"));
@@ -77,10 +76,9 @@ void AddValidation(const v1::ValidationReport& report, Fields* fields) {
 
 void AddAttempts(const v1::Job& job, Fields* fields) {
   for (const v1::Attempt& attempt : job.attempts()) {
-    const std::string end =
-        attempt.failure_cause() == v1::FAILURE_CAUSE_UNSPECIFIED
-            ? (attempt.end_time().seconds() == 0 ? "runs" : "ended")
-            : CauseText(attempt.failure_cause());
+    const std::string end = attempt.failure_cause() == v1::FAILURE_CAUSE_UNSPECIFIED
+                                ? (attempt.end_time().seconds() == 0 ? "runs" : "ended")
+                                : CauseText(attempt.failure_cause());
     fields->Add(absl::StrCat("attempt ", attempt.attempt()),
                 absl::StrCat("from step ", attempt.from_step(), " on ",
                              absl::StrJoin(attempt.devices(), ", "), ": ", end,
@@ -177,14 +175,13 @@ std::string CheckpointsTable(const v1::ListCheckpointsResponse& checkpoints, abs
 }
 
 std::string EventLine(const v1::Event& event, absl::TimeZone zone) {
-  const std::string kind = event.kind() == v1::EVENT_KIND_STATE
-                               ? FormatState(event.state())
-                               : std::string(absl::StripPrefix(v1::EventKind_Name(event.kind()),
-                                                               "EVENT_KIND_"));
+  const std::string kind =
+      event.kind() == v1::EVENT_KIND_STATE
+          ? FormatState(event.state())
+          : std::string(absl::StripPrefix(v1::EventKind_Name(event.kind()), "EVENT_KIND_"));
   const std::string text = event.message().empty() ? event.reason() : event.message();
-  std::string line =
-      absl::StrFormat("%s  %-11s %s", absl::FormatTime("%H:%M:%S", ToTime(event.time()), zone),
-                      kind, text);
+  std::string line = absl::StrFormat(
+      "%s  %-11s %s", absl::FormatTime("%H:%M:%S", ToTime(event.time()), zone), kind, text);
   line.erase(line.find_last_not_of(' ') + 1);
   return line;
 }

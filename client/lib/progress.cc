@@ -81,9 +81,8 @@ double ProgressView::RemainingSeconds() const {
 }
 
 std::string ProgressView::Line(size_t width, bool ascii) const {
-  const double done = last_.total_steps() > 0
-                          ? static_cast<double>(last_.step()) / last_.total_steps()
-                          : 0.0;
+  const double done =
+      last_.total_steps() > 0 ? static_cast<double>(last_.step()) / last_.total_steps() : 0.0;
   const std::string step = absl::StrCat("step ", last_.step(), "/", last_.total_steps());
   const std::string loss = absl::StrFormat("loss %.4f", last_.loss());
   const std::string left = absl::StrCat(FormatDuration(RemainingSeconds()), " left");

@@ -12,8 +12,8 @@ namespace {
 namespace fs = std::filesystem;
 
 bool IsWanted(const std::string& path) {
-  static constexpr const char* kOthers[] = {".bin",     ".pt",   ".pth",   ".ckpt", ".pkl",
-                                            ".msgpack", ".onnx", ".h5",    ".gguf", ".tflite"};
+  static constexpr const char* kOthers[] = {".bin",     ".pt",   ".pth", ".ckpt", ".pkl",
+                                            ".msgpack", ".onnx", ".h5",  ".gguf", ".tflite"};
   for (const auto& part : fs::path(path)) {
     if (absl::StartsWith(part.string(), ".")) return false;
   }
@@ -56,8 +56,8 @@ absl::StatusOr<std::vector<FileSource>> FindFileSources(const std::string& direc
     if (!fs::exists(status)) {
       problem = absl::NotFoundError(absl::StrCat(found.path, " is not there"));
     } else if (kind == v1::ARTIFACT_KIND_MODEL && !fs::is_directory(status)) {
-      problem = absl::InvalidArgumentError(absl::StrCat(
-          found.path, " is a file; a model is a Hugging Face checkpoint directory"));
+      problem = absl::InvalidArgumentError(
+          absl::StrCat(found.path, " is a file; a model is a Hugging Face checkpoint directory"));
     } else if (kind == v1::ARTIFACT_KIND_MODEL) {
       problem = ListModel(&found);
     } else if (!fs::is_regular_file(status)) {

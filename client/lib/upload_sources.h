@@ -14,9 +14,9 @@ namespace attune {
 
 // One `file` source: where in the spec, what on this machine.
 struct FileSource {
-  v1::Source* source;    // in the spec
-  std::string field;     // "datasets[0].source.file"
-  std::string path;      // on this machine
+  v1::Source* source;  // in the spec
+  std::string field;   // "datasets[0].source.file"
+  std::string path;    // on this machine
   v1::ArtifactKind kind;
   std::vector<LocalFile> files;
 };

@@ -25,9 +25,9 @@ class FakeCoordinator::Worker : public v1::WorkerService::Service {
  public:
   explicit Worker(std::shared_ptr<FakeStore> store) : store_(std::move(store)) {}
 
-  grpc::Status Session(grpc::ServerContext* context,
-                       grpc::ServerReaderWriter<v1::CoordinatorMessage, v1::WorkerMessage>*
-                           stream) override {
+  grpc::Status Session(
+      grpc::ServerContext* context,
+      grpc::ServerReaderWriter<v1::CoordinatorMessage, v1::WorkerMessage>* stream) override {
     v1::WorkerMessage message;
     if (!stream->Read(&message) || !message.has_register_()) {
       return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "no register");
@@ -278,8 +278,7 @@ bool FakeCoordinator::WaitForSession(absl::Duration timeout) {
 bool WaitFor(FakeStore* store, const std::function<bool(const FakeStore&)>& done,
              absl::Duration timeout) {
   std::unique_lock<std::mutex> lock(store->mutex);
-  const auto deadline =
-      std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(timeout);
+  const auto deadline = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(timeout);
   while (!done(*store)) {
     if (store->changed.wait_until(lock, deadline) == std::cv_status::timeout) return done(*store);
   }

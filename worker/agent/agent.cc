@@ -59,10 +59,11 @@ absl::StatusOr<std::string> KeptWorkerId(const std::string& path) {
 }  // namespace
 
 std::vector<std::string> CleanEnvironment(const char* const* environment) {
-  static constexpr const char* kNames[] = {"PATH", "HOME", "LANG", "TMPDIR", "TZ",
-                                           "LD_LIBRARY_PATH", "LD_PRELOAD"};
-  static constexpr const char* kPrefixes[] = {"LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_",
-                                              "DNNL_", "ONEDNN_", "ASAN_", "UBSAN_", "TSAN_"};
+  static constexpr const char* kNames[] = {
+      "PATH", "HOME", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "LD_PRELOAD"};
+  static constexpr const char* kPrefixes[] = {"LC_",     "CUDA_", "NVIDIA_", "NCCL_",
+                                              "GLOO_",   "OMP_",  "GOMP_",   "DNNL_",
+                                              "ONEDNN_", "ASAN_", "UBSAN_",  "TSAN_"};
   std::vector<std::string> kept;
   for (; *environment != nullptr; ++environment) {
     const absl::string_view entry(*environment);
@@ -70,7 +71,8 @@ std::vector<std::string> CleanEnvironment(const char* const* environment) {
     bool keep = false;
     for (const char* known : kNames) keep = keep || name == known;
     for (const char* prefix : kPrefixes) keep = keep || absl::StartsWith(name, prefix);
-    if (keep) kept.emplace_back(entry);
+    // That one follows from the device.
+    if (keep && name != "OMP_NUM_THREADS") kept.emplace_back(entry);
   }
   return kept;
 }
@@ -100,10 +102,10 @@ absl::Status Agent::Open() {
                      "). Stop it, or give this one another --state-dir."));
   }
   if (access(options_.trainer_program.c_str(), X_OK) != 0) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the trainer ", options_.trainer_program, " cannot be run: ",
-                     std::strerror(errno), ". Install attune-trainer beside this program, or give "
-                                           "--trainer."));
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the trainer ", options_.trainer_program, " cannot be run: ", std::strerror(errno),
+        ". Install attune-trainer beside this program, or give "
+        "--trainer."));
   }
   absl::StatusOr<SourceRoots> roots = SourceRoots::Open(options_.roots);
   if (!roots.ok()) return roots.status();
@@ -119,6 +121,7 @@ absl::Status Agent::Open() {
   context_.devices = CpuSlots(ReadHostCpu(), options_.cpu_slots);
   context_.trainer_program = options_.trainer_program;
   context_.environment = options_.environment;
+  context_.bind_address = options_.bind_address;
   context_.post = [this](std::function<void()> f) { Post(std::move(f)); };
   context_.send = [this](v1::WorkerMessage message) {
     if (stream_ != 0 && session_ != nullptr) session_->Send(stream_, std::move(message));

@@ -37,6 +37,8 @@ struct AgentOptions {
   std::vector<std::string> roots;
   int cpu_slots = 1;
   int64_t cache_bytes = int64_t{50} << 30;
+  // On which trainers of other hosts reach those of this one; for jobs that span hosts.
+  std::string bind_address = "127.0.0.1";
   // For the trainers, "NAME=value"; CleanEnvironment makes it from the agent's own.
   std::vector<std::string> environment;
 };
@@ -64,8 +66,8 @@ class Agent {
  private:
   struct Held {
     std::unique_ptr<LeaseRunner> runner;
-    int64_t sent = 0;           // reports up to this sequence were sent over this stream
-    absl::Time last_ack;        // or the last time that nothing was waiting for one
+    int64_t sent = 0;     // reports up to this sequence were sent over this stream
+    absl::Time last_ack;  // or the last time that nothing was waiting for one
   };
 
   explicit Agent(AgentOptions options);

@@ -36,7 +36,8 @@ TEST(LineSplitterTest, SplitsAcrossPieces) {
 
 TEST(LineSplitterTest, CutsLongLines) {
   LineSplitter splitter;
-  const std::vector<std::string> lines = splitter.Add(std::string(2 * kMaxLineBytes + 5, 'x') + "\n");
+  const std::vector<std::string> lines =
+      splitter.Add(std::string(2 * kMaxLineBytes + 5, 'x') + "\n");
   ASSERT_EQ(lines.size(), 3u);
   EXPECT_EQ(lines[0].size(), kMaxLineBytes);
   EXPECT_EQ(lines[2].size(), 5u);

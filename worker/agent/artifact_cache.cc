@@ -77,14 +77,16 @@ absl::Status ArtifactCache::Fetch(const std::string& name, const std::string& to
   const std::string partial = to + ".partial";
   std::error_code error;
   fs::create_directories(partial, error);
-  if (error) return absl::InternalError(absl::StrCat("cannot make ", partial, ": ", error.message()));
+  if (error)
+    return absl::InternalError(absl::StrCat("cannot make ", partial, ": ", error.message()));
   TransferOptions options;
   options.cancellation = cancellation;
   options.patience = absl::InfiniteDuration();
   ArtifactClient client(find_);
   if (absl::Status s = client.Download(name, "", partial, options); !s.ok()) return s;
   fs::rename(partial, to, error);
-  if (error) return absl::InternalError(absl::StrCat("cannot rename ", partial, ": ", error.message()));
+  if (error)
+    return absl::InternalError(absl::StrCat("cannot rename ", partial, ": ", error.message()));
   return absl::OkStatus();
 }
 

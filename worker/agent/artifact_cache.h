@@ -34,7 +34,7 @@ class ArtifactCache {
   const int64_t max_bytes_;
   const ArtifactClient::Find find_;
   std::mutex mutex_;
-  std::map<std::string, int> users_;                       // id -> leases
+  std::map<std::string, int> users_;                             // id -> leases
   std::map<std::string, std::unique_ptr<std::mutex>> fetching_;  // id -> held while it is fetched
 };
 

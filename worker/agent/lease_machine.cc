@@ -141,7 +141,8 @@ LeaseMachine::Actions LeaseMachine::OnMessage(int rank, const v1::TrainerToAgent
 void LeaseMachine::OnRunning(int rank, const v1::LeaseRunning& running, Actions* actions) {
   ranks_[rank].loaded = true;
   if (rank == 0 || !first_running_.has_value()) first_running_ = running;
-  const bool all = std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.loaded; });
+  const bool all =
+      std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.loaded; });
   if (!all || running_reported_) return;
   running_reported_ = true;
   v1::Report report = NewReport();
@@ -229,18 +230,16 @@ LeaseMachine::Actions LeaseMachine::OnReconnected() {
 
 std::string LeaseMachine::DescribeExit(int rank, const TrainerExit& exit) const {
   std::string text =
-      exit.signaled ? absl::StrCat("rank ", lease_.first_rank() + rank,
-                                   " was killed by signal ", exit.code, " (",
-                                   strsignal(exit.code), ")")
-                    : absl::StrCat("rank ", lease_.first_rank() + rank, " ended with exit code ",
-                                   exit.code);
+      exit.signaled
+          ? absl::StrCat("rank ", lease_.first_rank() + rank, " was killed by signal ", exit.code,
+                         " (", strsignal(exit.code), ")")
+          : absl::StrCat("rank ", lease_.first_rank() + rank, " ended with exit code ", exit.code);
   if (ranks_[rank].failure.has_value()) {
     return absl::StrCat(text, ": ", ranks_[rank].failure->message());
   }
   if (exit.last_lines.empty()) return absl::StrCat(text, " and printed nothing");
-  const size_t from = exit.last_lines.size() > kMessageLines
-                          ? exit.last_lines.size() - kMessageLines
-                          : 0;
+  const size_t from =
+      exit.last_lines.size() > kMessageLines ? exit.last_lines.size() - kMessageLines : 0;
   return absl::StrCat(text, "; its last lines:\n",
                       absl::StrJoin(exit.last_lines.begin() + from, exit.last_lines.end(), "\n"));
 }
@@ -268,9 +267,9 @@ LeaseMachine::Actions LeaseMachine::OnExit(int rank, const TrainerExit& exit, ab
 }
 
 void LeaseMachine::Fail(v1::FailureCause cause, const std::string& message, Actions* actions) {
-  const bool replaces = !failure_.has_value() ||
-                        (failure_->cause() == v1::FAILURE_CAUSE_PEER_LOST &&
-                         cause != v1::FAILURE_CAUSE_PEER_LOST);
+  const bool replaces =
+      !failure_.has_value() ||
+      (failure_->cause() == v1::FAILURE_CAUSE_PEER_LOST && cause != v1::FAILURE_CAUSE_PEER_LOST);
   if (replaces) {
     failure_.emplace();
     failure_->set_cause(cause);
@@ -372,8 +371,8 @@ LeaseMachine::Actions LeaseMachine::OnTick(absl::Time now) {
     Kill(&actions);
     return actions;
   }
-  const bool alive = std::any_of(ranks_.begin(), ranks_.end(),
-                                 [](const Rank& rank) { return !rank.exited; });
+  const bool alive =
+      std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return !rank.exited; });
   const double limit_s = lease_.spec().retry().stall_timeout_s();
   if (!alive || limit_s <= 0 || now - last_progress_ <= absl::Seconds(limit_s)) return actions;
   Fail(v1::FAILURE_CAUSE_STALLED,
@@ -384,8 +383,8 @@ LeaseMachine::Actions LeaseMachine::OnTick(absl::Time now) {
 }
 
 void LeaseMachine::MaybeEnd(Actions* actions) {
-  const bool all_exited = std::all_of(ranks_.begin(), ranks_.end(),
-                                      [](const Rank& rank) { return rank.exited; });
+  const bool all_exited =
+      std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.exited; });
   if (phase_ != Phase::kRunning || !all_exited || !uploads_.empty()) return;
   const auto none = v1::FAILURE_CAUSE_UNSPECIFIED;
   if (stop_ == v1::STOP_MODE_KILL) {
@@ -408,8 +407,8 @@ void LeaseMachine::MaybeEnd(Actions* actions) {
   }
 }
 
-void LeaseMachine::End(v1::LeaseOutcome outcome, v1::FailureCause cause,
-                       const std::string& message, Actions* actions) {
+void LeaseMachine::End(v1::LeaseOutcome outcome, v1::FailureCause cause, const std::string& message,
+                       Actions* actions) {
   phase_ = Phase::kEnded;
   v1::Report report = NewReport();
   report.mutable_ended()->set_outcome(outcome);

@@ -26,13 +26,13 @@ namespace attune {
 
 struct LeaseAction {
   enum class Kind {
-    kReport,           // report, in this order (epoch filled in, sequence not)
-    kKill,             // every process of the lease
-    kAbandonUploads,   // nothing is to be stored any more
-    kSendToRank,       // to_trainer, to local rank `rank`
-    kUpload,           // checkpoint; answer with OnStored or OnStoreFailed, in order
-    kRendezvousSet,    // rendezvous_set, to the coordinator
-    kRendezvousGet,    // rendezvous_get, to the coordinator
+    kReport,          // report, in this order (epoch filled in, sequence not)
+    kKill,            // every process of the lease
+    kAbandonUploads,  // nothing is to be stored any more
+    kSendToRank,      // to_trainer, to local rank `rank`
+    kUpload,          // checkpoint; answer with OnStored or OnStoreFailed, in order
+    kRendezvousSet,   // rendezvous_set, to the coordinator
+    kRendezvousGet,   // rendezvous_get, to the coordinator
   };
   Kind kind;
   int rank = -1;
@@ -108,9 +108,9 @@ class LeaseMachine {
   absl::Time peer_lost_until_ = absl::InfiniteFuture();  // wait so long for the real reason
   absl::Time last_progress_ = absl::InfiniteFuture();
   std::deque<v1::CheckpointWritten> uploads_;
-  std::map<std::string, std::string> set_;                 // by trainers of this lease
-  std::map<std::string, std::string> known_;               // values that may be answered at once
-  std::map<std::string, std::vector<int>> waiting_gets_;   // key -> local ranks
+  std::map<std::string, std::string> set_;                // by trainers of this lease
+  std::map<std::string, std::string> known_;              // values that may be answered at once
+  std::map<std::string, std::vector<int>> waiting_gets_;  // key -> local ranks
 };
 
 }  // namespace attune

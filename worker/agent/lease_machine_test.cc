@@ -117,8 +117,7 @@ TEST(LeaseMachineTest, PeerLostIsTheCauseWhereNothingElseIs) {
   machine.OnExit(0, {.code = 13}, At(1));
   EXPECT_FALSE(Has(machine.OnTick(At(1.5)), Kind::kKill));
   EXPECT_TRUE(Has(machine.OnTick(At(2.1)), Kind::kKill));
-  EXPECT_EQ(EndIn(machine.OnExit(1, Killed(SIGKILL), At(3))).cause(),
-            v1::FAILURE_CAUSE_PEER_LOST);
+  EXPECT_EQ(EndIn(machine.OnExit(1, Killed(SIGKILL), At(3))).cause(), v1::FAILURE_CAUSE_PEER_LOST);
 }
 
 TEST(LeaseMachineTest, StallsWithoutProgressOnly) {
@@ -144,8 +143,7 @@ TEST(LeaseMachineTest, AKillDropsUploadsAndACrashDoesNot) {
   stopped.OnStarted(At(0));
   stopped.OnMessage(0, Checkpoint(5), At(1));
   stopped.OnStop(v1::STOP_MODE_KILL);
-  EXPECT_EQ(EndIn(stopped.OnExit(0, Killed(SIGKILL), At(2))).outcome(),
-            v1::LEASE_OUTCOME_STOPPED);
+  EXPECT_EQ(EndIn(stopped.OnExit(0, Killed(SIGKILL), At(2))).outcome(), v1::LEASE_OUTCOME_STOPPED);
 
   LeaseMachine crashed(NewLease(1));
   crashed.OnStarted(At(0));

@@ -208,8 +208,8 @@ absl::StatusOr<LeaseRunner::Sources> LeaseRunner::FetchSources() {
     for (int i = 0; i < datasets.size(); ++i) {
       absl::StatusOr<std::string> file = FetchSource(datasets[i].source(), false);
       if (!file.ok()) {
-        return absl::Status(file.status().code(), absl::StrCat(field, "[", i, "].source: ",
-                                                               file.status().message()));
+        return absl::Status(file.status().code(),
+                            absl::StrCat(field, "[", i, "].source: ", file.status().message()));
       }
       files->push_back(*file);
     }
@@ -261,9 +261,10 @@ absl::StatusOr<std::string> LeaseRunner::FetchSource(const v1::Source& source, b
   }
   std::error_code error;
   if (fs::is_directory(path, error) != directory) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        source.path(), directory ? " is a file; a model is a directory" : " is a directory; a "
-                                                                          "dataset is a file"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(source.path(), directory ? " is a file; a model is a directory"
+                                              : " is a directory; a "
+                                                "dataset is a file"));
   }
   return path;
 }
@@ -317,6 +318,9 @@ v1::TrainerAssignment LeaseRunner::AssignmentOf(int rank) const {
   assignment.set_world_size(std::max(1, lease.world_size()));
   assignment.set_work_directory(directory_ + "/work");
   assignment.set_checkpoint_directory(sources_->checkpoint_directory);
+  if (machine_.trainers() < lease.world_size()) {
+    assignment.set_bind_address(context_->bind_address);
+  }
   const v1::DeviceType wanted = lease.spec().resources().device_type();
   for (const v1::Device& device : context_->devices) {
     const bool mine = rank < lease.devices_size()
@@ -379,15 +383,15 @@ TrainerProcessEvents LeaseRunner::EventsOf(int rank) {
   events.line = [line, limiter](bool is_stderr, std::string text) {
     const absl::Time now = absl::Now();
     if (const int64_t dropped = limiter->TakeDropped(now); dropped > 0) {
-      line(true, absl::StrCat(dropped, " lines were dropped: more than ", kLinesPerSecond,
-                              " a second"));
+      line(true,
+           absl::StrCat(dropped, " lines were dropped: more than ", kLinesPerSecond, " a second"));
     }
     if (limiter->Admit(now)) line(is_stderr, std::move(text));
   };
   events.exited = [post, line, limiter, rank](TrainerExit exit) {
     if (const int64_t dropped = limiter->TakeDropped(absl::InfiniteFuture()); dropped > 0) {
-      line(true, absl::StrCat(dropped, " lines were dropped: more than ", kLinesPerSecond,
-                              " a second"));
+      line(true,
+           absl::StrCat(dropped, " lines were dropped: more than ", kLinesPerSecond, " a second"));
     }
     post([rank, exit = std::move(exit), now = absl::Now()](LeaseRunner* runner) {
       runner->Do(runner->machine_.OnExit(rank, exit, now));
@@ -406,8 +410,8 @@ void LeaseRunner::Upload(const v1::CheckpointWritten& checkpoint) {
     if (!files.ok()) {
       artifact = files.status();
     } else if (!cancellation_.cancelled()) {
-      artifact = ArtifactClient(context_->find)
-                     .Upload(v1::ARTIFACT_KIND_CHECKPOINT, *files, options);
+      artifact =
+          ArtifactClient(context_->find).Upload(v1::ARTIFACT_KIND_CHECKPOINT, *files, options);
     }
     int64_t bytes = 0;
     if (artifact.ok()) {
@@ -494,8 +498,9 @@ void LeaseRunner::OnTick(absl::Time now) {
     const int64_t dropped = dropped_lines_;
     dropped_lines_ = 0;
     Do(machine_.OnLine(-1, true,
-                       absl::StrCat(dropped, " log lines were dropped while the coordinator was "
-                                             "away"),
+                       absl::StrCat(dropped,
+                                    " log lines were dropped while the coordinator was "
+                                    "away"),
                        now));
   }
   if (!journal_->dirty() || now - last_sync_ < kGroupInterval) return;

@@ -40,6 +40,7 @@ struct LeaseContext {
   std::vector<v1::Device> devices;
   std::string trainer_program;
   std::vector<std::string> environment;
+  std::string bind_address;
   // Runs a function in the agent's loop, later.
   std::function<void(std::function<void()>)> post;
   // Sends something that is not a report, if there is a session.
@@ -113,7 +114,7 @@ class LeaseRunner {
   std::unique_ptr<Sources> sources_;   // once fetched
   std::vector<std::string> acquired_;  // artifacts held in the cache; the worker's until prepared
   std::vector<std::unique_ptr<TrainerProcess>> processes_;
-  int64_t dropped_lines_ = 0;          // while too much is unacknowledged
+  int64_t dropped_lines_ = 0;  // while too much is unacknowledged
   absl::Time last_sync_ = absl::InfinitePast();
   // What callbacks from other threads hold: null once this runner is gone.
   struct Handle {

@@ -45,12 +45,14 @@ int main(int argc, char** argv) {
   app.add_option("--cache-gib", cache_gib, "downloads that are kept, in GiB")
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
+  app.add_option("--bind-address", options.bind_address,
+                 "this host's address for trainers of other hosts, for jobs that span hosts")
+      ->capture_default_str();
   app.add_option("--trainer", options.trainer_program, "the trainer's program")
       ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
-  options.state_directory = state_directory.empty()
-                                ? options.coordinator.data_directory + "/worker"
-                                : state_directory;
+  options.state_directory =
+      state_directory.empty() ? options.coordinator.data_directory + "/worker" : state_directory;
   options.cache_bytes = static_cast<int64_t>(cache_gib * (int64_t{1} << 30));
   options.environment = attune::CleanEnvironment(environ);
 

@@ -43,8 +43,8 @@ bool ReadStat(pid_t pid, Stat* out) {
   if (fields.size() < 20) return false;
   out->state = fields[0][0];
   int group = 0;
-  const bool good = absl::SimpleAtoi(fields[2], &group) &&
-                    absl::SimpleAtoi(fields[19], &out->start_ticks);
+  const bool good =
+      absl::SimpleAtoi(fields[2], &group) && absl::SimpleAtoi(fields[19], &out->start_ticks);
   out->group = group;
   return good;
 }
@@ -143,8 +143,8 @@ absl::Status KillLeftover(const ProcessRecord& record, absl::Duration timeout) {
     // A process that starts to exec or to exit shows no environment for a moment: its pid and
     // start time still tell.
     Stat stat;
-    const bool leader = ReadStat(record.pid, &stat) && stat.start_ticks == record.start_ticks &&
-                        Alive(stat);
+    const bool leader =
+        ReadStat(record.pid, &stat) && stat.start_ticks == record.start_ticks && Alive(stat);
     if (leader) {
       const int handle = static_cast<int>(syscall(SYS_pidfd_open, record.pid, 0));
       if (handle >= 0) {

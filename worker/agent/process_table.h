@@ -23,7 +23,7 @@ struct ProcessRecord {
   pid_t pid = 0;
   int64_t start_ticks = 0;  // field 22 of /proc/<pid>/stat
   std::string boot_id;
-  std::string token;        // value of ATTUNE_TRAINER_TOKEN
+  std::string token;  // value of ATTUNE_TRAINER_TOKEN
 };
 
 // Start time of a process in clock ticks since boot. NOT_FOUND if there is none (a zombie counts

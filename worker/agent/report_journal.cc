@@ -112,8 +112,8 @@ absl::Status ReportJournal::Load() {
     file_bytes_ = kHeaderBytes;
     return absl::OkStatus();
   }
-  const bool good = absl::StartsWith(text, kMagic) &&
-                    ReadNumber(text.data() + 16, 4) == Crc32c(text.data(), 16);
+  const bool good =
+      absl::StartsWith(text, kMagic) && ReadNumber(text.data() + 16, 4) == Crc32c(text.data(), 16);
   if (!good) {
     return absl::DataLossError(absl::StrCat(path_, ": not a journal of reports; move it away"));
   }

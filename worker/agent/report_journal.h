@@ -45,7 +45,9 @@ class ReportJournal {
   void Acknowledge(int64_t sequence);
 
   int64_t last_sequence() const { return next_sequence_ - 1; }
-  int64_t acknowledged() const { return next_sequence_ - 1 - static_cast<int64_t>(reports_.size()); }
+  int64_t acknowledged() const {
+    return next_sequence_ - 1 - static_cast<int64_t>(reports_.size());
+  }
   bool all_acknowledged() const { return reports_.empty(); }
   bool dirty() const { return synced_sequence_ < last_sequence(); }
   int64_t unacknowledged_bytes() const { return unacknowledged_bytes_; }

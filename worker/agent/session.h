@@ -57,7 +57,7 @@ class Session {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stopping_ = false;
-  bool open_ = false;          // the stream `number_` takes messages
+  bool open_ = false;  // the stream `number_` takes messages
   int64_t number_ = 0;
   std::deque<v1::WorkerMessage> outgoing_;
   std::thread thread_;

@@ -2,8 +2,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/openat2.h>
 #include <limits.h>
+#include <linux/openat2.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -67,8 +67,7 @@ absl::StatusOr<SourceRoots> SourceRoots::Open(const std::vector<std::string>& ro
   SourceRoots out;
   for (const std::string& given : roots) {
     const std::string real = RealPath(given);
-    const int fd =
-        real.empty() ? -1 : open(real.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC);
+    const int fd = real.empty() ? -1 : open(real.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) {
       return absl::NotFoundError(
           absl::StrCat("root ", given, ": ", std::strerror(errno), ". Make it, or leave it out."));
@@ -148,8 +147,7 @@ absl::StatusOr<std::string> SourceRoots::ResolveIn(const Root& root,
   return real;
 }
 
-absl::Status SourceRoots::CheckEntries(const Root& root, const std::string& real,
-                                       int depth) const {
+absl::Status SourceRoots::CheckEntries(const Root& root, const std::string& real, int depth) const {
   if (depth == kMaxDepth) return absl::OkStatus();
   namespace fs = std::filesystem;
   std::error_code error;

@@ -153,10 +153,14 @@ absl::StatusOr<std::unique_ptr<TrainerProcess>> TrainerProcess::Start(
   environment.push_back(absl::StrCat(kTrainerTokenVariable, "=", options.token));
   const std::vector<char*> argument_pointers = Pointers(arguments);
   const std::vector<char*> environment_pointers = Pointers(environment);
-  const ChildPlan plan = {options.program.c_str(),     options.working_directory.c_str(),
-                          argument_pointers.data(),    environment_pointers.data(),
-                          getpid(),                    channel->trainer_fd,
-                          out.write_fd,                err.write_fd,
+  const ChildPlan plan = {options.program.c_str(),
+                          options.working_directory.c_str(),
+                          argument_pointers.data(),
+                          environment_pointers.data(),
+                          getpid(),
+                          channel->trainer_fd,
+                          out.write_fd,
+                          err.write_fd,
                           error_pipe.write_fd};
   const pid_t pid = fork();
   if (pid == 0) RunChild(plan);
@@ -191,9 +195,9 @@ absl::StatusOr<std::unique_ptr<TrainerProcess>> TrainerProcess::Start(
   }
   const timeval patience = {1, 0};
   setsockopt(channel->agent_fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
-  return std::unique_ptr<TrainerProcess>(
-      new TrainerProcess(pid, handle, channel->agent_fd, out.TakeRead(), err.TakeRead(),
-                         options.token, std::move(events)));
+  return std::unique_ptr<TrainerProcess>(new TrainerProcess(pid, handle, channel->agent_fd,
+                                                            out.TakeRead(), err.TakeRead(),
+                                                            options.token, std::move(events)));
 }
 
 TrainerProcess::TrainerProcess(pid_t pid, int pid_handle, int channel_fd, int stdout_fd,

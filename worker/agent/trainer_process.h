@@ -24,7 +24,7 @@
 namespace attune {
 
 struct TrainerProcessOptions {
-  std::string program;                   // path
+  std::string program;  // path
   std::string assignment_file;
   std::string working_directory;
   std::string record_file;               // process_table.h; written before Start returns
@@ -43,8 +43,8 @@ class TrainerProcess {
   // Runs `program --assignment FILE --channel-fd N`. To be called from a thread that lives longer
   // than the process: the kernel kills the process when that thread ends. Errors: no process is
   // left behind and no event will come.
-  static absl::StatusOr<std::unique_ptr<TrainerProcess>> Start(
-      const TrainerProcessOptions& options, TrainerProcessEvents events);
+  static absl::StatusOr<std::unique_ptr<TrainerProcess>> Start(const TrainerProcessOptions& options,
+                                                               TrainerProcessEvents events);
 
   // Kills the group and waits for it.
   ~TrainerProcess();
