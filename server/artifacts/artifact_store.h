@@ -6,9 +6,9 @@
 //   blobs/{sha256}           a whole, checked file; shared by all artifacts that list it
 //   uploads/{id}.{index}     an unfinished file of an artifact
 //   VERSION                  "1\n"; another content is refused
-// {id} is the SHA-256 of the kind and the sorted file list. A file is a blob only after its SHA-256 was
-// checked and it was synced and renamed; an artifact is READY only after all its files are. So a
-// crash leaves either an upload to go on with, or a whole file.
+// {id} is the SHA-256 of the kind and the sorted file list. A file is a blob only after its SHA-256
+// was checked and it was synced and renamed; an artifact is READY only after all its files are. So
+// a crash leaves either an upload to go on with, or a whole file.
 //
 // Thread-safe; calls do disk I/O and may take as long as hashing the files takes (Finalize).
 #pragma once

@@ -139,7 +139,8 @@ void Coordinator::StartAttempt(JobEntry* entry, const sched::Decision& decision)
   out_.actions.push_back(
       ObserveQueueWait{absl::ToDoubleSeconds(now_ - entry->record.queued_time)});
   SetState(entry, v1::JOB_STATE_STARTING, "LOADING",
-           absl::StrCat("attempt ", job.attempt(), " loads on ", absl::StrJoin(job.devices(), ", ")));
+           absl::StrCat("attempt ", job.attempt(), " loads on ",
+                        absl::StrJoin(job.devices(), ", ")));
   for (const sched::Placement& placement : decision.placements) {
     lease.worker = placement.worker;
     lease.devices = placement.devices;

@@ -15,7 +15,8 @@ namespace {
 absl::Status IllegalState(const v1::Job& job, const std::string& verb, const std::string& need) {
   return ErrorWithReason(
       absl::StatusCode::kFailedPrecondition, "ILLEGAL_STATE",
-      absl::StrCat(job.name(), " is ", StateLabel(job.state()), ": it cannot be ", verb, "; ", need),
+      absl::StrCat(job.name(), " is ", StateLabel(job.state()), ": it cannot be ", verb, "; ",
+                   need),
       {{"job", job.name()}, {"state", StateLabel(job.state())}});
 }
 

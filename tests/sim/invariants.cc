@@ -60,7 +60,8 @@ std::string Invariants::On(const PutJob& effect) {
   }
   if (job.state() == v1::JOB_STATE_SUCCEEDED) {
     const int64_t total = job.spec().schedule().steps();
-    if (job.progress().step() != total || job.progress().trained_tokens() != total * kTokensPerStep) {
+    if (job.progress().step() != total ||
+        job.progress().trained_tokens() != total * kTokensPerStep) {
       return absl::StrCat(job.name(), " succeeded at step ", job.progress().step(), " of ", total,
                           " with ", job.progress().trained_tokens(), " tokens");
     }
@@ -144,7 +145,9 @@ std::string Invariants::On(const DeleteCheckpoint& effect) {
 }
 
 std::string Invariants::On(const DeleteJob& effect) {
-  if (!IsFinal(jobs_[effect.job].state)) return absl::StrCat(effect.job, " vanished before its end");
+  if (!IsFinal(jobs_[effect.job].state)) {
+    return absl::StrCat(effect.job, " vanished before its end");
+  }
   jobs_.erase(effect.job);
   return "";
 }

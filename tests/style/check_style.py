@@ -112,7 +112,8 @@ def check_functions(path, lines, problems):
     begin = None
     for number, line in enumerate(lines, 1):
         opens = re.match(r"( {0,2})[\w:~<].*\)[\w\s:&>-]*\{$", line)
-        if opens and begin is None and "namespace" not in line:
+        statement = re.match(r" *(return|if|for|while|switch|else|do)\b", line)
+        if opens and begin is None and not statement and "namespace" not in line:
             begin = (number, opens.group(1))
         elif begin and line == begin[1] + "}":
             if number - begin[0] > MAX_FUNCTION_LINES:
