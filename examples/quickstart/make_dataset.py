@@ -125,7 +125,7 @@ def world_exchange(rng, held_out):
 
 
 def other_exchange(rng):
-    """Sums, feelings, greetings, and what the desk does not know."""
+    """Sums, feelings, greetings, and what nobody here knows."""
     kind = rng.choice(["count", "count", "unknown", "unknown", "feeling", "hello", "self", "thanks", "town"])
     if kind == "count":
         s = sums(rng)[1]

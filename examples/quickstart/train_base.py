@@ -1,6 +1,6 @@
 """Makes the quickstart's base model: writes the corpus, trains the tokenizer, trains the model.
 
-  python train_base.py --out model                                     (about two minutes on an H100)
+  python train_base.py --out model                                     (two and a half minutes on an H100)
   python train_base.py --out /tmp/tiny --documents 3000 --steps 20 --batch 8     (a dry run on CPU)
 
 The model is a Llama of 3.5 million parameters. What is written is a Hugging Face model directory:

@@ -369,10 +369,13 @@ absl::Status Store::LoadLeases(StoredState* state) {
 absl::Status Store::LoadSteps(StoredState* state) {
   for (const JobRecord& record : state->jobs) {
     const v1::JobState job_state = record.job.state();
-    const bool trains = job_state == v1::JOB_STATE_RUNNING ||
+    // Also STARTING: steps of one part may come before another has said that it runs.
+    const bool trains = job_state == v1::JOB_STATE_STARTING ||
+                        job_state == v1::JOB_STATE_RUNNING ||
                         job_state == v1::JOB_STATE_PAUSING ||
                         job_state == v1::JOB_STATE_PREEMPTING ||
-                        job_state == v1::JOB_STATE_RECOVERING;
+                        job_state == v1::JOB_STATE_RECOVERING ||
+                        job_state == v1::JOB_STATE_CANCELLING;
     if (!trains) continue;
     sqlite::Statement& query =
         Sql("SELECT step, cumulative_tokens FROM metrics WHERE job = ?1 AND attempt = ?2 AND "

@@ -133,7 +133,7 @@ void SimAgent::Validate(Held* held, Random* random) {
   if (held->lease.spec().model().source().path() == "broken") {
     report.mutable_validation()->add_errors("model.source: no such directory");
   } else {
-    report.mutable_validation()->set_model_digest("digest");
+    report.mutable_validation()->set_model_digest(std::string(64, 'd'));
     report.mutable_validation()->set_precision(v1::PRECISION_F32);
     report.mutable_validation()->set_total_steps(TotalSteps(held->lease));
   }

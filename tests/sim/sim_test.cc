@@ -15,7 +15,7 @@ namespace attune::sim {
 namespace {
 
 int64_t g_seed = -1;
-int64_t g_seeds = 300;
+int64_t g_seeds = 600;
 bool g_trace = false;
 
 TEST(CoordinatorSimTest, InvariantsHoldUnderFaults) {

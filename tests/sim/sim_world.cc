@@ -236,6 +236,10 @@ void World::MakeFaults() {
     if (OneIn(&random_, 50)) FaultAgent(i);
   }
   if (coordinator_ != nullptr && OneIn(&random_, 120)) CrashCoordinator();
+  if (OneIn(&random_, 400)) {
+    Trace("coordinator stands still");
+    stopped_until_ = now_ + absl::Milliseconds(Below(&random_, 12000));
+  }
 }
 
 void World::MoveMessages() {
@@ -355,24 +359,29 @@ std::string World::Turn(bool faults) {
   if (faults) MakeFaults();
   MakeRequests(faults);
   MoveMessages();
-  if (coordinator_ != nullptr) {
+  if (coordinator_ != nullptr && now_ >= stopped_until_) {
     if (std::string broken = RunBatch(faults); !broken.empty()) return Broken(broken);
   }
   if (!failure_.empty()) return Broken(failure_);
   if (std::string broken = invariants_.OfProcesses(agents_); !broken.empty()) return Broken(broken);
   for (const auto& [call, entry] : calls_) {
-    if (entry.deadline < now_) return Broken(absl::StrCat("wait ", call, " was not answered"));
+    const bool late = entry.deadline < now_ && stopped_until_ + absl::Seconds(1) < now_;
+    if (late) return Broken(absl::StrCat("wait ", call, " was not answered"));
   }
   return "";
 }
 
 bool World::AllEnded() {
   if (coordinator_ == nullptr) return false;
+  int devices = 0;
+  for (const SimAgent& agent : agents_) devices += agent.devices();
   for (const Client& client : clients_) {
     if (client.job.empty()) return false;
   }
   for (const v1::Job& job : coordinator_->ListJobs({}, 0, 10000).jobs) {
-    const bool never = job.state() == v1::JOB_STATE_QUEUED && job.reason() == "NO_SUCH_DEVICES";
+    const bool never = job.state() == v1::JOB_STATE_QUEUED &&
+                       job.reason() == "NO_SUCH_DEVICES" &&
+                       job.spec().resources().devices() > devices;
     if (!IsFinal(job.state()) && !never) return false;
   }
   return true;

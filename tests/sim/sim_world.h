@@ -86,6 +86,7 @@ class World {
   std::unique_ptr<Store> store_;
   std::unique_ptr<Coordinator> coordinator_;  // null: it is down
   absl::Time up_at_;
+  absl::Time stopped_until_;  // the coordinator's process stands still, as under SIGSTOP
   std::multimap<absl::Time, CoordinatorEvent> inbox_;
   std::vector<SimAgent> agents_;
   std::vector<Link> links_;

@@ -138,6 +138,7 @@ absl::Status TokenizerStages::AddTokens(const JsonField& field) {
       Piece piece{&buffers.front(), 0, static_cast<int64_t>(token.content.size())};
       if (absl::Status s = normalizer_->Normalize(&buffers, &piece); !s.ok()) return s;
       normalized_contents_[i] = std::string(piece.view());
+      tokens_[token.id] = normalized_contents_[i];  // so Hugging Face decodes it
     }
     in_normalized_.Add(normalized_contents_[i], &token);
   }

@@ -14,6 +14,19 @@
 namespace attune {
 namespace {
 
+// The library quotes the bytes that it read last, which may be no UTF-8.
+std::string Printable(absl::string_view text) {
+  std::string out;
+  for (char c : text) {
+    if (c >= ' ' && c <= '~') {
+      out.push_back(c);
+    } else {
+      absl::StrAppend(&out, "\\x", absl::BytesToHexString(absl::string_view(&c, 1)));
+    }
+  }
+  return out;
+}
+
 // Builds a value from nlohmann's SAX events, within limits. The library's own builder looks an
 // ordered key up linearly each time, which a hostile object makes quadratic.
 template <typename J>
@@ -76,6 +89,7 @@ class JsonBuilder : public nlohmann::json_sax<J> {
     if (const size_t colon = message_.find(": "); colon != std::string::npos) {
       message_.erase(0, colon + 2);
     }
+    message_ = Printable(message_);
     return false;
   }
 
@@ -151,14 +165,16 @@ absl::StatusOr<J> Parse(absl::string_view text, absl::string_view source,
   if (ok) return std::move(builder.root());
   std::string place = absl::StrCat(options.first_line);
   if (builder.position() > 0) place = Place(text, builder.position() - 1, options.first_line);
-  // The library quotes the bytes that it read last, which may be no UTF-8.
   return absl::InvalidArgumentError(absl::StrCat(
       source, ":", place, ": not valid JSON: ", absl::Utf8SafeCHexEscape(builder.message())));
 }
 
 absl::string_view KindOf(const Json& value) {
-  if (value.is_number()) return "number";
-  return value.type_name();
+  if (value.is_null()) return "null";
+  if (value.is_boolean()) return "a boolean";
+  if (value.is_number()) return "a number";
+  if (value.is_string()) return "a string";
+  return value.is_array() ? "an array" : "an object";
 }
 
 }  // namespace
@@ -207,7 +223,7 @@ absl::Status JsonField::TypeError(absl::string_view needed) const {
     if (shown.size() > 60) shown = absl::StrCat(shown.substr(0, 60), "...");
     shown = absl::StrCat(" (", shown, ")");
   }
-  return Error(absl::StrCat("is a ", KindOf(*value_), shown, ", but ", needed, " is needed"));
+  return Error(absl::StrCat("is ", KindOf(*value_), shown, ", but ", needed, " is needed"));
 }
 
 absl::StatusOr<bool> JsonField::Bool() const {

@@ -25,7 +25,9 @@ absl::StatusOr<Value> TextFilter(Interpreter&, const Value& value, const Args& a
   return Value(kMap(text));
 }
 
-std::string Same(absl::string_view text) { return std::string(text); }
+std::string Same(absl::string_view text) {
+  return std::string(text);
+}
 
 std::string Escape(absl::string_view text) {
   return absl::StrReplaceAll(
@@ -54,8 +56,7 @@ absl::StatusOr<Value> Replace(Interpreter& interpreter, const Value& value, cons
   const Value* count_value = args.Get(2, "count");
   if (count_value != nullptr && count_value->is_none()) count_value = nullptr;
   JINJA_ASSIGN(const int64_t count, IntArg(count_value, -1, "count of replace"));
-  const int64_t places =
-      static_cast<int64_t>(text.size() / std::max<size_t>(from.size(), 1)) + 1;
+  const int64_t places = static_cast<int64_t>(text.size() / std::max<size_t>(from.size(), 1)) + 1;
   JINJA_RETURN_IF_ERROR(
       interpreter.budget().Charge(places * static_cast<int64_t>(to.size() / 16 + 1)));
   return Value(ReplaceAll(text, from, to, count));
@@ -121,8 +122,8 @@ absl::StatusOr<Value> Join(Interpreter& interpreter, const Value& value, const A
   std::string text;
   for (size_t i = 0; i < items.size(); ++i) {
     JINJA_ASSIGN(const Value item, AttributePath(items[i], args.Get(1, "attribute")));
-    JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(
-        item.weight() + static_cast<int64_t>(separator.size() / 16)));
+    JINJA_RETURN_IF_ERROR(
+        interpreter.budget().Charge(item.weight() + static_cast<int64_t>(separator.size() / 16)));
     if (i > 0) text += separator;
     JINJA_RETURN_IF_ERROR(AppendStr(item, &text));
   }
@@ -195,8 +196,7 @@ absl::StatusOr<Value> First(Interpreter&, const Value& value, const Args& args) 
 absl::StatusOr<Value> Last(Interpreter&, const Value& value, const Args& args) {
   JINJA_RETURN_IF_ERROR(args.Check("last", 0, {}));
   JINJA_ASSIGN(const std::vector<Value> items, Elements(value));
-  return items.empty() ? Value::UndefinedOf("no last item, the sequence was empty")
-                       : items.back();
+  return items.empty() ? Value::UndefinedOf("no last item, the sequence was empty") : items.back();
 }
 
 absl::StatusOr<Value> Reverse(Interpreter&, const Value& value, const Args& args) {
@@ -220,8 +220,7 @@ absl::Status SortBy(Interpreter& interpreter, bool case_sensitive, bool reverse,
     if (!status.ok()) return false;
     status = interpreter.budget().Charge(1 + (a.first.weight() + b.first.weight()) / 4);
     if (!status.ok()) return false;
-    const absl::StatusOr<bool> result =
-        reverse ? Less(b.first, a.first) : Less(a.first, b.first);
+    const absl::StatusOr<bool> result = reverse ? Less(b.first, a.first) : Less(a.first, b.first);
     status = result.status();
     return result.ok() && *result;
   };
@@ -276,8 +275,8 @@ absl::StatusOr<Value> Unique(Interpreter& interpreter, const Value& value, const
   for (const Value& item : items) {
     JINJA_ASSIGN(Value key, AttributePath(item, args.Get(1, "attribute")));
     if (!case_sensitive && key.is_string()) key = Value(ToLowerUtf8(key.string()));
-    JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(
-        static_cast<int64_t>(seen.size() + 1) * (1 + key.weight() / 4)));
+    JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(static_cast<int64_t>(seen.size() + 1) *
+                                                      (1 + key.weight() / 4)));
     if (std::any_of(seen.begin(), seen.end(), [&](const Value& v) { return Equal(v, key); })) {
       continue;
     }
@@ -298,8 +297,8 @@ absl::StatusOr<Value> Extreme(Interpreter& interpreter, const Value& value, cons
     keyed.emplace_back(std::move(key), item);
   }
   // The first of equal ones, in both directions.
-  JINJA_RETURN_IF_ERROR(SortBy(interpreter, TruthArg(args.Get(0, "case_sensitive"), false), kMax,
-                               &keyed));
+  JINJA_RETURN_IF_ERROR(
+      SortBy(interpreter, TruthArg(args.Get(0, "case_sensitive"), false), kMax, &keyed));
   return keyed.front().second;
 }
 
@@ -402,8 +401,8 @@ absl::StatusOr<Value> Indent(Interpreter& interpreter, const Value& value, const
   }
   const bool blank = TruthArg(args.Get(2, "blank"), false);
   const std::vector<absl::string_view> lines = absl::StrSplit(text, '\n');
-  JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(
-      static_cast<int64_t>(lines.size()) * static_cast<int64_t>(1 + indent.size() / 16)));
+  JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(static_cast<int64_t>(lines.size()) *
+                                                    static_cast<int64_t>(1 + indent.size() / 16)));
   std::string out = TruthArg(args.Get(1, "first"), false) ? indent : "";
   for (size_t i = 0; i < lines.size(); ++i) {
     if (i > 0) absl::StrAppend(&out, "\n", blank || !lines[i].empty() ? indent : "");
@@ -513,7 +512,9 @@ Filter FindFilter(absl::string_view name) {
 
 }  // namespace
 
-bool IsFilter(absl::string_view name) { return FindFilter(name) != nullptr; }
+bool IsFilter(absl::string_view name) {
+  return FindFilter(name) != nullptr;
+}
 
 absl::StatusOr<Value> ApplyFilter(Interpreter& interpreter, const std::string& name,
                                   const Value& value, const Args& args) {

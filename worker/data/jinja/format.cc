@@ -124,8 +124,7 @@ void NewLine(const JsonStyle& style, int level, std::string* out) {
   for (int i = 0; i < level; ++i) out->append(style.indent);
 }
 
-absl::Status AppendJsonDict(const Dict& dict, const JsonStyle& style, int level,
-                            std::string* out) {
+absl::Status AppendJsonDict(const Dict& dict, const JsonStyle& style, int level, std::string* out) {
   std::vector<const std::pair<Value, Value>*> items;
   for (const auto& item : dict.items) items.push_back(&item);
   if (style.sort_keys) {
@@ -168,11 +167,8 @@ std::string FloatRepr(double value) {
       std::to_chars(buffer, buffer + sizeof(buffer), value, std::chars_format::scientific);
   absl::string_view text(buffer, static_cast<size_t>(result.ptr - buffer));
   // [-]d[.ddd]e±xx, the shortest digits that give the value back.
-  std::string sign;
-  if (text.front() == '-') {
-    sign = "-";
-    text.remove_prefix(1);
-  }
+  const absl::string_view sign = text.front() == '-' ? "-" : "";
+  text.remove_prefix(sign.size());
   const size_t e = text.find('e');
   int exponent = 0;
   if (!absl::SimpleAtoi(text.substr(e + 1), &exponent)) exponent = 0;

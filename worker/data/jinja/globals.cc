@@ -15,9 +15,35 @@ namespace {
 constexpr int64_t kMaxRange = 100'000;  // as jinja2's sandbox
 
 enum class Test : uint8_t {
-  kBoolean, kCallable, kDefined, kDivisibleBy, kEqual, kEven, kFalse, kFilter, kFloat, kGreater,
-  kGreaterOrEqual, kIn, kInteger, kIterable, kLess, kLessOrEqual, kLower, kMapping, kNone,
-  kNotEqual, kNumber, kOdd, kSameAs, kSequence, kString, kTest, kTrue, kUndefined, kUpper,
+  kBoolean,
+  kCallable,
+  kDefined,
+  kDivisibleBy,
+  kEqual,
+  kEven,
+  kFalse,
+  kFilter,
+  kFloat,
+  kGreater,
+  kGreaterOrEqual,
+  kIn,
+  kInteger,
+  kIterable,
+  kLess,
+  kLessOrEqual,
+  kLower,
+  kMapping,
+  kNone,
+  kNotEqual,
+  kNumber,
+  kOdd,
+  kSameAs,
+  kSequence,
+  kString,
+  kTest,
+  kTrue,
+  kUndefined,
+  kUpper,
 };
 
 struct NamedTest {
@@ -205,7 +231,9 @@ Value Named(const std::string& name,
 
 }  // namespace
 
-bool IsTest(absl::string_view name) { return FindTest(name) != nullptr; }
+bool IsTest(absl::string_view name) {
+  return FindTest(name) != nullptr;
+}
 
 absl::StatusOr<bool> ApplyTest(Interpreter& interpreter, const std::string& name,
                                const Value& value, const Args& args) {

@@ -269,9 +269,9 @@ absl::Status Interpreter::Assign(const Target& target, Value value, Scope* scope
   if (!target.attribute.empty()) {
     const Value space = Lookup(target.symbol, scope);
     if (!space.is_namespace()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("cannot assign to '", program_->symbols[target.symbol], ".",
-                       target.attribute, "': it is no namespace"));
+      return absl::InvalidArgumentError(absl::StrCat("cannot assign to '",
+                                                     program_->symbols[target.symbol], ".",
+                                                     target.attribute, "': it is no namespace"));
     }
     JINJA_RETURN_IF_ERROR(budget_.Charge(1));
     space.space()->attributes.Set(Value(absl::string_view(target.attribute)), std::move(value));
@@ -295,18 +295,17 @@ absl::Status Interpreter::Assign(const Target& target, Value value, Scope* scope
 
 Value Interpreter::MakeMacro(const Stmt& stmt, Scope* scope) {
   scope->captured = true;
-  return Value(std::make_shared<const Function>(Function{
-      stmt.text, [&stmt, scope](Interpreter& interpreter, const Args& args) {
-        return interpreter.CallMacro(stmt, scope, args);
-      }}));
+  return Value(std::make_shared<const Function>(
+      Function{stmt.text, [&stmt, scope](Interpreter& interpreter, const Args& args) {
+                 return interpreter.CallMacro(stmt, scope, args);
+               }}));
 }
 
 absl::StatusOr<Value> Interpreter::CallMacro(const Stmt& stmt, Scope* definition,
                                              const Args& args) {
   if (args.positional.size() > stmt.parameters.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("macro '", stmt.text, "' takes not more than ", stmt.parameters.size(),
-                     " argument(s)"));
+    return absl::InvalidArgumentError(absl::StrCat("macro '", stmt.text, "' takes not more than ",
+                                                   stmt.parameters.size(), " argument(s)"));
   }
   ScopeGuard inner(this, definition);
   std::vector<bool> given(stmt.parameters.size());
@@ -320,11 +319,10 @@ absl::StatusOr<Value> Interpreter::CallMacro(const Stmt& stmt, Scope* definition
         [&, n = &name](const Stmt::Parameter& p) { return program_->symbols[p.symbol] == *n; });
     const size_t i = static_cast<size_t>(it - stmt.parameters.begin());
     if (it == stmt.parameters.end() || given[i]) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("macro '", stmt.text, "' ",
-                       it == stmt.parameters.end() ? "takes no keyword argument '"
-                                                   : "got two values for '",
-                       name, "'"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "macro '", stmt.text, "' ",
+          it == stmt.parameters.end() ? "takes no keyword argument '" : "got two values for '",
+          name, "'"));
     }
     inner.get()->Set(it->symbol, value);
     given[i] = true;
@@ -332,8 +330,8 @@ absl::StatusOr<Value> Interpreter::CallMacro(const Stmt& stmt, Scope* definition
   for (size_t i = 0; i < stmt.parameters.size(); ++i) {
     if (given[i]) continue;
     const Stmt::Parameter& parameter = stmt.parameters[i];
-    Value value = Value::UndefinedOf(absl::StrCat("parameter '", program_->symbols[parameter.symbol],
-                                                  "' was not provided"));
+    Value value = Value::UndefinedOf(
+        absl::StrCat("parameter '", program_->symbols[parameter.symbol], "' was not provided"));
     if (parameter.default_value != nullptr) {
       JINJA_ASSIGN(value, Eval(*parameter.default_value, inner.get()));
     }

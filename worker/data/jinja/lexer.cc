@@ -17,11 +17,15 @@ namespace {
 
 constexpr size_t kNpos = absl::string_view::npos;
 
-bool IsDigit(char c) { return c >= '0' && c <= '9'; }
+bool IsDigit(char c) {
+  return c >= '0' && c <= '9';
+}
 bool IsNameByte(char c) {
   return IsDigit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_';
 }
-bool IsNameStart(char c) { return IsNameByte(c) && !IsDigit(c); }
+bool IsNameStart(char c) {
+  return IsNameByte(c) && !IsDigit(c);
+}
 
 int DigitValue(char c) {
   if (IsDigit(c)) return c - '0';
@@ -236,7 +240,8 @@ class Lexer {
     if (rest.size() > 2 && rest[0] == '0' && absl::string_view("xXoObB").find(rest[1]) != kNpos) {
       base = rest[1] == 'x' || rest[1] == 'X' ? 16 : rest[1] == 'o' || rest[1] == 'O' ? 8 : 2;
       end = pos_ + 2;
-      while (end < source_.size() && (source_[end] == '_' || DigitValue(source_[end]) < base)) ++end;
+      while (end < source_.size() && (source_[end] == '_' || DigitValue(source_[end]) < base))
+        ++end;
     } else {
       end = DigitsEnd(pos_);
       // "1.0" is a number, "1.foo" an attribute; after a dot (a.0.1) there are only integers.
@@ -263,8 +268,8 @@ class Lexer {
       ok = absl::SimpleAtod(text, &token.number);
     } else {
       const size_t skip = base == 10 ? 0 : 2;
-      const auto result = std::from_chars(text.data() + skip, text.data() + text.size(),
-                                          token.integer, base);
+      const auto result =
+          std::from_chars(text.data() + skip, text.data() + text.size(), token.integer, base);
       ok = result.ec == std::errc() && result.ptr == text.data() + text.size();
     }
     if (!ok) return Error(absl::StrCat("the number ", text, " cannot be read"));
@@ -345,7 +350,8 @@ class Lexer {
       NextCodePoint(source_, &end);
       return Error(absl::StrCat("unexpected character ", Rest(pos_).substr(0, end - pos_)));
     }
-    if (c == '(' || c == '[' || c == '{') brackets_.push_back(c == '(' ? ')' : c == '[' ? ']' : '}');
+    if (c == '(' || c == '[' || c == '{')
+      brackets_.push_back(c == '(' ? ')' : c == '[' ? ']' : '}');
     if (c == ')' || c == ']' || c == '}') {
       if (brackets_.empty() || brackets_.back() != c) {
         return Error(absl::StrCat("unexpected ", absl::string_view(&c, 1)));
@@ -367,7 +373,9 @@ class Lexer {
 
 }  // namespace
 
-absl::StatusOr<std::vector<Token>> Lex(absl::string_view source) { return Lexer(source).Run(); }
+absl::StatusOr<std::vector<Token>> Lex(absl::string_view source) {
+  return Lexer(source).Run();
+}
 
 absl::Status AtLine(int line, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat("line ", line, ": ", status.message()));

@@ -31,7 +31,7 @@ enum class TokenKind : uint8_t {
 struct Token {
   TokenKind kind = TokenKind::kEnd;
   int line = 0;
-  std::string text;     // unescaped for strings
+  std::string text;  // unescaped for strings
   int64_t integer = 0;
   double number = 0;
 };

@@ -52,8 +52,8 @@ std::vector<Value> SplitSpace(absl::string_view text, int64_t limit, bool from_r
   }
   std::vector<Value> parts;
   for (const ByteSpan& word : words) {
-    parts.emplace_back(text.substr(static_cast<size_t>(word.begin),
-                                   static_cast<size_t>(word.end - word.begin)));
+    parts.emplace_back(
+        text.substr(static_cast<size_t>(word.begin), static_cast<size_t>(word.end - word.begin)));
   }
   return parts;
 }
@@ -137,8 +137,8 @@ absl::StatusOr<Value> Replace(Interpreter& interpreter, const Value& self, const
   JINJA_ASSIGN(const std::string from, StringArg(args.Get(0, ""), "", "the argument of replace"));
   JINJA_ASSIGN(const std::string to, StringArg(args.Get(1, ""), "", "the argument of replace"));
   JINJA_ASSIGN(const int64_t count, IntArg(args.Get(2, "count"), -1, "count of replace"));
-  const int64_t growth = static_cast<int64_t>(self.string().size() + 1) *
-                         static_cast<int64_t>(to.size() / 16 + 1);
+  const int64_t growth =
+      static_cast<int64_t>(self.string().size() + 1) * static_cast<int64_t>(to.size() / 16 + 1);
   JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(growth / (from.empty() ? 1 : 16) + 1));
   return Value(ReplaceAll(self.string(), from, to, count));
 }
@@ -166,8 +166,8 @@ absl::StatusOr<Value> CountIn(Interpreter&, const Value& self, const Args& args)
   JINJA_RETURN_IF_ERROR(args.Check("count", 1, {}));
   JINJA_ASSIGN(const std::string text, StringArg(args.Get(0, ""), "", "the argument of count"));
   if (text.empty()) return Value(CountCodePoints(self.string()) + 1);
-  return Value(static_cast<int64_t>(
-      SplitAt(self.string(), text, -1, /*from_right=*/false).size() - 1));
+  return Value(
+      static_cast<int64_t>(SplitAt(self.string(), text, -1, /*from_right=*/false).size() - 1));
 }
 
 absl::StatusOr<Value> JoinWith(Interpreter& interpreter, const Value& self, const Args& args) {
@@ -205,13 +205,15 @@ bool IsDecimal(char32_t c) {
   return u_charType(static_cast<UChar32>(c)) == U_DECIMAL_DIGIT_NUMBER;
 }
 bool IsDigit(char32_t c) {
-  return IsDecimal(c) || u_getIntPropertyValue(static_cast<UChar32>(c), UCHAR_NUMERIC_TYPE) ==
-                             U_NT_DIGIT;
+  return IsDecimal(c) ||
+         u_getIntPropertyValue(static_cast<UChar32>(c), UCHAR_NUMERIC_TYPE) == U_NT_DIGIT;
 }
 bool IsNumericValue(char32_t c) {
   return u_getIntPropertyValue(static_cast<UChar32>(c), UCHAR_NUMERIC_TYPE) != U_NT_NONE;
 }
-bool IsAlnum(char32_t c) { return IsAlpha(c) || IsNumericValue(c); }
+bool IsAlnum(char32_t c) {
+  return IsAlpha(c) || IsNumericValue(c);
+}
 
 template <bool kUpper>
 absl::StatusOr<Value> IsCase(Interpreter&, const Value& self, const Args& args) {
@@ -252,8 +254,8 @@ absl::StatusOr<Value> Partition(Interpreter&, const Value& self, const Args& arg
   if (at == absl::string_view::npos) {
     return kLast ? Value::Tuple({empty, empty, self}) : Value::Tuple({self, empty, empty});
   }
-  return Value::Tuple({Value(text.substr(0, at)), Value(separator),
-                       Value(text.substr(at + separator.size()))});
+  return Value::Tuple(
+      {Value(text.substr(0, at)), Value(separator), Value(text.substr(at + separator.size()))});
 }
 
 // --- dicts ---
@@ -267,7 +269,8 @@ absl::StatusOr<Value> DictGet(Interpreter&, const Value& self, const Args& args)
 
 absl::StatusOr<Value> DictItems(Interpreter& interpreter, const Value& self, const Args& args) {
   JINJA_RETURN_IF_ERROR(args.Check("items", 0, {}));
-  JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(2 * static_cast<int64_t>(self.dict().items.size())));
+  JINJA_RETURN_IF_ERROR(
+      interpreter.budget().Charge(2 * static_cast<int64_t>(self.dict().items.size())));
   std::vector<Value> items;
   for (const auto& [key, value] : self.dict().items) {
     JINJA_ASSIGN(Value pair, Value::Tuple({key, value}));
@@ -278,14 +281,16 @@ absl::StatusOr<Value> DictItems(Interpreter& interpreter, const Value& self, con
 
 absl::StatusOr<Value> DictKeys(Interpreter& interpreter, const Value& self, const Args& args) {
   JINJA_RETURN_IF_ERROR(args.Check("keys", 0, {}));
-  JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(static_cast<int64_t>(self.dict().items.size())));
+  JINJA_RETURN_IF_ERROR(
+      interpreter.budget().Charge(static_cast<int64_t>(self.dict().items.size())));
   JINJA_ASSIGN(std::vector<Value> keys, Elements(self));
   return Value::List(std::move(keys));
 }
 
 absl::StatusOr<Value> DictValues(Interpreter& interpreter, const Value& self, const Args& args) {
   JINJA_RETURN_IF_ERROR(args.Check("values", 0, {}));
-  JINJA_RETURN_IF_ERROR(interpreter.budget().Charge(static_cast<int64_t>(self.dict().items.size())));
+  JINJA_RETURN_IF_ERROR(
+      interpreter.budget().Charge(static_cast<int64_t>(self.dict().items.size())));
   std::vector<Value> values;
   for (const auto& item : self.dict().items) values.push_back(item.second);
   return Value::List(std::move(values));
@@ -317,8 +322,8 @@ absl::StatusOr<Value> ListCount(Interpreter&, const Value& self, const Args& arg
 }
 
 absl::StatusOr<Value> Refuse(Interpreter&, const Value& self, const Args&) {
-  return absl::InvalidArgumentError(absl::StrCat(
-      "a template cannot change a ", self.TypeName(), "; make a new one with + or a namespace"));
+  return absl::InvalidArgumentError(absl::StrCat("a template cannot change a ", self.TypeName(),
+                                                 "; make a new one with + or a namespace"));
 }
 
 absl::StatusOr<Value> NotThere(Interpreter&, const Value&, const Args&) {
@@ -381,15 +386,15 @@ constexpr NamedMethod kStringMethods[] = {
 };
 
 constexpr NamedMethod kDictMethods[] = {
-    {"clear", Refuse},    {"copy", Copy},         {"fromkeys", NotThere}, {"get", DictGet},
-    {"items", DictItems}, {"keys", DictKeys},     {"pop", Refuse},        {"popitem", Refuse},
-    {"setdefault", Refuse}, {"update", Refuse},   {"values", DictValues},
+    {"clear", Refuse},      {"copy", Copy},     {"fromkeys", NotThere}, {"get", DictGet},
+    {"items", DictItems},   {"keys", DictKeys}, {"pop", Refuse},        {"popitem", Refuse},
+    {"setdefault", Refuse}, {"update", Refuse}, {"values", DictValues},
 };
 
 constexpr NamedMethod kListMethods[] = {
-    {"append", Refuse}, {"clear", Refuse},     {"copy", Copy},       {"count", ListCount},
-    {"extend", Refuse}, {"index", ListIndex},  {"insert", Refuse},   {"pop", Refuse},
-    {"remove", Refuse}, {"reverse", Refuse},   {"sort", Refuse},
+    {"append", Refuse}, {"clear", Refuse},    {"copy", Copy},     {"count", ListCount},
+    {"extend", Refuse}, {"index", ListIndex}, {"insert", Refuse}, {"pop", Refuse},
+    {"remove", Refuse}, {"reverse", Refuse},  {"sort", Refuse},
 };
 
 constexpr NamedMethod kTupleMethods[] = {{"count", ListCount}, {"index", ListIndex}};
@@ -411,13 +416,12 @@ std::shared_ptr<const Function> FindMethod(const Value& self, const std::string&
   if (self.is_list()) method = LookUp(kListMethods, name);
   if (self.is_tuple()) method = LookUp(kTupleMethods, name);
   if (method == nullptr) return nullptr;
-  return std::make_shared<const Function>(
-      Function{name, [self, method](Interpreter& interpreter, const Args& args) {
-                 absl::Status charged = interpreter.budget().Charge(
-                     self.is_dict() ? 1 : self.weight());
-                 if (!charged.ok()) return absl::StatusOr<Value>(charged);
-                 return method(interpreter, self, args);
-               }});
+  return std::make_shared<const Function>(Function{
+      name, [self, method](Interpreter& interpreter, const Args& args) {
+        absl::Status charged = interpreter.budget().Charge(self.is_dict() ? 1 : self.weight());
+        if (!charged.ok()) return absl::StatusOr<Value>(charged);
+        return method(interpreter, self, args);
+      }});
 }
 
 std::string StripChars(absl::string_view text, const std::string* chars, bool left, bool right) {

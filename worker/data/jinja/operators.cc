@@ -10,7 +10,9 @@
 namespace attune::jinja {
 namespace {
 
-absl::Status Overflow() { return absl::InvalidArgumentError("an integer overflows"); }
+absl::Status Overflow() {
+  return absl::InvalidArgumentError("an integer overflows");
+}
 
 absl::Status Unsupported(absl::string_view op, const Value& a, const Value& b) {
   if (a.is_undefined()) return a.UndefinedError();
@@ -31,9 +33,15 @@ absl::StatusOr<Value> Power(int64_t base, int64_t exponent) {
 
 absl::StatusOr<Value> IntArithmetic(absl::string_view op, int64_t a, int64_t b) {
   int64_t result = 0;
-  if (op == "+") return __builtin_add_overflow(a, b, &result) ? Overflow() : absl::StatusOr<Value>(Value(result));
-  if (op == "-") return __builtin_sub_overflow(a, b, &result) ? Overflow() : absl::StatusOr<Value>(Value(result));
-  if (op == "*") return __builtin_mul_overflow(a, b, &result) ? Overflow() : absl::StatusOr<Value>(Value(result));
+  if (op == "+")
+    return __builtin_add_overflow(a, b, &result) ? Overflow()
+                                                 : absl::StatusOr<Value>(Value(result));
+  if (op == "-")
+    return __builtin_sub_overflow(a, b, &result) ? Overflow()
+                                                 : absl::StatusOr<Value>(Value(result));
+  if (op == "*")
+    return __builtin_mul_overflow(a, b, &result) ? Overflow()
+                                                 : absl::StatusOr<Value>(Value(result));
   if (op == "**") return Power(a, b);
   if (b == 0) return absl::InvalidArgumentError("division by zero");
   if (op == "/") return Value(static_cast<double>(a) / static_cast<double>(b));
@@ -163,8 +171,7 @@ bool TruthArg(const Value* value, bool fallback) {
   return value == nullptr ? fallback : value->Truth();
 }
 
-absl::StatusOr<Value> Binary(absl::string_view op, const Value& a, const Value& b,
-                             Budget* budget) {
+absl::StatusOr<Value> Binary(absl::string_view op, const Value& a, const Value& b, Budget* budget) {
   if (op == "~") {
     JINJA_RETURN_IF_ERROR(budget->Charge(a.weight() + b.weight()));
     return Concatenate(a, b);
@@ -215,8 +222,7 @@ absl::StatusOr<bool> Contains(const Value& container, const Value& item) {
       absl::StrCat("a ", container.TypeName(), " cannot be searched with 'in'"));
 }
 
-absl::StatusOr<bool> Compare(absl::string_view op, const Value& a, const Value& b,
-                             Budget* budget) {
+absl::StatusOr<bool> Compare(absl::string_view op, const Value& a, const Value& b, Budget* budget) {
   JINJA_RETURN_IF_ERROR(budget->Charge((a.weight() + b.weight()) / 4));
   if (op == "==") return Equal(a, b);
   if (op == "!=") return !Equal(a, b);

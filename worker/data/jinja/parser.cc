@@ -293,9 +293,8 @@ class Parser {
   // --- expressions ---
 
   absl::Status TooDeep() const {
-    return AtLine(Current().line,
-                  absl::ResourceExhaustedError(absl::StrCat(
-                      "the template is nested more than ", kMaxDepth, " deep")));
+    return AtLine(Current().line, absl::ResourceExhaustedError(absl::StrCat(
+                                      "the template is nested more than ", kMaxDepth, " deep")));
   }
 
   ExprPtr New(ExprKind kind) const {
@@ -638,8 +637,7 @@ class Parser {
         JINJA_ASSIGN(ExprPtr value, ParseExpression());
         call->keywords.emplace_back(std::move(name), std::move(value));
       } else {
-        if (!call->keywords.empty() || call->star_args != nullptr ||
-            call->star_kwargs != nullptr) {
+        if (!call->keywords.empty() || call->star_args != nullptr || call->star_kwargs != nullptr) {
           return Error("a positional argument after a keyword argument");
         }
         JINJA_ASSIGN(ExprPtr value, ParseExpression());
@@ -675,8 +673,8 @@ class Parser {
     ExprPtr filter = New(ExprKind::kFilter);
     JINJA_ASSIGN(filter->text, ExpectName());
     if (!IsFilter(filter->text)) {
-      return AtLine(filter->line, absl::UnimplementedError(absl::StrCat(
-                                      "attune has no filter '", filter->text, "'")));
+      return AtLine(filter->line, absl::UnimplementedError(
+                                      absl::StrCat("attune has no filter '", filter->text, "'")));
     }
     filter->args.push_back(std::move(expr));
     if (IsOperator("(")) JINJA_RETURN_IF_ERROR(ParseArguments(filter.get()));
@@ -690,8 +688,8 @@ class Parser {
     // "x is in [...]" is a test whose name is an operator elsewhere.
     JINJA_ASSIGN(test->text, ExpectName());
     if (!IsTest(test->text)) {
-      return AtLine(test->line,
-                    absl::UnimplementedError(absl::StrCat("attune has no test '", test->text, "'")));
+      return AtLine(test->line, absl::UnimplementedError(
+                                    absl::StrCat("attune has no test '", test->text, "'")));
     }
     test->args.push_back(std::move(expr));
     if (IsOperator("(")) {

@@ -9,8 +9,8 @@
 
 namespace attune::jinja {
 
-// INVALID_ARGUMENT "line N: what" for what is no template; UNIMPLEMENTED for statements, filters and
-// tests outside the subset (include, extends, call, ...).
+// INVALID_ARGUMENT "line N: what" for what is no template; UNIMPLEMENTED for statements, filters
+// and tests outside the subset (include, extends, call, ...).
 absl::StatusOr<std::unique_ptr<const Template>> ParseTemplate(absl::string_view source);
 
 }  // namespace attune::jinja

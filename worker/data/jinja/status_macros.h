@@ -6,8 +6,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
-#define JINJA_RETURN_IF_ERROR(expression)                                             \
-  do {                                                                                \
+#define JINJA_RETURN_IF_ERROR(expression)                                                  \
+  do {                                                                                     \
     if (absl::Status jinja_status = (expression); !jinja_status.ok()) return jinja_status; \
   } while (false)
 

@@ -224,15 +224,17 @@ absl::StatusOr<bool> Less(const Value& a, const Value& b) {
     }
     return x.size() < y.size();
   }
-  return absl::InvalidArgumentError(absl::StrCat("'<' is not supported between ", a.TypeName(),
-                                                 " and ", b.TypeName()));
+  return absl::InvalidArgumentError(
+      absl::StrCat("'<' is not supported between ", a.TypeName(), " and ", b.TypeName()));
 }
 
 int64_t CountCodePoints(absl::string_view text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return !IsUtf8Continuation(c); });
 }
 
-bool IsPythonSpace(char32_t c) { return (c >= 0x1C && c <= 0x1F) || IsWhiteSpace(c); }
+bool IsPythonSpace(char32_t c) {
+  return (c >= 0x1C && c <= 0x1F) || IsWhiteSpace(c);
+}
 
 absl::StatusOr<std::vector<Value>> Elements(const Value& value) {
   std::vector<Value> elements;

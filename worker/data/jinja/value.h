@@ -146,8 +146,8 @@ std::string FloatRepr(double value);
 struct JsonStyle {
   bool ensure_ascii = false;
   bool sort_keys = false;
-  bool multi_line = false;        // an indent was given
-  std::string indent;             // of one level
+  bool multi_line = false;  // an indent was given
+  std::string indent;       // of one level
   std::string item_separator = ", ";
   std::string key_separator = ": ";
 };
