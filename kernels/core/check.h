@@ -6,11 +6,11 @@
 #include <cstdlib>
 
 #define ATTUNE_STRINGIFY_(x) #x
-#define CHECK(condition)                                                                       \
-  do {                                                                                         \
-    if (!(condition)) {                                                                        \
-      std::fprintf(stderr, "%s:%d: CHECK failed: %s\n", __FILE__, __LINE__,                    \
-                   ATTUNE_STRINGIFY_(condition));                                              \
-      std::abort();                                                                            \
-    }                                                                                          \
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      std::fprintf(stderr, "%s:%d: CHECK failed: %s\n", __FILE__, __LINE__, \
+                   ATTUNE_STRINGIFY_(condition));                           \
+      std::abort();                                                         \
+    }                                                                       \
   } while (false)

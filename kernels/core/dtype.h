@@ -1,8 +1,8 @@
 // Element types of tensors, and the CPU representation of bfloat16.
 #pragma once
 
+#include <bit>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "kernels/core/check.h"
@@ -41,20 +41,31 @@ struct BFloat16 {
   uint16_t bits = 0;
 
   BFloat16() = default;
+  // Without a branch, so that loops over it are vectorised.
   explicit BFloat16(float value) {
-    uint32_t u;
-    std::memcpy(&u, &value, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) {
-      bits = static_cast<uint16_t>((u >> 16) | 0x40u);
-    } else {
-      bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-    }
+    const uint32_t u = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (u >> 16) | 0x40u;
+    bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
   }
   explicit operator float() const {
-    const uint32_t u = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &u, 4);
-    return value;
+    return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  }
+};
+
+// IEEE half precision, read only: checkpoints hold it, no op computes in it.
+struct Float16 {
+  uint16_t bits = 0;
+
+  explicit operator float() const {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    const uint32_t magnitude = bits & 0x7fffu;
+    if (magnitude < 0x0400u) {  // zero and subnormals: a multiple of 2^-24
+      const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+      return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
+    }
+    const uint32_t exponent = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
+    return std::bit_cast<float>(sign | ((magnitude << 13) + exponent));
   }
 };
 
@@ -67,11 +78,22 @@ inline AccumulatorOf<T> ToAccumulator(T value) {
   return static_cast<AccumulatorOf<T>>(value);
 }
 
+// *out = value, rounded. Loops over it are vectorised; over assignments of BFloat16 they are not.
+template <typename T>
+inline void StoreRounded(AccumulatorOf<T> value, T* out) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    out->bits = BFloat16(value).bits;
+  } else {
+    *out = value;
+  }
+}
+
 template <typename T>
 constexpr DType DTypeOf() {
   if constexpr (std::is_same_v<T, double>) return DType::kF64;
   if constexpr (std::is_same_v<T, float>) return DType::kF32;
   if constexpr (std::is_same_v<T, BFloat16>) return DType::kBF16;
+  if constexpr (std::is_same_v<T, Float16>) return DType::kF16;
   if constexpr (std::is_same_v<T, int64_t>) return DType::kI64;
   if constexpr (std::is_same_v<T, int32_t>) return DType::kI32;
   if constexpr (std::is_same_v<T, uint8_t>) return DType::kU8;

@@ -12,8 +12,8 @@ enum class DeviceKind : uint8_t { kCpu, kCuda };
 
 struct Exec {
   DeviceKind device = DeviceKind::kCpu;
-  bool plan = false;        // nothing runs; `device` is the device that the plan is for
-  void* stream = nullptr;   // cudaStream_t on kCuda, unused on kCpu
+  bool plan = false;       // nothing runs; `device` is the device that the plan is for
+  void* stream = nullptr;  // cudaStream_t on kCuda, unused on kCpu
   // Same bits in every run on the same hardware and library versions, whatever it costs.
   bool deterministic = true;
 };

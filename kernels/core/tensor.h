@@ -36,6 +36,9 @@ struct TensorView {
     }
   }
 
+  // False for a default view: that is how an optional tensor of an op's Args is left out. (A null
+  // `data` says nothing: on the plan device every view has it.)
+  bool defined() const { return rank > 0; }
   int64_t dim(int i) const { return shape[i]; }
   int64_t stride(int i) const { return strides[i]; }
   int64_t size() const {

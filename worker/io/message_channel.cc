@@ -13,16 +13,21 @@ namespace attune {
 namespace {
 
 absl::Status Gone(absl::string_view what, int error) {
-  return absl::UnavailableError(absl::StrCat(what, ": ", error == 0 ? "the other side closed the "
-                                                                      "connection"
-                                                                    : std::strerror(error)));
+  return absl::UnavailableError(absl::StrCat(what, ": ",
+                                             error == 0 ? "the other side closed the "
+                                                          "connection"
+                                                        : std::strerror(error)));
 }
 
 }  // namespace
 
-MessageChannel::~MessageChannel() { close(fd_); }
+MessageChannel::~MessageChannel() {
+  close(fd_);
+}
 
-void MessageChannel::Shutdown() { shutdown(fd_, SHUT_RDWR); }
+void MessageChannel::Shutdown() {
+  shutdown(fd_, SHUT_RDWR);
+}
 
 absl::Status MessageChannel::Send(const google::protobuf::MessageLite& message) {
   std::string bytes(4, '\0');
@@ -71,8 +76,8 @@ absl::Status MessageChannel::Receive(absl::Duration timeout,
   }
   unsigned char header[4];
   if (absl::Status s = ReadExactly(reinterpret_cast<char*>(header), 4); !s.ok()) return s;
-  const uint32_t length = header[0] | header[1] << 8 | header[2] << 16 |
-                          static_cast<uint32_t>(header[3]) << 24;
+  const uint32_t length =
+      header[0] | header[1] << 8 | header[2] << 16 | static_cast<uint32_t>(header[3]) << 24;
   if (length > kMaxBytes) {
     return absl::DataLossError(absl::StrCat("message of ", length, " bytes; at most 64 MiB"));
   }

@@ -1,5 +1,5 @@
-// MessageChannel: protobuf messages over a connected stream socket, as proto/attune/v1/trainer.proto
-// has it between agent and trainer:
+// MessageChannel: protobuf messages over a connected stream socket, as
+// proto/attune/v1/trainer.proto has it between agent and trainer:
 //   message := length (4 bytes, little endian, at most 64 MiB)  bytes
 //
 // One thread may send while another receives; sends from several threads are serialised.

@@ -18,7 +18,9 @@ int64_t AlignUp(int64_t bytes) {
 
 }  // namespace
 
-Arena Arena::Plan() { return Arena(/*plan=*/true, DeviceKind::kCpu, nullptr, 0); }
+Arena Arena::Plan() {
+  return Arena(/*plan=*/true, DeviceKind::kCpu, nullptr, 0);
+}
 
 absl::StatusOr<Arena> Arena::Allocate(DeviceKind device, int64_t bytes) {
   if (device != DeviceKind::kCpu) {
@@ -28,8 +30,8 @@ absl::StatusOr<Arena> Arena::Allocate(DeviceKind device, int64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("the job needs ", bytes, " bytes of memory, and the system refused: ",
-                     std::strerror(errno)));
+        absl::StrCat("the job needs ", bytes,
+                     " bytes of memory, and the system refused: ", std::strerror(errno)));
   }
   // Fewer page faults; the kernel may decline.
   if (bytes >= kHugePage) madvise(base, bytes, MADV_HUGEPAGE);
@@ -92,7 +94,9 @@ ArenaScope::ArenaScope(Arena* arena, ArenaEnd end)
   std::memcpy(by_class_, arena->class_bytes_[static_cast<int>(end)], sizeof(by_class_));
 }
 
-ArenaScope::~ArenaScope() { arena_->Rewind(end_, position_, by_class_); }
+ArenaScope::~ArenaScope() {
+  arena_->Rewind(end_, position_, by_class_);
+}
 
 void CopyToDevice(const Exec& exec, const void* host, const TensorView& view) {
   if (exec.plan || view.size() == 0) return;

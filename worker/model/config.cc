@@ -22,10 +22,9 @@ std::vector<float> RopeConfig::InverseFrequencies(int64_t head_dim) const {
       if (wavelength > low) {
         f /= static_cast<float>(factor);
       } else if (wavelength >= high) {
-        const float smooth =
-            (static_cast<float>(original_max_position) / wavelength -
-             static_cast<float>(low_freq_factor)) /
-            static_cast<float>(high_freq_factor - low_freq_factor);
+        const float smooth = (static_cast<float>(original_max_position) / wavelength -
+                              static_cast<float>(low_freq_factor)) /
+                             static_cast<float>(high_freq_factor - low_freq_factor);
         f = (1 - smooth) * f / static_cast<float>(factor) + smooth * f;
       }
     }

@@ -4,10 +4,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "absl/status/statusor.h"
 
@@ -20,8 +19,8 @@ struct RopeConfig {
   double theta = 10000;
   RopeScaling scaling = RopeScaling::kNone;
   double factor = 1;
-  double low_freq_factor = 1;    // kLlama3
-  double high_freq_factor = 4;   // kLlama3
+  double low_freq_factor = 1;           // kLlama3
+  double high_freq_factor = 4;          // kLlama3
   double original_max_position = 8192;  // kLlama3
 
   // (head_dim / 2) inverse frequencies, in the arithmetic of transformers' ROPE_INIT_FUNCTIONS.
@@ -29,13 +28,13 @@ struct RopeConfig {
 };
 
 struct ModelConfig {
-  std::string family;        // "llama"
-  int64_t vocab_size = 0;    // V
-  int64_t hidden_size = 0;   // C
+  std::string family;       // "llama"
+  int64_t vocab_size = 0;   // V
+  int64_t hidden_size = 0;  // C
   int64_t num_layers = 0;
-  int64_t num_heads = 0;     // Hq
-  int64_t num_kv_heads = 0;  // Hk, divides Hq
-  int64_t head_dim = 0;      // D, even
+  int64_t num_heads = 0;          // Hq
+  int64_t num_kv_heads = 0;       // Hk, divides Hq
+  int64_t head_dim = 0;           // D, even
   int64_t intermediate_size = 0;  // F
   int64_t max_positions = 0;
   double rms_norm_eps = 1e-6;

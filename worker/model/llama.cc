@@ -86,7 +86,8 @@ constexpr int64_t kMaxSize = int64_t{1} << 24;
 
 // transformers 5 writes rope_parameters; before it was rope_theta beside rope_scaling.
 absl::Status ParseRope(const json& config, RopeConfig* rope) {
-  const bool parameters = config.contains("rope_parameters") && !config["rope_parameters"].is_null();
+  const bool parameters =
+      config.contains("rope_parameters") && !config["rope_parameters"].is_null();
   const char* name = parameters ? "rope_parameters" : "rope_scaling";
   const json scaling =
       config.contains(name) && !config[name].is_null() ? config[name] : json::object();
@@ -118,7 +119,8 @@ absl::Status ParseRope(const json& config, RopeConfig* rope) {
       fields.Fail("high_freq_factor", "must be larger than low_freq_factor");
     }
   } else if (type != "default") {
-    fields.Refuse("rope_type", absl::StrCat("`", type, "` is not built; known: default, linear, "
+    fields.Refuse("rope_type", absl::StrCat("`", type,
+                                            "` is not built; known: default, linear, "
                                             "llama3"));
   }
   return top.status().ok() ? fields.status() : top.status();
@@ -199,6 +201,8 @@ WeightNames LlamaNames() {
 
 }  // namespace
 
-Family LlamaFamily() { return {"llama", "LlamaForCausalLM", ParseLlama, LlamaNames}; }
+Family LlamaFamily() {
+  return {"llama", "LlamaForCausalLM", ParseLlama, LlamaNames};
+}
 
 }  // namespace attune

@@ -1,0 +1,40 @@
+#include "kernels/matmul/matmul.h"
+
+#include "kernels/core/dispatch.h"
+
+namespace attune {
+
+ATTUNE_BACKENDS(MatMul);
+int64_t MatMulWorkspaceBytesCpu(const Exec& exec, const MatMulArgs& a);
+int64_t MatMulWorkspaceBytesCuda(const Exec& exec, const MatMulArgs& a);
+
+namespace {
+
+void CheckArgs(const MatMulArgs& a) {
+  CHECK(IsFloat(a.a.dtype));
+  const int64_t m = a.d.dim(0), n = a.d.dim(1), k = a.a.dim(a.trans_a ? 0 : 1);
+  CheckMatrix(a.a, a.a.dtype, a.trans_a ? k : m, a.trans_a ? m : k);
+  CheckMatrix(a.b, a.a.dtype, a.trans_b ? n : k, a.trans_b ? k : n);
+  CheckMatrix(a.d, a.d.dtype, m, n);
+  CHECK(a.d.dtype == a.a.dtype || (a.a.dtype == DType::kBF16 && a.d.dtype == DType::kF32));
+  CHECK(a.beta == 0.0 || a.beta == 1.0);
+}
+
+}  // namespace
+
+int64_t MatMulWorkspaceBytes(const Exec& exec, const MatMulArgs& args) {
+  CheckArgs(args);
+  if (exec.device == DeviceKind::kCpu) return MatMulWorkspaceBytesCpu(exec, args);
+#ifdef ATTUNE_HAS_CUDA
+  return MatMulWorkspaceBytesCuda(exec, args);
+#else
+  CHECK(false && "MatMul: built without the CUDA backend");
+#endif
+}
+
+void MatMul(const Exec& exec, const MatMulArgs& args) {
+  CheckWorkspace(args.workspace, MatMulWorkspaceBytes(exec, args));
+  ATTUNE_RUN(MatMul, exec, args);
+}
+
+}  // namespace attune

@@ -1,0 +1,113 @@
+#include "kernels/nf4/nf4.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "kernels/core/dispatch.h"
+
+namespace attune {
+
+ATTUNE_BACKENDS(Nf4Quantize);
+ATTUNE_BACKENDS(Nf4DoubleQuantize);
+ATTUNE_BACKENDS(Nf4Dequantize);
+
+namespace {
+
+// The dynamic map, signed, 7 bits of exponent. Decade i (0 the smallest, 1e-6, to 6, 1) is cut
+// into 2^i equal steps from 0.1 to 1; the values are their middles, with both signs, and 0 and 1.
+// Every operation in f32, in the order that gives bitsandbytes' bits. It makes the map on the host
+// with torch.linspace, which fuses the product and the sum on any CPU with AVX2 (and not on older
+// ones, where about 40 of the values differ in the last bit).
+std::array<float, 256> MakeDynamicMap() {
+  std::array<float, 256> map;
+  int n = 0;
+  for (int decade = 0; decade < 7; ++decade) {
+    const int steps = 1 << decade;
+    const float width = (1.0f - 0.1f) / static_cast<float>(steps);
+    const auto boundary = [&](int i) {
+      // From the nearer end.
+      return i < (steps + 1) / 2 ? std::fma(width, static_cast<float>(i), 0.1f)
+                                 : std::fma(-width, static_cast<float>(steps - i), 1.0f);
+    };
+    const float unit = static_cast<float>(std::pow(10.0, decade - 6));
+    for (int i = 0; i < steps; ++i) {
+      const float middle = (boundary(i) + boundary(i + 1)) / 2.0f;
+      map[n++] = unit * middle;
+      map[n++] = -unit * middle;
+    }
+  }
+  map[n++] = 0.0f;
+  map[n++] = 1.0f;
+  std::sort(map.begin(), map.end());
+  return map;
+}
+
+}  // namespace
+
+const float* Nf4Values() {
+  // Quantiles of the normal distribution, scaled to [-1, 1] with an exact 0 (QLoRA, appendix E).
+  static constexpr float kValues[16] = {
+      -1.0f,
+      -0.6961928009986877f,
+      -0.5250730514526367f,
+      -0.39491748809814453f,
+      -0.28444138169288635f,
+      -0.18477343022823334f,
+      -0.09105003625154495f,
+      0.0f,
+      0.07958029955625534f,
+      0.16093020141124725f,
+      0.24611230194568634f,
+      0.33791524171829224f,
+      0.44070982933044434f,
+      0.5626170039176941f,
+      0.7229568362236023f,
+      1.0f,
+  };
+  return kValues;
+}
+
+const float* Nf4DynamicMap() {
+  static const std::array<float, 256> map = MakeDynamicMap();
+  return map.data();
+}
+
+void Nf4Quantize(const Exec& exec, const Nf4QuantizeArgs& args) {
+  CHECK(args.w.dtype == DType::kF32 || args.w.dtype == DType::kBF16);
+  CHECK(args.w.rank >= 1 && args.w.contiguous());
+  CheckVector(args.packed, DType::kU8, Nf4PackedBytes(args.w.size()));
+  CheckVector(args.absmax, DType::kF32, Nf4Blocks(args.w.size()));
+  ATTUNE_RUN(Nf4Quantize, exec, args);
+}
+
+void Nf4DoubleQuantize(const Exec& exec, const Nf4DoubleQuantizeArgs& args) {
+  const int64_t blocks = args.absmax.dim(0);
+  CheckVector(args.absmax, DType::kF32, blocks);
+  CheckVector(args.codes, DType::kU8, blocks);
+  CheckVector(args.absmax2, DType::kF32, Nf4Groups(blocks));
+  CheckVector(args.offset, DType::kF32, 1);
+  ATTUNE_RUN(Nf4DoubleQuantize, exec, args);
+}
+
+void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args) {
+  CHECK(IsFloat(args.out.dtype));
+  CheckMatrix(args.out, args.out.dtype, args.out.dim(0), args.out.dim(1));
+  CHECK(args.first_block >= 0 && args.first_element >= 0);
+  const int64_t end = args.first_element + args.out.size();
+  CHECK(args.packed.rank == 1 && args.packed.dtype == DType::kU8);
+  CHECK(args.packed.dim(0) >= Nf4PackedBytes(end));
+  if (args.absmax.defined()) {
+    CHECK(!args.codes.defined() && args.absmax.rank == 1 && args.absmax.dtype == DType::kF32);
+    CHECK(args.absmax.dim(0) >= Nf4Blocks(end));
+  } else {
+    CHECK(args.codes.rank == 1 && args.codes.dtype == DType::kU8);
+    CHECK(args.codes.dim(0) >= Nf4Blocks(end));
+    CHECK(args.absmax2.rank == 1 && args.absmax2.dtype == DType::kF32);
+    CHECK(args.absmax2.dim(0) >= Nf4Groups(args.first_block % kNf4Group + Nf4Blocks(end)));
+    CheckVector(args.offset, DType::kF32, 1);
+  }
+  ATTUNE_RUN(Nf4Dequantize, exec, args);
+}
+
+}  // namespace attune

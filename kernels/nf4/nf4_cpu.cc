@@ -1,0 +1,193 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/core/dispatch.h"
+#include "kernels/core/simd.h"
+#include "kernels/nf4/nf4.h"
+
+namespace attune {
+namespace {
+
+// Below it a block counts as zero, so that its reciprocal is finite (as bitsandbytes).
+constexpr float kMinAbsMax = 1e-38f;
+
+// Between which values lies the border of codes i and i + 1.
+std::array<float, 15> MakeBorders() {
+  std::array<float, 15> borders;
+  for (int i = 0; i < 15; ++i) borders[i] = (Nf4Values()[i] + Nf4Values()[i + 1]) / 2.0f;
+  return borders;
+}
+
+template <typename T>
+ATTUNE_CLONES float LargestMagnitude(const T* w, int64_t n) {
+  float largest[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const float value = std::abs(ToAccumulator(w[i + l]));
+      largest[l] = value > largest[l] ? value : largest[l];
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    largest[l] = std::max(largest[l], std::abs(ToAccumulator(w[i + l])));
+  }
+  return *std::max_element(largest, largest + kLanes);
+}
+
+// Codes of one block; `scaled` is w / absmax.
+ATTUNE_CLONES void EncodeBlock(const float* borders, const float* scaled, uint8_t* codes) {
+#pragma omp simd
+  for (int i = 0; i < kNf4Block; ++i) {
+    int code = 0;
+    for (int b = 0; b < 15; ++b) code += scaled[i] > borders[b] ? 1 : 0;
+    codes[i] = static_cast<uint8_t>(code);
+  }
+}
+
+template <typename T>
+void Quantize(const Nf4QuantizeArgs& a) {
+  static const std::array<float, 15> borders = MakeBorders();
+  const int64_t size = a.w.size(), blocks = Nf4Blocks(size);
+  const T* w = a.w.As<T>();
+  uint8_t* packed = a.packed.As<uint8_t>();
+#pragma omp parallel for schedule(static)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = b * kNf4Block, n = std::min(kNf4Block, size - begin);
+    float absmax = LargestMagnitude(w + begin, n);
+    const bool tail = n < kNf4Block;
+    float scaled[kNf4Block] = {};
+    // A short last block keeps the raised maximum and is divided; a whole one is multiplied by the
+    // reciprocal. The bits of bitsandbytes hang on it.
+    if (tail) absmax = std::max(absmax, kMinAbsMax);
+    const float reciprocal = 1.0f / std::max(absmax, kMinAbsMax);
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = ToAccumulator(w[begin + i]);
+      scaled[i] = std::clamp(tail ? value / absmax : value * reciprocal, -1.0f, 1.0f);
+    }
+    a.absmax.As<float>()[b] = absmax;
+    uint8_t codes[kNf4Block];
+    EncodeBlock(borders.data(), scaled, codes);
+    for (int64_t i = 0; i < n; i += 2) {
+      packed[(begin + i) / 2] = static_cast<uint8_t>(codes[i] << 4 | codes[i + 1]);
+    }
+  }
+}
+
+// The nearest value of the map; of two equally near ones the one with the even code.
+uint8_t NearestCode(const float* map, float x) {
+  const int above = static_cast<int>(std::lower_bound(map, map + 256, x) - map);
+  if (above == 0) return 0;
+  if (above == 256) return 255;
+  const int below = above - 1;
+  const float middle = (map[below] + map[above]) * 0.5f;
+  if (x < middle) return static_cast<uint8_t>(below);
+  if (x > middle) return static_cast<uint8_t>(above);
+  return static_cast<uint8_t>(below % 2 == 0 ? below : above);
+}
+
+// The two values of each packed byte.
+std::array<float, 512> MakePairs() {
+  std::array<float, 512> pairs;
+  for (int byte = 0; byte < 256; ++byte) {
+    pairs[2 * byte] = Nf4Values()[byte >> 4];
+    pairs[2 * byte + 1] = Nf4Values()[byte & 15];
+  }
+  return pairs;
+}
+
+template <typename T>
+ATTUNE_CLONES void ScaleValues(const float* values, float absmax, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) StoreRounded<T>(values[i] * absmax, &out[i]);
+}
+
+struct Source {
+  const uint8_t* packed;
+  const uint8_t* codes;
+  const float* absmax;
+  const float* absmax2;
+  float offset;
+  int64_t first_block;
+
+  float AbsMax(int64_t block) const {
+    if (absmax != nullptr) return absmax[block];
+    const int64_t group = (first_block + block) / kNf4Group - first_block / kNf4Group;
+    return Nf4DynamicMap()[codes[block]] * absmax2[group] + offset;
+  }
+};
+
+// Elements [begin, end) of the shard.
+template <typename T>
+void DequantizeRow(const Source& source, const float* pairs, int64_t begin, int64_t end, T* out) {
+  for (int64_t e = begin; e < end;) {
+    const int64_t block = e / kNf4Block;
+    const int64_t stop = std::min(end, (block + 1) * kNf4Block);
+    float values[kNf4Block + 2];
+    const int64_t first_byte = e / 2;
+    for (int64_t byte = first_byte; byte < (stop + 1) / 2; ++byte) {
+      std::memcpy(values + 2 * (byte - first_byte), pairs + 2 * source.packed[byte],
+                  2 * sizeof(float));
+    }
+    ScaleValues(values + (e & 1), source.AbsMax(block), out + (e - begin), stop - e);
+    e = stop;
+  }
+}
+
+template <typename T>
+void Dequantize(const Nf4DequantizeArgs& a) {
+  static const std::array<float, 512> pairs = MakePairs();
+  const bool single = a.absmax.defined();
+  const Source source{a.packed.As<uint8_t>(),
+                      single ? nullptr : a.codes.As<uint8_t>(),
+                      single ? a.absmax.As<float>() : nullptr,
+                      single ? nullptr : a.absmax2.As<float>(),
+                      single ? 0.0f : *a.offset.As<float>(),
+                      a.first_block};
+  const int64_t N = a.out.dim(0), K = a.out.dim(1);
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t begin = a.first_element + n * K;
+    DequantizeRow(source, pairs.data(), begin, begin + K, a.out.As<T>() + n * a.out.stride(0));
+  }
+}
+
+}  // namespace
+
+void Nf4QuantizeCpu(const Exec& exec, const Nf4QuantizeArgs& a) {
+  if (a.w.dtype == DType::kF32) return Quantize<float>(a);
+  Quantize<BFloat16>(a);
+}
+
+void Nf4DoubleQuantizeCpu(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
+  const int64_t blocks = a.absmax.dim(0), groups = Nf4Groups(blocks);
+  const float* absmax = a.absmax.As<float>();
+  float* offset = a.offset.As<float>();
+  if (!a.offset_given) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) sum += absmax[b];
+    *offset = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;
+  }
+  const float* map = Nf4DynamicMap();
+#pragma omp parallel for schedule(static)
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = g * kNf4Group, end = std::min(begin + kNf4Group, blocks);
+    float absmax2 = 0.0f;
+    for (int64_t b = begin; b < end; ++b) {
+      absmax2 = std::max(absmax2, std::abs(absmax[b] - *offset));
+    }
+    a.absmax2.As<float>()[g] = absmax2;
+    const float reciprocal = absmax2 > 0.0f ? 1.0f / absmax2 : 0.0f;
+    for (int64_t b = begin; b < end; ++b) {
+      a.codes.As<uint8_t>()[b] = NearestCode(map, (absmax[b] - *offset) * reciprocal);
+    }
+  }
+}
+
+void Nf4DequantizeCpu(const Exec& exec, const Nf4DequantizeArgs& a) {
+  DispatchFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(a); });
+}
+
+}  // namespace attune

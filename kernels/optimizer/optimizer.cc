@@ -1,0 +1,63 @@
+#include "kernels/optimizer/optimizer.h"
+
+#include "kernels/core/dispatch.h"
+
+namespace attune {
+
+ATTUNE_BACKENDS(AdamW);
+ATTUNE_BACKENDS(GradNorm);
+ATTUNE_BACKENDS(ClipScale);
+int64_t GradNormWorkspaceBytesCpu(const Exec& exec, const GradNormArgs& a);
+int64_t GradNormWorkspaceBytesCuda(const Exec& exec, const GradNormArgs& a);
+
+namespace {
+
+bool IsSingleOrDouble(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kF64;
+}
+
+void CheckScalar(const TensorView& x) {
+  CHECK(x.rank == 1 && x.dim(0) == 1 && IsSingleOrDouble(x.dtype));
+}
+
+}  // namespace
+
+void AdamW(const Exec& exec, const AdamWArgs& args) {
+  for (const AdamWTensor& t : args.tensors) {
+    CHECK(IsSingleOrDouble(t.param.dtype));
+    for (const TensorView* x : {&t.param, &t.grad, &t.m, &t.v}) {
+      CHECK(x->dtype == t.param.dtype && x->SameShape(t.param) && x->contiguous());
+    }
+  }
+  if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
+  CHECK(args.step >= 1);
+  ATTUNE_RUN(AdamW, exec, args);
+}
+
+int64_t GradNormWorkspaceBytes(const Exec& exec, const GradNormArgs& args) {
+  for (const TensorView& grad : args.grads) {
+    CHECK(IsSingleOrDouble(grad.dtype) && grad.contiguous());
+  }
+  if (exec.device == DeviceKind::kCpu) return GradNormWorkspaceBytesCpu(exec, args);
+#ifdef ATTUNE_HAS_CUDA
+  return GradNormWorkspaceBytesCuda(exec, args);
+#else
+  CHECK(false && "GradNorm: built without the CUDA backend");
+#endif
+}
+
+void GradNorm(const Exec& exec, const GradNormArgs& args) {
+  CheckWorkspace(args.workspace, GradNormWorkspaceBytes(exec, args));
+  CheckVector(args.norm_sq, DType::kF64, 1);
+  ATTUNE_RUN(GradNorm, exec, args);
+}
+
+void ClipScale(const Exec& exec, const ClipScaleArgs& args) {
+  CheckVector(args.norm_sq, DType::kF64, 1);
+  CheckScalar(args.scale);
+  CheckScalar(args.norm);
+  CHECK(args.max_norm >= 0.0);
+  ATTUNE_RUN(ClipScale, exec, args);
+}
+
+}  // namespace attune

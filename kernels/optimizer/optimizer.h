@@ -1,0 +1,58 @@
+// AdamW and gradient clipping over lists of tensors. Lists are host arrays of views; the numbers
+// are device data. Sums are in a fixed order. Cost: AdamW one pass over four tensors, the norm one
+// pass over the gradients.
+#pragma once
+
+#include <span>
+
+#include "kernels/core/exec.h"
+#include "kernels/core/tensor.h"
+
+namespace attune {
+
+// The arithmetic of torch.optim.AdamW (decoupled weight decay, not fused, no amsgrad), in the
+// dtype of the tensors:
+//   g = grad * grad_scale
+//   param *= 1 - lr * weight_decay
+//   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g
+//   param -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+// Scalars are formed in f64 and rounded once.
+struct AdamWTensor {
+  TensorView param;  // any shape, contiguous, f32 (or f64)  in and out
+  TensorView grad;   // same shape and dtype
+  TensorView m;      // same; first moment, starts at 0      in and out
+  TensorView v;      // same; second moment, starts at 0     in and out
+  // Of its parameter group: torch's weight_decay, 0 for none.
+  double weight_decay = 0.0;
+};
+struct AdamWArgs {
+  std::span<const AdamWTensor> tensors;
+  TensorView grad_scale;  // (1)  optional, f32 or f64: ClipScale's `scale`
+  double lr = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  int64_t step = 1;  // of this update; the first is 1
+};
+void AdamW(const Exec& exec, const AdamWArgs& args);
+
+// norm_sq = sum over all tensors of the sum of squares. NaN and inf come through.
+struct GradNormArgs {
+  std::span<const TensorView> grads;  // any shapes, contiguous, f32 or f64
+  TensorView norm_sq;                 // (1)  out, f64
+  TensorView workspace;               // (>= GradNormWorkspaceBytes) u8
+};
+int64_t GradNormWorkspaceBytes(const Exec& exec, const GradNormArgs& args);
+void GradNorm(const Exec& exec, const GradNormArgs& args);
+
+// As torch.nn.utils.clip_grad_norm_: norm = sqrt(norm_sq), scale = min(1, max_norm / (norm +
+// 1e-6)); scale = 1 if max_norm == 0. NaN in norm_sq makes both NaN; inf makes scale 0.
+struct ClipScaleArgs {
+  TensorView norm_sq;  // (1)  f64
+  TensorView scale;    // (1)  out, f32 or f64
+  TensorView norm;     // (1)  out, f32 or f64
+  double max_norm = 0.0;
+};
+void ClipScale(const Exec& exec, const ClipScaleArgs& args);
+
+}  // namespace attune

@@ -1,0 +1,139 @@
+// AdamW against torch.optim.AdamW's own numbers and a reference in double; clipping.
+#include "kernels/optimizer/optimizer.h"
+
+#include "kernels/core/op_testing.h"
+
+namespace attune {
+namespace {
+
+using op_testing::CpuExec;
+using op_testing::Tensor;
+
+// From torch 2.x on a CPU, float32: three steps of
+//   torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+// from p = [1, -2, 0.5, 3], with gradients g, g * 0.5, -g, g = [0.1, -0.02, 3, 0].
+// Its vector code fuses some products with the sum after them, hence a last bit.
+constexpr float kTorchParams[3][4] = {
+    {0x1.fa5e360000000p-1f, -0x1.fced920000000p+0f, 0x1.f53f7e0000000p-2f, 0x1.7f9db20000000p+1f},
+    {0x1.f50d700000000p-1f, -0x1.fa03b60000000p+0f, 0x1.eb20e00000000p-2f, 0x1.7f3b7e0000000p+1f},
+    {0x1.f3fbfc0000000p-1f, -0x1.f939940000000p+0f, 0x1.e980c80000000p-2f, 0x1.7ed9620000000p+1f}};
+constexpr float kTorchM[4] = {0x1.54c9880000000p-9f, -0x1.10a13a0000000p-11f, 0x1.3f7cee0000000p-4f,
+                              0.0f};
+constexpr float kTorchV[4] = {0x1.187e7e0000000p-10f, 0x1.67084e0000000p-15f, 0x1.ed0e580000000p-1f,
+                              0.0f};
+
+TEST(AdamWTest, MatchesTorch) {
+  Tensor param(DType::kF32, {4}), grad(DType::kF32, {4}), m(DType::kF32, {4}), v(DType::kF32, {4});
+  param.Assign({1.0, -2.0, 0.5, 3.0}), m.Constant(0.0), v.Constant(0.0);
+  const double factors[] = {1.0, 0.5, -1.0};
+  for (int step = 1; step <= 3; ++step) {
+    const float f = static_cast<float>(factors[step - 1]);
+    grad.Assign({0.1f * f, -0.02f * f, 3.0f * f, 0.0f * f});
+    const AdamWTensor tensors[] = {{param, grad, m, v, 0.1}};
+    AdamW(CpuExec(),
+          {.tensors = tensors, .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .step = step});
+    for (int i = 0; i < 4; ++i) {
+      EXPECT_FLOAT_EQ(static_cast<float>(param[i]), kTorchParams[step - 1][i]) << step << " " << i;
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_FLOAT_EQ(static_cast<float>(m[i]), kTorchM[i]);
+    EXPECT_FLOAT_EQ(static_cast<float>(v[i]), kTorchV[i]);
+  }
+}
+
+TEST(AdamWTest, MatchesReferenceOnManyTensors) {
+  for (DType dtype : {DType::kF32, DType::kF64}) {
+    std::mt19937_64 rng(1);
+    const double lr = 3e-3, beta1 = 0.4, beta2 = 0.999, eps = 1e-6, scale = 0.25;
+    std::vector<Tensor> params, grads, ms, vs;
+    for (int64_t n : {1, 41, 20001}) {
+      for (auto* list : {&params, &grads, &ms, &vs}) {
+        list->emplace_back(dtype, std::initializer_list<int64_t>{n});
+        list->back().Random(&rng);
+      }
+      for (int64_t i = 0; i < n; ++i) vs.back().Set(i, std::abs(vs.back()[i]));
+    }
+    std::vector<AdamWTensor> tensors;
+    std::vector<std::vector<double>> want;
+    for (size_t t = 0; t < params.size(); ++t) {
+      const double decay = t == 1 ? 0.0 : 0.05;
+      tensors.push_back({params[t], grads[t], ms[t], vs[t], decay});
+      want.emplace_back();
+      for (int64_t i = 0; i < params[t].size(); ++i) {
+        const double g = grads[t][i] * scale;
+        const double m = beta1 * ms[t][i] + (1 - beta1) * g;
+        const double v = beta2 * vs[t][i] + (1 - beta2) * g * g;
+        const double update =
+            m / (1 - std::pow(beta1, 7)) / (std::sqrt(v / (1 - std::pow(beta2, 7))) + eps);
+        want.back().push_back(params[t][i] * (1 - lr * decay) - lr * update);
+      }
+    }
+    Tensor grad_scale(DType::kF32, {1});
+    grad_scale.Constant(scale);
+    AdamW(CpuExec(), {.tensors = tensors,
+                      .grad_scale = grad_scale,
+                      .lr = lr,
+                      .beta1 = beta1,
+                      .beta2 = beta2,
+                      .eps = eps,
+                      .step = 7});
+    for (size_t t = 0; t < params.size(); ++t) {
+      op_testing::ExpectClose(params[t], want[t], dtype == DType::kF64 ? 1e-14 : 1e-6, "param");
+    }
+  }
+}
+
+double NormSquared(std::initializer_list<const Tensor*> tensors) {
+  std::vector<TensorView> grads;
+  for (const Tensor* t : tensors) grads.push_back(*t);
+  const Tensor norm_sq(DType::kF64, {1});
+  GradNormArgs args{.grads = grads, .norm_sq = norm_sq};
+  const Tensor workspace = op_testing::Bytes(GradNormWorkspaceBytes(CpuExec(), args));
+  args.workspace = workspace;
+  GradNorm(CpuExec(), args);
+  workspace.ExpectGuardsIntact();
+  return norm_sq[0];
+}
+
+TEST(GradNormTest, SumsSquaresOfAllTensors) {
+  std::mt19937_64 rng(2);
+  Tensor a(DType::kF32, {7, 41}), b(DType::kF32, {50001}), c(DType::kF64, {3}),
+      none(DType::kF32, {0});
+  a.Random(&rng), b.Random(&rng), c.Random(&rng);
+  double want = 0.0;
+  for (const Tensor* t : {&a, &b, &c}) want += op_testing::Dot(*t, *t);
+  EXPECT_NEAR(NormSquared({&a, &none, &b, &c}), want, 1e-10 * want);
+  EXPECT_EQ(NormSquared({}), 0.0);
+  op_testing::ExpectSameOnAnyThreadCount([&] {
+    Tensor out(DType::kF64, {1});
+    out.Set(0, NormSquared({&a, &b}));
+    return out.bytes();
+  });
+  b.Constant(1e30);
+  EXPECT_NEAR(NormSquared({&b}) / (50001e60), 1.0, 1e-6) << "overflows in f32, not here";
+  b.Set(40000, INFINITY);
+  EXPECT_EQ(NormSquared({&a, &b}), INFINITY);
+  b.Set(3, NAN);
+  EXPECT_TRUE(std::isnan(NormSquared({&a, &b})));
+}
+
+TEST(ClipScaleTest, AsTorch) {
+  const auto clip = [](double norm_sq_value, double max_norm) {
+    Tensor norm_sq(DType::kF64, {1}), scale(DType::kF32, {1}), norm(DType::kF32, {1});
+    norm_sq.Set(0, norm_sq_value);
+    ClipScale(CpuExec(), {.norm_sq = norm_sq, .scale = scale, .norm = norm, .max_norm = max_norm});
+    return std::pair{norm[0], scale[0]};
+  };
+  EXPECT_EQ(clip(4.0, 0.0), (std::pair{2.0, 1.0}));
+  EXPECT_EQ(clip(4.0, 3.0), (std::pair{2.0, 1.0}));
+  EXPECT_EQ(clip(16.0, 1.0).first, 4.0);
+  EXPECT_FLOAT_EQ(clip(16.0, 1.0).second, 1.0 / (4.0 + 1e-6));
+  EXPECT_EQ(clip(INFINITY, 1.0), (std::pair{double{INFINITY}, 0.0}));
+  EXPECT_TRUE(std::isnan(clip(NAN, 1.0).first));
+  EXPECT_TRUE(std::isnan(clip(NAN, 1.0).second));
+  EXPECT_TRUE(std::isnan(clip(NAN, 0.0).second));
+}
+
+}  // namespace
+}  // namespace attune

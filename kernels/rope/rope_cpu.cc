@@ -1,0 +1,68 @@
+#include <cmath>
+
+#include "kernels/core/dispatch.h"
+#include "kernels/core/simd.h"
+#include "kernels/rope/rope.h"
+
+namespace attune {
+namespace {
+
+template <typename A>
+void Table(const RopeTableArgs& a) {
+  const int64_t T = a.positions.dim(0), half = a.inv_freq.dim(0);
+  const int32_t* positions = a.positions.As<int32_t>();
+  const float* inv_freq = a.inv_freq.As<float>();
+  const double scaling = a.attention_scaling;
+  A* cos = a.cos.As<A>();
+  A* sin = a.sin.As<A>();
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t i = 0; i < half; ++i) {
+      // The product in f32, whatever A is: the frequencies of the model are defined so.
+      const float angle = static_cast<float>(positions[t]) * inv_freq[i];
+      cos[t * half + i] = static_cast<A>(std::cos(static_cast<double>(angle)) * scaling);
+      sin[t * half + i] = static_cast<A>(std::sin(static_cast<double>(angle)) * scaling);
+    }
+  }
+}
+
+template <typename T>
+ATTUNE_CLONES void RotateHead(T* x, const AccumulatorOf<T>* cos, const AccumulatorOf<T>* sin,
+                              AccumulatorOf<T> sign, int64_t half) {
+  using A = AccumulatorOf<T>;
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const A first = ToAccumulator(x[i]), second = ToAccumulator(x[half + i]);
+    const A s = sign * sin[i];
+    StoreRounded<T>(first * cos[i] - second * s, &x[i]);
+    StoreRounded<T>(second * cos[i] + first * s, &x[half + i]);
+  }
+}
+
+template <typename T>
+void Rotate(const RopeArgs& a) {
+  using A = AccumulatorOf<T>;
+  const int64_t tokens = a.x.dim(0), heads = a.x.dim(1), half = a.rotary_dim / 2;
+  const A sign = a.inverse ? A(-1) : A(1);
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t h = 0; h < heads; ++h) {
+      RotateHead(a.x.As<T>() + t * a.x.stride(0) + h * a.x.stride(1),
+                 a.cos.As<A>() + t * a.cos.stride(0), a.sin.As<A>() + t * a.sin.stride(0), sign,
+                 half);
+    }
+  }
+}
+
+}  // namespace
+
+void RopeTableCpu(const Exec& exec, const RopeTableArgs& a) {
+  if (a.cos.dtype == DType::kF64) return Table<double>(a);
+  Table<float>(a);
+}
+
+void RopeCpu(const Exec& exec, const RopeArgs& a) {
+  DispatchFloat(a.x.dtype, [&]<typename T>() { Rotate<T>(a); });
+}
+
+}  // namespace attune

@@ -1,0 +1,110 @@
+// Rope against the rotation written out in double; the inverse is the transpose.
+#include "kernels/rope/rope.h"
+
+#include "kernels/core/op_testing.h"
+
+namespace attune {
+namespace {
+
+using op_testing::CpuExec;
+using op_testing::Tensor;
+
+constexpr int64_t kTokens = 6, kHeads = 3, kD = 40;
+
+struct Tables {
+  Tensor positions = op_testing::Ints({0, 1, 2, 0, 131071, 7});
+  Tensor inv_freq, cos, sin;
+  Tables(DType dtype, int64_t rotary_dim, double scaling)
+      : inv_freq(DType::kF32, {rotary_dim / 2}),
+        cos(dtype, {kTokens, rotary_dim / 2}),
+        sin(dtype, {kTokens, rotary_dim / 2}) {
+    for (int64_t i = 0; i < rotary_dim / 2; ++i) {
+      inv_freq.Set(
+          i, std::pow(500000.0, -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim)));
+    }
+    RopeTable(CpuExec(), {.positions = positions,
+                          .inv_freq = inv_freq,
+                          .cos = cos,
+                          .sin = sin,
+                          .attention_scaling = scaling});
+  }
+};
+
+TEST(RopeTableTest, AnglesAreSinglePrecisionProducts) {
+  for (DType dtype : {DType::kF32, DType::kF64}) {
+    const Tables tables(dtype, 40, 1.25);
+    std::vector<double> cos, sin;
+    for (int64_t t = 0; t < kTokens; ++t) {
+      for (int64_t i = 0; i < 20; ++i) {
+        const float angle =
+            static_cast<float>(tables.positions[t]) * static_cast<float>(tables.inv_freq[i]);
+        cos.push_back(std::cos(static_cast<double>(angle)) * 1.25);
+        sin.push_back(std::sin(static_cast<double>(angle)) * 1.25);
+      }
+    }
+    op_testing::ExpectClose(tables.cos, cos, dtype == DType::kF64 ? 1e-15 : 1e-7, "cos");
+    op_testing::ExpectClose(tables.sin, sin, dtype == DType::kF64 ? 1e-15 : 1e-7, "sin");
+  }
+}
+
+TEST(RopeTest, RotatesStridedHeads) {
+  for (DType dtype : op_testing::kFloatDTypes) {
+    for (int64_t rotary_dim : {kD, int64_t{16}}) {
+      const DType table = dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+      const Tables tables(table, rotary_dim, 0.8);
+      const int64_t half = rotary_dim / 2;
+      std::mt19937_64 rng(1);
+      // Heads 1..2 of three in a fused row with more after it.
+      Tensor fused(dtype, {kTokens, kHeads + 1, kD}, 5);
+      fused.Random(&rng);
+      std::vector<double> want = fused.ToVector();
+      for (int64_t t = 0; t < kTokens; ++t) {
+        for (int64_t h = 1; h < kHeads; ++h) {
+          double* x = want.data() + (t * (kHeads + 1) + h) * kD;
+          for (int64_t i = 0; i < half; ++i) {
+            const double c = tables.cos[t * half + i], s = tables.sin[t * half + i];
+            const double first = x[i], second = x[half + i];
+            x[i] = first * c - second * s;
+            x[half + i] = second * c + first * s;
+          }
+        }
+      }
+      Rope(CpuExec(), {.x = fused.view().Slice(1, 1, kHeads),
+                       .cos = tables.cos,
+                       .sin = tables.sin,
+                       .rotary_dim = rotary_dim});
+      op_testing::ExpectClose(fused, want, op_testing::Tolerance(dtype), "x");
+    }
+  }
+}
+
+TEST(RopeTest, InverseIsTheBackward) {
+  const Tables tables(DType::kF64, kD, 0.8);
+  std::mt19937_64 rng(2);
+  Tensor x(DType::kF64, {kTokens, kHeads, kD}), dy = x;
+  x.Random(&rng), dy.Random(&rng);
+  const auto loss = [&] {
+    Tensor y = x;
+    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kD});
+    return op_testing::Dot(y, dy);
+  };
+  const std::vector<double> want = op_testing::FiniteDifferences(&x, loss);
+  Rope(CpuExec(),
+       {.x = dy, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kD, .inverse = true});
+  op_testing::ExpectClose(dy, want, 1e-8, "dx");
+}
+
+TEST(RopeTest, SameOnAnyThreadCount) {
+  const Tables tables(DType::kF32, kD, 1.0);
+  std::mt19937_64 rng(3);
+  Tensor x(DType::kF32, {kTokens, kHeads, kD});
+  x.Random(&rng);
+  op_testing::ExpectSameOnAnyThreadCount([&] {
+    Tensor y = x;
+    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kD});
+    return y.bytes();
+  });
+}
+
+}  // namespace
+}  // namespace attune
