@@ -177,17 +177,14 @@ void TokenizerStages::AppendModelTokens(const Piece& piece, std::vector<BpeToken
   scratch->clear();
   model_->Tokenize(piece.view(), scratch);
   const absl::string_view text = piece.text->text();
-  int64_t begin = piece.begin;
   for (const BpeToken& token : *scratch) {
-    const int64_t end = begin + token.bytes;
     // Out to whole characters, so that a span of the input is text.
-    int64_t from = begin;
-    int64_t to = end;
-    while (from > piece.begin && from < piece.end && IsUtf8Continuation(text[from])) --from;
-    while (to < piece.end && to > from && IsUtf8Continuation(text[to])) ++to;
+    int64_t begin = piece.begin + token.begin;
+    int64_t end = piece.begin + token.end;
+    while (begin > piece.begin && IsUtf8Continuation(text[begin])) --begin;
+    while (end < piece.end && IsUtf8Continuation(text[end])) ++end;
     out->ids.push_back(token.id);
-    out->offsets.push_back(piece.text->Origin(std::min(from, piece.end - 1), to));
-    begin = end;
+    out->offsets.push_back(piece.text->Origin(begin, end));
   }
 }
 

@@ -166,7 +166,7 @@ absl::StatusOr<J> Parse(absl::string_view text, absl::string_view source,
   std::string place = absl::StrCat(options.first_line);
   if (builder.position() > 0) place = Place(text, builder.position() - 1, options.first_line);
   return absl::InvalidArgumentError(absl::StrCat(
-      source, ":", place, ": not valid JSON: ", absl::Utf8SafeCHexEscape(builder.message())));
+      source, ":", place, ": not valid JSON: ", builder.message()));
 }
 
 absl::string_view KindOf(const Json& value) {

@@ -162,8 +162,7 @@ absl::StatusOr<RenderedChat> Render(const std::string& source, const OrderedJson
 
 TEST(GoldenChatTemplate, EqualsJinja2) {
   std::map<std::string, std::string> sources;
-  for (const char* name :
-       {"expressions", "filters", "headers", "loops", "turns", "whitespace"}) {
+  for (const char* name : {"expressions", "filters", "headers", "loops", "turns", "whitespace"}) {
     sources[name] = Read(absl::StrCat(kFolder, "templates/", name, ".jinja"));
   }
   const std::vector<OrderedJson> lines = ReadLines(kFolder + "golden/chat.jsonl");

@@ -47,7 +47,8 @@ class PieceCache {
 
 struct Bpe::Symbol {
   int32_t id;
-  int32_t bytes;  // 0: merged into the one before
+  int32_t begin;  // bytes of the piece
+  int32_t end;
   int32_t previous;
   int32_t next;  // -1: none
 };
@@ -225,11 +226,14 @@ const Bpe::Merge* Bpe::FindMerge(int32_t left, int32_t right) const {
 }
 
 void Bpe::StartSymbols(absl::string_view piece, std::vector<Symbol>* symbols) const {
-  const auto add = [&](int32_t id, int32_t bytes) { symbols->push_back({id, bytes, 0, 0}); };
-  int32_t unk_bytes = 0;  // of the unknown run that has not been added yet
+  const auto add = [&](int32_t id, size_t begin, size_t end) {
+    symbols->push_back({id, static_cast<int32_t>(begin), static_cast<int32_t>(end), 0, 0});
+  };
+  size_t unk_begin = 0;  // of the unknown run that has not been added yet
+  size_t unk_end = 0;
   const auto flush_unk = [&] {
-    if (unk_bytes > 0) add(unk_, unk_bytes);
-    unk_bytes = 0;
+    if (unk_end > unk_begin) add(unk_, unk_begin, unk_end);
+    unk_begin = unk_end = 0;
   };
   for (size_t i = 0; i < piece.size();) {
     const size_t begin = i;
@@ -243,7 +247,7 @@ void Bpe::StartSymbols(absl::string_view piece, std::vector<Symbol>* symbols) co
     }
     if (id >= 0) {
       flush_unk();
-      add(id, static_cast<int32_t>(i - begin));
+      add(id, begin, i);
       continue;
     }
     // On bytes the fallback would be spelled out for the visible character's UTF-8, not for the
@@ -258,13 +262,11 @@ void Bpe::StartSymbols(absl::string_view piece, std::vector<Symbol>* symbols) co
           return fallback_ids_[static_cast<uint8_t>(c)] >= 0;
         });
     if (fallback) {
-      for (size_t k = 0; k < character.size(); ++k) {
-        // The span of a visible character's second byte is empty, as its input is one byte.
-        add(fallback_ids_[static_cast<uint8_t>(character[k])], on_bytes_ && k > 0 ? 0 : 1);
-      }
+      for (char c : character) add(fallback_ids_[static_cast<uint8_t>(c)], begin, i);
     } else if (unk_ >= 0) {
       if (!fuse_unk_) flush_unk();
-      unk_bytes += static_cast<int32_t>(i - begin);
+      if (unk_end == 0) unk_begin = begin;
+      unk_end = i;
     }
   }
   flush_unk();
@@ -308,7 +310,7 @@ void Bpe::MergeSymbols(std::vector<Symbol>* symbols) const {
     const Symbol& right = s[left.next];
     gone[left.next] = true;
     left.id = top.id;
-    left.bytes += right.bytes;
+    left.end = right.end;
     left.next = right.next;
     if (left.next >= 0) s[left.next].previous = top.position;
     consider(left.previous);
@@ -325,7 +327,7 @@ void Bpe::Tokenize(absl::string_view piece, std::vector<BpeToken>* tokens) const
   if (piece.empty()) return;
   if (ignore_merges_) {
     if (const auto it = piece_ids_.find(piece); it != piece_ids_.end()) {
-      tokens->push_back({it->second, static_cast<int32_t>(piece.size())});
+      tokens->push_back({it->second, 0, static_cast<int32_t>(piece.size())});
       return;
     }
   }
@@ -336,7 +338,7 @@ void Bpe::Tokenize(absl::string_view piece, std::vector<BpeToken>* tokens) const
   StartSymbols(piece, &symbols);
   MergeSymbols(&symbols);
   const size_t first = tokens->size();
-  for (const Symbol& symbol : symbols) tokens->push_back({symbol.id, symbol.bytes});
+  for (const Symbol& symbol : symbols) tokens->push_back({symbol.id, symbol.begin, symbol.end});
   if (cacheable)
     cache_->Insert(piece, {tokens->begin() + static_cast<int64_t>(first), tokens->end()});
 }

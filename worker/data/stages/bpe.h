@@ -24,7 +24,8 @@ class PieceCache;
 
 struct BpeToken {
   int32_t id;
-  int32_t bytes;  // of the piece
+  int32_t begin;  // bytes of the piece
+  int32_t end;
 };
 
 class Bpe {
