@@ -6,9 +6,9 @@
 //   blobs/{sha256}           a whole, checked file; shared by all artifacts that list it
 //   uploads/{id}.{index}     an unfinished file of an artifact
 //   VERSION                  "1\n"; another content is refused
-// {id} is the SHA-256 of the kind and the sorted file list. A file is a blob only after its SHA-256 was
-// checked and it was synced and renamed; an artifact is READY only after all its files are. So a
-// crash leaves either an upload to go on with, or a whole file.
+// {id} is the SHA-256 of the kind and the sorted file list. A file is a blob only after its SHA-256
+// was checked and it was synced and renamed; an artifact is READY only after all its files are. So
+// a crash leaves either an upload to go on with, or a whole file.
 //
 // Thread-safe; calls do disk I/O and may take as long as hashing the files takes (Finalize).
 #pragma once
@@ -66,8 +66,7 @@ class ArtifactStore {
 
   // Removes what was left behind before `before`: uploads not touched since then, and READY
   // checkpoints created before then that `in_use` does not know (their commit never came).
-  void CollectGarbage(absl::Time before,
-                      const std::function<bool(const std::string&)>& in_use);
+  void CollectGarbage(absl::Time before, const std::function<bool(const std::string&)>& in_use);
 
  private:
   struct Entry {
@@ -91,7 +90,7 @@ class ArtifactStore {
 
   std::unique_ptr<Directory> manifests_, blobs_, uploads_;
   mutable std::mutex mutex_;
-  std::map<std::string, Entry> entries_;           // by name
+  std::map<std::string, Entry> entries_;            // by name
   std::map<std::string, int64_t> blob_references_;  // sha256 -> artifacts that list it
 };
 
