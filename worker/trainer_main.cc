@@ -6,7 +6,8 @@
 // Exit codes: worker/train/exit_code.h, docs/trainer.md.
 #include <google/protobuf/util/json_util.h>
 #include <omp.h>
-#include <sys/stat.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>

@@ -52,7 +52,7 @@ POWERS = [
       "server/metrics/", "worker/", "client/", "proto/", "tests/")),
 ]
 BAD_NAMES = re.compile(r"(^|_)(util|utils|helper|helpers|manager|common|misc|v2|fast)(_|$)")
-UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|\bDISABLED_|NOLINT(?!\()")
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|\bDISABLED_|NOLINT(?!\(|: )")
 MAX_LINES = 900
 MAX_FUNCTION_LINES = 100
 
@@ -79,6 +79,8 @@ def check_includes(path, number, line, problems):
         if "/" not in target:
             problems.append(f"{path}:{number}: include from the top of the repository: {target}")
         return
+    if target == "kernels/core/check.h" and not path.startswith("proto/"):
+        return  # the one CHECK; a header without anything behind it
     key = longest_key(MAY_INCLUDE, path)
     inside = lambda folder: target == folder or target.startswith(folder + "/")
     if not any(inside(f) for f in MAY_INCLUDE[key]) or any(

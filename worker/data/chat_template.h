@@ -22,6 +22,8 @@
 namespace attune {
 
 struct ChatRequest {
+  // Objects. A key whose value is null counts as missing, and "reasoning_content", "thinking" and
+  // "reasoning" are one thing, as in Transformers.
   OrderedJson messages = OrderedJson::array();
   OrderedJson tools;      // null: none
   OrderedJson documents;  // null: none

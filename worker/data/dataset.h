@@ -6,9 +6,11 @@
 //
 // The mask of a conversation comes from the template's `generation` marks where it has them. Else
 // the conversation is rendered up to before (with the generation prompt) and up to after each
-// assistant turn; both must be prefixes of the whole text, and what lies between is trained, with
-// the token that ends the turn. The whole text is tokenised once: a token is trained if its bytes
-// begin inside a trained range. Each example has exactly one BOS if the tokenizer wants one.
+// assistant turn; both must be prefixes of the whole text, and what lies between is trained. The
+// whole text is tokenised once: a token is trained if its bytes begin inside a trained range. The
+// special token that ends a turn is trained with it, white space after that token is not. A
+// message may say "weight": 0 to be left out. Each example has exactly one BOS if the tokenizer
+// wants one. Prompt and completion are tokenised apart, as they are when the model is used.
 //
 // Lines that are wrong are collected (max_errors of them) into one status, "file:line: what".
 #pragma once
@@ -19,13 +21,14 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "worker/data/chat_example.h"
 #include "worker/data/chat_template.h"
 #include "worker/data/tokenizer.h"
 #include "worker/data/tokenizer_config.h"
 
 namespace attune {
 
-enum class DatasetFormat : uint8_t { kAuto, kChat, kPromptCompletion };  // kAuto: by the keys
+using DatasetFormat = LineFormat;  // kAuto: by the keys of each line
 enum class TrainOn : uint8_t { kAssistant, kLastAssistant, kAll };
 enum class OverLong : uint8_t { kError, kTruncate, kDrop };  // kTruncate keeps the beginning
 
@@ -98,23 +101,24 @@ class ExampleTokenizer {
   absl::StatusOr<TokenizedExample> Tokenize(absl::string_view line, DatasetFormat format) const;
 
  private:
-  struct Ranges;
-  absl::StatusOr<TokenizedExample> TokenizeChat(ChatRequest request, int64_t first_trained) const;
-  absl::StatusOr<TokenizedExample> TokenizeText(const std::string& prompt,
-                                                const std::string& completion) const;
-  absl::StatusOr<std::vector<ByteSpan>> TrainedRanges(const ChatRequest& request,
-                                                      const RenderedChat& whole,
-                                                      int64_t first_trained) const;
-  absl::StatusOr<std::vector<ByteSpan>> PrefixRanges(const ChatRequest& request,
-                                                     const std::string& text,
-                                                     const std::vector<int64_t>& turns) const;
-  void AddBos(TokenizedExample* example) const;
+  absl::StatusOr<TokenizedExample> TokenizeChat(const ExampleText& text) const;
+  absl::StatusOr<TokenizedExample> TokenizePair(const ExampleText& text) const;
+  // Byte ranges of the whole text, one per turn that is trained.
+  absl::StatusOr<std::vector<ByteSpan>> TrainedRanges(const ExampleText& text,
+                                                      const ChatRequest& request,
+                                                      const RenderedChat& whole) const;
+  absl::StatusOr<ByteSpan> RangeByPrefixes(const ChatRequest& request, int64_t turn,
+                                           const std::string& whole) const;
+  void MarkRange(const ByteSpan& range, absl::string_view text, const Encoding& encoding,
+                 std::vector<uint8_t>* trained) const;
+  void FixBos(TokenizedExample* example) const;
 
   const Tokenizer* tokenizer_;
   const ChatTemplate* chat_template_;
   DatasetOptions options_;
   std::vector<int32_t> bos_;  // what each example begins with
-  int32_t eos_ = -1;          // -1: none is known
+  int32_t bos_token_ = -1;    // never there twice; -1: none is known
+  int32_t eos_token_ = -1;
 };
 
 // Reads all files. INVALID_ARGUMENT with the collected errors, or for a dataset without a single

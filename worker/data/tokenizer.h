@@ -2,9 +2,10 @@
 //
 //   text -> added tokens cut out -> normalizer -> pre-tokenizer -> BPE -> post-processor -> ids
 //
-// Each stage is a file beside this one: added_tokens, normalizer, pre_tokenizer, bpe,
-// post_processor, decoder. A stage type that is not there is UNIMPLEMENTED at Load, by its name.
+// Each stage is a file in stages/: added_tokens, normalizer, pre_tokenizer, bpe, post_processor,
+// decoder. A stage type that is not there is UNIMPLEMENTED at Load, by its name.
 // Ids equal those of Hugging Face `tokenizers`; the Unicode tables are those of PCRE2 and ICU.
+// The file's truncation and padding are not applied: they belong to a call, not to a vocabulary.
 //
 // Cost: linear in the text but for one piece of n symbols, which costs n log n.
 // All methods are const and may be called from several threads at once.
@@ -55,8 +56,8 @@ class Tokenizer {
   // out in the text are always recognised.
   absl::StatusOr<Encoding> Encode(absl::string_view text, bool add_special_tokens) const;
 
-  // Bytes that are no UTF-8 become U+FFFD, as in Hugging Face. INVALID_ARGUMENT for an id that
-  // no token has.
+  // Bytes that are no UTF-8 become U+FFFD, and ids that no token has (rows with which a model is
+  // padded) are left out, as in Hugging Face. INVALID_ARGUMENT for a negative id.
   absl::StatusOr<std::string> Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
 
   // The largest id + 1, added tokens included: the least number of embedding rows.

@@ -21,6 +21,7 @@
 #include "absl/types/span.h"
 #include "kernels/core/dtype.h"
 #include "worker/io/file.h"
+#include "worker/io/json.h"
 
 namespace attune {
 
@@ -59,9 +60,9 @@ class SafetensorsFile {
     uint64_t begin = 0;
     uint64_t end = 0;
   };
-  static absl::StatusOr<Entry> ParseEntry(const std::string& path, const std::string& name,
-                                          const void* json, uint64_t data_bytes);
-  absl::Status CheckCover(uint64_t data_bytes);
+  static absl::StatusOr<Entry> ParseEntry(const JsonField& field, uint64_t data_bytes);
+  absl::Status ParseHeader(absl::string_view header);
+  absl::Status CheckCover();
 
   std::string path_;
   std::unique_ptr<MappedFile> file_;  // null after Parse
@@ -88,6 +89,7 @@ class Checkpoint {
 
  private:
   absl::Status AddFile(const std::string& path);
+  absl::Status OpenShards(const std::string& index_path);
 
   std::string directory_;
   std::vector<SafetensorsFile> files_;

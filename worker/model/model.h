@@ -45,7 +45,8 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  // Reads every weight: shape and finiteness are checked. INVALID_ARGUMENT names the tensor.
+  // Reads every weight. Shapes are checked, and on the plan device, where every job goes first,
+  // finiteness too. INVALID_ARGUMENT names the tensor.
   // `progress` is called after every tensor.
   absl::Status Load(const LayerContext& ctx, const WeightNames& names, const WeightSource& source,
                     const std::function<void()>& progress);

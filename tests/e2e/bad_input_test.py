@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Broken specs, models and data: each ends with its own clear error before any device works, and
+leaves the service as it was."""
+import json
+import os
+import pathlib
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+import unittest
+
+from service import BIN, DATA, MODEL, Service
+
+GOOD_LINE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}\n'
+
+SPEC = """model:
+  source: {path: %s}
+datasets:
+  - source: {path: %s}
+schedule: {steps: 1}
+batch: {micro_batch_tokens: 256, micro_batches: 1}
+"""
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:8 + length]), data[8 + length:]
+
+
+def write_tensors(path, header, body):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+class Case:
+    """A model directory and a dataset, each a copy that a case may break."""
+
+    def __init__(self, directory, model=MODEL):
+        self.model = directory / "model"
+        self.model.mkdir(parents=True)
+        for path in model.iterdir():
+            # Relative, as a Hugging Face cache has them: an absolute link leaves any root.
+            os.symlink(os.path.relpath(path, self.model), self.model / path.name)
+        self.data = directory / "train.jsonl"
+        self.data.write_text(GOOD_LINE * 3)
+        self.spec = directory / "job.yaml"
+        self.extra = ""
+
+    def own(self, name):
+        """The file `name` of the model as a copy of its own."""
+        path = self.model / name
+        path.unlink(missing_ok=True)
+        shutil.copy(MODEL / name, path)
+        return path
+
+    def config(self, **changes):
+        path = self.own("config.json")
+        config = json.loads(path.read_text())
+        config.update(changes)
+        path.write_text(json.dumps({k: v for k, v in config.items() if v != "REMOVE"}))
+
+    def tensors(self, change):
+        path = self.own("model.safetensors")
+        header, body = header_of(path)
+        body = change(header, bytearray(body)) or body
+        write_tensors(path, header, bytes(body))
+
+
+def truncate(case):
+    path = case.own("model.safetensors")
+    path.write_bytes(path.read_bytes()[:1000000])
+
+
+def lying_length(case):
+    path = case.own("model.safetensors")
+    path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
+
+
+def nan_weights(case):
+    def change(header, body):
+        begin = header["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
+        body[begin:begin + 2] = b"\xc0\x7f"
+        return body
+    case.tensors(change)
+
+
+def wrong_shape(case):
+    def change(header, body):
+        header["model.layers.0.self_attn.q_proj.weight"]["shape"].reverse()
+        shape = header["model.layers.0.mlp.up_proj.weight"]["shape"]
+        shape.reverse()
+    case.tensors(change)
+
+
+def missing_tensor(case):
+    def change(header, body):
+        header["renamed"] = header.pop("model.layers.2.mlp.down_proj.weight")
+    case.tensors(change)
+
+
+def overlapping(case):
+    def change(header, body):
+        names = [n for n in header if n != "__metadata__"]
+        header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+    case.tensors(change)
+
+
+def huge_shape(case):
+    def change(header, body):
+        header["model.norm.weight"]["shape"] = [1 << 40, 1 << 40]
+    case.tensors(change)
+
+
+def write(name, text):
+    def change(case):
+        path = case.model / name
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+    return change
+
+
+def data(text):
+    def change(case):
+        case.data.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return change
+
+
+def extra(text):
+    def change(case):
+        case.extra = text
+    return change
+
+
+def remove(name):
+    return lambda case: (case.model / name).unlink()
+
+
+def small_vocabulary(case):
+    case.config(vocab_size=100)
+
+
+CASES = {
+    # name: (what is broken, what the error must say)
+    "truncated weights": (truncate, r"model\.safetensors.*(short|truncat|end)"),
+    "header length that lies": (lying_length, r"model\.safetensors.*header"),
+    "NaN weights": (nan_weights, r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"),
+    "wrong shape": (wrong_shape, r"mlp\.up_proj\.weight has the shape .*config\.json says"),
+    "missing tensor": (missing_tensor, r"model\.layers\.2\.mlp\.down_proj\.weight"),
+    "overlapping tensors": (overlapping, r"model\.safetensors.*(overlap|offsets|cover|gap|hole)"),
+    "shape beyond 64 bits": (huge_shape, r"model\.norm\.weight"),
+    "no weights": (remove("model.safetensors"), r"safetensors"),
+    "no config": (remove("config.json"), r"config\.json"),
+    "config that is no JSON": (write("config.json", "{"), r"config\.json:1"),
+    "unknown architecture": (lambda c: c.config(model_type="mamba"), r"mamba.*known: .*llama"),
+    "unknown rope": (lambda c: c.config(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4},
+                                        rope_scaling={"rope_type": "spiral"}), r"spiral"),
+    "odd head size": (lambda c: c.config(head_dim=33), r"head_dim: must be even"),
+    "heads that do not divide": (lambda c: c.config(num_key_value_heads=3), r"num_key_value_heads"),
+    "negative size": (lambda c: c.config(hidden_size=-4), r"hidden_size: is -4"),
+    "missing field": (lambda c: c.config(rms_norm_eps="REMOVE"), r"rms_norm_eps: is missing"),
+    "biases": (lambda c: c.config(attention_bias=True), r"attention_bias"),
+    "pre-quantised": (lambda c: c.config(quantization_config={"load_in_4bit": True}),
+                      r"quantization_config"),
+    "no tokenizer": (remove("tokenizer.json"), r"tokenizer\.json"),
+    "tokenizer that is no JSON": (write("tokenizer.json", "[1,"), r"tokenizer\.json"),
+    "unknown tokenizer model": (write("tokenizer.json", '{"model": {"type": "Magic"}}'),
+                                r"tokenizer\.json"),
+    "tokenizer of another model": (small_vocabulary, r"(embedding only 100|embed_tokens)"),
+    "template that does not parse": (write("chat_template.jinja", "{% for %}"), r"chat template.*line 1"),
+    "template whose prefixes are none": (
+        write("chat_template.jinja",
+              "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"),
+        r"prefix"),
+    "empty dataset": (data(""), r"dataset is empty: .*train\.jsonl"),
+    "line that is no JSON": (data(GOOD_LINE + "{oops\n"), r"train\.jsonl:2"),
+    "invalid UTF-8": (data(GOOD_LINE.encode() + b'{"prompt": "\xff", "completion": "a"}\n'),
+                      r"train\.jsonl:2.*UTF-8"),
+    "unknown role": (data(GOOD_LINE.replace('"user"', '"wizard"')), r"train\.jsonl:1.*wizard"),
+    "no assistant turn": (data('{"messages": [{"role": "user", "content": "Hi"}]}\n'),
+                          r"train\.jsonl:1.*assistant"),
+    "unknown keys": (data('{"question": "a", "answer": "b"}\n'), r"train\.jsonl:1"),
+    "content that is a number": (data(GOOD_LINE.replace('"Hi"', "7")), r"train\.jsonl:1"),
+    "example too long": (data(GOOD_LINE.replace("Yes.", "yes " * 2000)),
+                         r"train\.jsonl:1.*(over_long|tokens)"),
+    "several errors at once": (data("{\n" + GOOD_LINE + "[]\n"), r"(?s)jsonl:1.*jsonl:3"),
+    "unknown target module": (extra("lora: {target_modules: [q_prj]}\n"), r"q_prj.*q_proj"),
+    "unknown spec field": (extra("lerning_rate: 1\n"), r"job\.yaml:7: lerning_rate: unknown field"),
+    "value out of range": (extra("lora: {r: 0}\n"), r"job\.yaml:7: lora\.r: is 0"),
+    "digest of another model": (lambda c: None, r"model\.digest"),
+}
+
+
+def break_case(name, directory, model=MODEL):
+    case = Case(directory, model)
+    CASES[name][0](case)
+    text = SPEC % (case.model, case.data) + case.extra
+    if name == "digest of another model":
+        text = text.replace("model:\n", "model:\n  digest: %s\n" % ("0" * 64))
+    case.spec.write_text(text)
+    return case
+
+
+class BadInput(unittest.TestCase):
+    def setUp(self):
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="attune-bad-"))
+
+    def tearDown(self):
+        shutil.rmtree(self.directory)
+
+    def validate(self, spec):
+        return subprocess.run([BIN / "attune-trainer", "validate", "--spec", spec],
+                              capture_output=True, encoding="utf-8", timeout=60)
+
+    def test_the_case_itself_is_right(self):
+        case = Case(self.directory / "good")
+        case.spec.write_text(SPEC % (case.model, case.data))
+        done = self.validate(case.spec)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_each_broken_input_has_its_own_error(self):
+        self.assertGreaterEqual(len(CASES), 25)
+        seen = {}
+        for name, (_, expected) in CASES.items():
+            with self.subTest(name):
+                case = break_case(name, self.directory / re.sub(r"\W", "-", name))
+                done = self.validate(case.spec)
+                self.assertEqual(done.returncode, 10, done.stderr)
+                self.assertRegex(done.stderr, expected)
+                message = done.stderr.replace(str(case.spec.parent), "")
+                self.assertNotIn(message, seen, "the same words as for " + seen.get(message, ""))
+                seen[message] = name
+
+    def test_the_service_survives_all_of_them(self):
+        with Service(slots=1) as service:
+            jobs = {}
+            for name in CASES:
+                case = break_case(name, service.root / re.sub(r"\W", "-", name),
+                                  service.root / "model")
+                done = service.cli("submit", case.spec, "-o", "json", check=False)
+                if done.returncode == 0:
+                    jobs[name] = json.loads(done.stdout)["name"]
+                else:
+                    self.assertRegex(done.stderr, CASES[name][1])
+            self.assertGreater(len(jobs), 25)
+            for name, job in jobs.items():
+                with self.subTest(name):
+                    found = service.finish(job, timeout_s=60)
+                    self.assertEqual(found["state"], "JOB_STATE_FAILED")
+                    self.assertEqual(found["failure_cause"], "FAILURE_CAUSE_INVALID")
+                    self.assertRegex(found["message"], CASES[name][1])
+                    self.assertNotIn("start_time", found)
+                    self.assertEqual(int(found.get("attempt", 0)), 0, "a device was held")
+            good = service.submit("good", steps=2, devices=1)
+            self.assertEqual(service.finish(good)["state"], "JOB_STATE_SUCCEEDED")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
