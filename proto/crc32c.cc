@@ -71,8 +71,12 @@ uint32_t ExtendCrc32c(uint32_t crc, const void* data, size_t size) {
   return ExtendCrc32cPortable(crc, data, size);
 }
 
-uint32_t Crc32c(const void* data, size_t size) { return ExtendCrc32c(0, data, size); }
+uint32_t Crc32c(const void* data, size_t size) {
+  return ExtendCrc32c(0, data, size);
+}
 
-uint32_t Crc32c(const std::string& data) { return Crc32c(data.data(), data.size()); }
+uint32_t Crc32c(const std::string& data) {
+  return Crc32c(data.data(), data.size());
+}
 
 }  // namespace attune

@@ -69,10 +69,13 @@ v1::CoordinatorMessage FakeAgent::Next(
 v1::Lease FakeAgent::NextLease(v1::LeaseKind kind) {
   return Next([kind](const v1::CoordinatorMessage& m) {
            return m.has_lease() && m.lease().kind() == kind;
-         }).lease();
+         })
+      .lease();
 }
 
-void FakeAgent::Send(const v1::WorkerMessage& message) { stream_->Write(message); }
+void FakeAgent::Send(const v1::WorkerMessage& message) {
+  stream_->Write(message);
+}
 
 void FakeAgent::Report(int64_t epoch, v1::Report report) {
   report.set_epoch(epoch);

@@ -27,8 +27,7 @@ class FakeAgent {
   ~FakeAgent();
 
   // The next message that `matches`; those before it are dropped. Fails the test after 10 s.
-  v1::CoordinatorMessage Next(
-      const std::function<bool(const v1::CoordinatorMessage&)>& matches);
+  v1::CoordinatorMessage Next(const std::function<bool(const v1::CoordinatorMessage&)>& matches);
   v1::Lease NextLease(v1::LeaseKind kind);
 
   void Send(const v1::WorkerMessage& message);

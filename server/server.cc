@@ -42,8 +42,8 @@ class DataLock {
     if (fd < 0) return ErrnoStatus(errno, "open", path);
     std::unique_ptr<DataLock> lock(new DataLock(fd));
     if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "another attuned uses ", data_dir, ": stop it, or give another --data-dir"));
+      return absl::FailedPreconditionError(
+          absl::StrCat("another attuned uses ", data_dir, ": stop it, or give another --data-dir"));
     }
     return lock;
   }

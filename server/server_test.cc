@@ -387,9 +387,8 @@ TEST_F(ServerTest, ValidateOnlyStoresNothing) {
   EXPECT_EQ(job.name(), "");
   EXPECT_EQ(job.spec().batch().micro_batch_tokens(), 2048);
   v1::ListJobsResponse list;
-  ASSERT_TRUE(Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, v1::ListJobsRequest(),
-                   &list)
-                  .ok());
+  ASSERT_TRUE(
+      Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, v1::ListJobsRequest(), &list).ok());
   EXPECT_EQ(list.jobs_size(), 0);
 }
 
@@ -401,8 +400,7 @@ TEST_F(ServerTest, ListsInPagesNewestFirst) {
   std::vector<std::string> listed;
   do {
     v1::ListJobsResponse page;
-    ASSERT_TRUE(
-        Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, request, &page).ok());
+    ASSERT_TRUE(Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, request, &page).ok());
     for (const v1::Job& job : page.jobs()) listed.push_back(job.name());
     request.set_page_token(page.next_page_token());
   } while (!request.page_token().empty());
@@ -411,9 +409,8 @@ TEST_F(ServerTest, ListsInPagesNewestFirst) {
   ASSERT_TRUE(Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, request, &page).ok());
   request.set_page_token(page.next_page_token());
   request.add_states(v1::JOB_STATE_RUNNING);
-  EXPECT_EQ(
-      ReasonOf(Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, request, &page)),
-      "INVALID_PAGE_TOKEN");
+  EXPECT_EQ(ReasonOf(Call(jobs_.get(), &v1::FineTuningService::Stub::ListJobs, request, &page)),
+            "INVALID_PAGE_TOKEN");
 }
 
 TEST_F(ServerTest, CancelAndDelete) {
@@ -422,12 +419,11 @@ TEST_F(ServerTest, CancelAndDelete) {
   cancel.set_name(job.name());
   cancel.set_etag("not this");
   v1::Job cancelled;
-  EXPECT_EQ(ReasonOf(Call(jobs_.get(), &v1::FineTuningService::Stub::CancelJob, cancel,
-                          &cancelled)),
-            "ETAG_MISMATCH");
+  EXPECT_EQ(
+      ReasonOf(Call(jobs_.get(), &v1::FineTuningService::Stub::CancelJob, cancel, &cancelled)),
+      "ETAG_MISMATCH");
   cancel.set_etag(job.etag());
-  ASSERT_TRUE(
-      Call(jobs_.get(), &v1::FineTuningService::Stub::CancelJob, cancel, &cancelled).ok());
+  ASSERT_TRUE(Call(jobs_.get(), &v1::FineTuningService::Stub::CancelJob, cancel, &cancelled).ok());
   EXPECT_EQ(cancelled.state(), v1::JOB_STATE_CANCELLED);
   v1::DeleteJobRequest remove;
   remove.set_name(job.name());
@@ -485,9 +481,9 @@ TEST_F(ServerTest, UploadsGoOnWhereTheyStopped) {
   EXPECT_EQ(committed.committed_bytes(), 2000);
   EXPECT_EQ(ReasonOf(Write(name, "train.jsonl", 1000, data.substr(1000))), "WRONG_OFFSET");
   EXPECT_TRUE(Write(name, "train.jsonl", 2000, data.substr(2000)).ok());
-  ASSERT_TRUE(Call(artifacts_.get(), &v1::ArtifactService::Stub::FinalizeArtifact, finalize,
-                   &artifact)
-                  .ok());
+  ASSERT_TRUE(
+      Call(artifacts_.get(), &v1::ArtifactService::Stub::FinalizeArtifact, finalize, &artifact)
+          .ok());
   EXPECT_EQ(artifact.state(), v1::ARTIFACT_STATE_READY);
   // The same content again is there at once; while a job uses it, it cannot be deleted.
   v1::Artifact again;
@@ -500,9 +496,21 @@ TEST_F(ServerTest, UploadsGoOnWhereTheyStopped) {
   v1::DeleteArtifactRequest remove;
   remove.set_name(name);
   google::protobuf::Empty empty;
-  EXPECT_EQ(ReasonOf(Call(artifacts_.get(), &v1::ArtifactService::Stub::DeleteArtifact, remove,
-                          &empty)),
-            "ARTIFACT_IN_USE");
+  EXPECT_EQ(
+      ReasonOf(Call(artifacts_.get(), &v1::ArtifactService::Stub::DeleteArtifact, remove, &empty)),
+      "ARTIFACT_IN_USE");
+}
+
+// A unary call of any method; `context` carries a token or not.
+grpc::Status RawCall(grpc::Channel* channel, const std::string& path, grpc::ClientContext* context,
+                     google::protobuf::Empty* response) {
+  context->set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
+  grpc::internal::RpcMethod rpc(path.c_str(), grpc::internal::RpcMethod::NORMAL_RPC);
+  google::protobuf::Empty request;
+  return grpc::internal::BlockingUnaryCallImpl<google::protobuf::MessageLite,
+                                               google::protobuf::MessageLite>(channel, rpc, context,
+                                                                              request, response)
+      .status();
 }
 
 // Every method of every service of the contract, from the descriptors: a new one is covered.
@@ -519,15 +527,8 @@ TEST_F(ServerTest, NothingButHealthAnswersWithoutTheToken) {
         const std::string path = "/" + service->full_name() + "/" + method->name();
         grpc::ClientContext context;
         if (*token != '\0') context.AddMetadata("authorization", token);
-        context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
-        // A raw call that serves every shape: one message each way.
-        grpc::internal::RpcMethod rpc(path.c_str(), grpc::internal::RpcMethod::NORMAL_RPC);
-        google::protobuf::Empty request, response;
-        const grpc::Status status =
-            grpc::internal::BlockingUnaryCallImpl<google::protobuf::MessageLite,
-                                                  google::protobuf::MessageLite>(
-                channel_.get(), rpc, &context, request, &response)
-                .status();
+        google::protobuf::Empty response;
+        const grpc::Status status = RawCall(channel_.get(), path, &context, &response);
         EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAUTHENTICATED) << path;
         ++methods;
       }
@@ -577,6 +578,23 @@ TEST_F(ServerTest, ExportsEveryMetricOfTheTable) {
   EXPECT_THAT(text, HasSubstr("attune_trained_tokens_total 100\n"));
   EXPECT_THAT(text, HasSubstr("attune_checkpoints_total 1\n"));
   EXPECT_THAT(text, HasSubstr("grpc_code=\"OK\",grpc_method=\"CreateJob\""));
+}
+
+TEST_F(ServerTest, HealthIsForEverybodyAndReflectionIsNot) {
+  grpc::ClientContext health;
+  google::protobuf::Empty response;
+  EXPECT_TRUE(RawCall(channel_.get(), "/grpc.health.v1.Health/Check", &health, &response).ok());
+  const auto& fields = response.GetReflection()->GetUnknownFields(response);
+  ASSERT_EQ(fields.field_count(), 1);
+  EXPECT_EQ(fields.field(0).varint(), 1u) << "not SERVING";
+  const char* reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo";
+  grpc::ClientContext anonymous;
+  EXPECT_EQ(RawCall(channel_.get(), reflection, &anonymous, &response).error_code(),
+            grpc::StatusCode::CANCELLED);
+  grpc::ClientContext known;
+  AddToken(server_->token(), &known);
+  EXPECT_NE(RawCall(channel_.get(), reflection, &known, &response).error_code(),
+            grpc::StatusCode::CANCELLED);
 }
 
 TEST_F(ServerTest, RefusesAddressesThatOthersReach) {

@@ -22,7 +22,9 @@ constexpr int64_t kFileBytesMax = int64_t{1} << 44;
 constexpr size_t kChunkBytesMax = 1 << 20;
 constexpr int64_t kHashBytes = 4 << 20;
 
-std::string IdOf(const std::string& name) { return name.substr(sizeof(kPrefix) - 1); }
+std::string IdOf(const std::string& name) {
+  return name.substr(sizeof(kPrefix) - 1);
+}
 
 std::string UploadName(const std::string& name, int index) {
   return absl::StrCat(IdOf(name), ".", index);
@@ -64,8 +66,7 @@ std::string ArtifactId(v1::ArtifactKind kind, const std::vector<v1::ArtifactFile
   const std::string head = absl::StrCat("attune artifact 1\n", static_cast<int>(kind), "\n");
   sha.Update(head.data(), head.size());
   for (const v1::ArtifactFile& file : files) {
-    const std::string line =
-        absl::StrCat(file.sha256(), " ", file.bytes(), " ", file.path(), "\n");
+    const std::string line = absl::StrCat(file.sha256(), " ", file.bytes(), " ", file.path(), "\n");
     sha.Update(line.data(), line.size());
   }
   return sha.HexDigest();

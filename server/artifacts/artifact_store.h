@@ -66,8 +66,7 @@ class ArtifactStore {
 
   // Removes what was left behind before `before`: uploads not touched since then, and READY
   // checkpoints created before then that `in_use` does not know (their commit never came).
-  void CollectGarbage(absl::Time before,
-                      const std::function<bool(const std::string&)>& in_use);
+  void CollectGarbage(absl::Time before, const std::function<bool(const std::string&)>& in_use);
 
  private:
   struct Entry {
@@ -91,7 +90,7 @@ class ArtifactStore {
 
   std::unique_ptr<Directory> manifests_, blobs_, uploads_;
   mutable std::mutex mutex_;
-  std::map<std::string, Entry> entries_;           // by name
+  std::map<std::string, Entry> entries_;            // by name
   std::map<std::string, int64_t> blob_references_;  // sha256 -> artifacts that list it
 };
 

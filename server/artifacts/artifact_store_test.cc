@@ -150,8 +150,8 @@ TEST_F(ArtifactStoreTest, RefusesPathsThatLeaveTheirDirectory) {
   }
   v1::ArtifactFile file = MakeFile("x", "x");
   file.set_sha256("../../etc/passwd");
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      store_->Create(v1::ARTIFACT_KIND_DATASET, {file}, now_).status()));
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(store_->Create(v1::ARTIFACT_KIND_DATASET, {file}, now_).status()));
   EXPECT_TRUE(absl::IsInvalidArgument(
       store_->Create(v1::ARTIFACT_KIND_DATASET, {MakeFile("x", "x"), MakeFile("x", "y")}, now_)
           .status()));
@@ -172,8 +172,7 @@ TEST_F(ArtifactStoreTest, DoesNotFollowLinks) {
 
 TEST_F(ArtifactStoreTest, AFullDiskIsResourceExhaustedAndKeepsWhatWasThere) {
   const std::string data(1 << 20, 'z');
-  const auto artifact =
-      store_->Create(v1::ARTIFACT_KIND_MODEL, {MakeFile("m", data + data)}, now_);
+  const auto artifact = store_->Create(v1::ARTIFACT_KIND_MODEL, {MakeFile("m", data + data)}, now_);
   EXPECT_TRUE(Write(artifact->name(), "m", 0, data).ok());
   struct rlimit before;
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);

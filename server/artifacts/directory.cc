@@ -33,7 +33,9 @@ absl::Status ErrnoStatus(int error, const std::string& what, const std::string& 
   return absl::Status(code, absl::StrCat("cannot ", what, " ", path, ": ", std::strerror(error)));
 }
 
-File::~File() { close(fd_); }
+File::~File() {
+  close(fd_);
+}
 
 absl::StatusOr<int64_t> File::Size() const {
   struct stat info;
@@ -87,7 +89,9 @@ absl::StatusOr<std::unique_ptr<Directory>> Directory::Open(const std::string& pa
   return std::unique_ptr<Directory>(new Directory(fd, path));
 }
 
-Directory::~Directory() { close(fd_); }
+Directory::~Directory() {
+  close(fd_);
+}
 
 absl::StatusOr<std::unique_ptr<File>> Directory::OpenFile(const std::string& name,
                                                           Mode mode) const {

@@ -39,15 +39,15 @@ TEST(TokenTest, OnlyTheWholeTokenIsAuthorized) {
 }
 
 TEST(ListenAddressTest, LoopbackAndUnixOnly) {
-  for (const char* right : {"unix:/run/attune/socket", "127.0.0.1:0", "[::1]:50051",
-                            "localhost:1"}) {
+  for (const char* right :
+       {"unix:/run/attune/socket", "127.0.0.1:0", "[::1]:50051", "localhost:1"}) {
     const auto address = ParseListenAddress(right);
     ASSERT_TRUE(address.ok()) << address.status();
     EXPECT_EQ(address->ToString(), right);
   }
   EXPECT_EQ(ParseListenAddress("unix:///a")->ToString(), "unix:/a");
-  for (const char* open : {"0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", ":1",
-                           "127.0.0.1.example.org:1"}) {
+  for (const char* open :
+       {"0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", ":1", "127.0.0.1.example.org:1"}) {
     EXPECT_TRUE(absl::IsUnimplemented(ParseListenAddress(open).status())) << open;
   }
   const std::string long_path = "unix:/" + std::string(120, 'x');

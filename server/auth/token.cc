@@ -44,7 +44,8 @@ absl::StatusOr<std::string> LoadOrCreateToken(const std::string& path) {
   if (fstat(fd, &info) != 0) return ErrnoStatus(errno, "stat", path);
   if ((info.st_mode & 077) != 0) {
     return absl::PermissionDeniedError(
-        absl::StrCat(path, " can be read by others: run chmod 600 on it, or remove it to get a new "
+        absl::StrCat(path,
+                     " can be read by others: run chmod 600 on it, or remove it to get a new "
                      "token"));
   }
   absl::StatusOr<std::string> text = file.Read(0, 4096);

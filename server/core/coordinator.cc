@@ -287,7 +287,7 @@ absl::StatusOr<v1::Checkpoint> Coordinator::GetCheckpoint(const std::string& nam
   const absl::StatusOr<v1::Job> job = GetJob(id->job);
   if (!job.ok()) return job.status();
   const auto& checkpoints = jobs_.at(id->job).checkpoints;
-  const auto it = id->step >= 0       ? checkpoints.find(id->step)
+  const auto it = id->step >= 0         ? checkpoints.find(id->step)
                   : checkpoints.empty() ? checkpoints.end()
                                         : std::prev(checkpoints.end());
   if (it == checkpoints.end()) {
@@ -317,7 +317,7 @@ CoordinatorStats Coordinator::Stats() const {
       leased.insert(lease.devices.begin(), lease.devices.end());
     }
     for (const v1::Device& device : entry.worker.devices()) {
-      const char* use = entry.session == 0              ? "away"
+      const char* use = entry.session == 0               ? "away"
                         : leased.count(device.id()) != 0 ? "leased"
                                                          : "free";
       ++stats.devices[{device.type(), use}];

@@ -77,12 +77,12 @@ class Coordinator {
  private:
   struct JobEntry {
     JobRecord record;
-    int64_t epoch = 0;  // of the current attempt or validation; 0: none
+    int64_t epoch = 0;            // of the current attempt or validation; 0: none
     std::vector<int64_t> epochs;  // of every lease that is known
-    std::map<int64_t, CheckpointRecord> checkpoints;  // by step
-    std::deque<StepTokens> steps;                     // since the last checkpoint
-    double step_s = 0;                                // smoothed; 0: unknown
-    std::string pending_reason, pending_message;      // of QUEUED, from the last plan
+    std::map<int64_t, CheckpointRecord> checkpoints;     // by step
+    std::deque<StepTokens> steps;                        // since the last checkpoint
+    double step_s = 0;                                   // smoothed; 0: unknown
+    std::string pending_reason, pending_message;         // of QUEUED, from the last plan
     std::vector<std::pair<CallId, absl::Time>> waiters;  // (call, deadline)
     v1::Job& job() { return record.job; }
     const v1::Job& job() const { return record.job; }

@@ -136,11 +136,10 @@ void Coordinator::StartAttempt(JobEntry* entry, const sched::Decision& decision)
     }
   }
   *attempt->mutable_devices() = job.devices();
-  out_.actions.push_back(
-      ObserveQueueWait{absl::ToDoubleSeconds(now_ - entry->record.queued_time)});
-  SetState(entry, v1::JOB_STATE_STARTING, "LOADING",
-           absl::StrCat("attempt ", job.attempt(), " loads on ",
-                        absl::StrJoin(job.devices(), ", ")));
+  out_.actions.push_back(ObserveQueueWait{absl::ToDoubleSeconds(now_ - entry->record.queued_time)});
+  SetState(
+      entry, v1::JOB_STATE_STARTING, "LOADING",
+      absl::StrCat("attempt ", job.attempt(), " loads on ", absl::StrJoin(job.devices(), ", ")));
   for (const sched::Placement& placement : decision.placements) {
     lease.worker = placement.worker;
     lease.devices = placement.devices;
@@ -272,8 +271,7 @@ void Coordinator::ValidationGone(JobEntry* entry, const v1::LeaseEnded& ended) {
   schedule_needed_ = true;
 }
 
-void Coordinator::NoteFailure(JobEntry* entry, v1::FailureCause cause,
-                              const std::string& message) {
+void Coordinator::NoteFailure(JobEntry* entry, v1::FailureCause cause, const std::string& message) {
   v1::Attempt* attempt = &*entry->job().mutable_attempts()->rbegin();
   if (Weight(cause) <= Weight(attempt->failure_cause())) return;
   attempt->set_failure_cause(cause);
@@ -281,8 +279,7 @@ void Coordinator::NoteFailure(JobEntry* entry, v1::FailureCause cause,
   Touch(entry);
 }
 
-void Coordinator::PartGone(JobEntry* entry, const LeaseRecord& lease,
-                           const v1::LeaseEnded& ended) {
+void Coordinator::PartGone(JobEntry* entry, const LeaseRecord& lease, const v1::LeaseEnded& ended) {
   v1::FailureCause cause = ended.cause();
   if (cause == v1::FAILURE_CAUSE_UNSPECIFIED) cause = v1::FAILURE_CAUSE_TRAINER_CRASH;
   std::string message = ended.message();
@@ -356,19 +353,20 @@ void Coordinator::FinishRecovery(JobEntry* entry, const v1::Attempt& attempt) {
     return;
   }
   if (job.restarts() >= job.spec().retry().max_restarts()) {
-    FailJob(entry, cause, absl::StrCat(attempt.message(), " (no restarts left of retry.",
-                                       "max_restarts = ", job.spec().retry().max_restarts(), ")"));
+    FailJob(entry, cause,
+            absl::StrCat(attempt.message(), " (no restarts left of retry.",
+                         "max_restarts = ", job.spec().retry().max_restarts(), ")"));
     return;
   }
   job.set_restarts(job.restarts() + 1);
   const int64_t reached = job.progress().step();
   GoBackToCheckpoint(entry);
   SetState(entry, v1::JOB_STATE_QUEUED, "RESTARTING", "waits for devices again");
-  AddEvent(*entry, v1::EVENT_KIND_RECOVERY, CauseLabel(cause),
-           absl::StrCat("attempt ", job.attempt(), " ended at step ", reached,
-                        "; the job goes back to step ", job.progress().step(), ": ",
-                        attempt.message()),
-           job.progress().step());
+  AddEvent(
+      *entry, v1::EVENT_KIND_RECOVERY, CauseLabel(cause),
+      absl::StrCat("attempt ", job.attempt(), " ended at step ", reached,
+                   "; the job goes back to step ", job.progress().step(), ": ", attempt.message()),
+      job.progress().step());
   out_.actions.push_back(ObserveRestart{cause});
 }
 

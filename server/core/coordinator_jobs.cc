@@ -13,11 +13,10 @@ namespace attune {
 namespace {
 
 absl::Status IllegalState(const v1::Job& job, const std::string& verb, const std::string& need) {
-  return ErrorWithReason(
-      absl::StatusCode::kFailedPrecondition, "ILLEGAL_STATE",
-      absl::StrCat(job.name(), " is ", StateLabel(job.state()), ": it cannot be ", verb, "; ",
-                   need),
-      {{"job", job.name()}, {"state", StateLabel(job.state())}});
+  return ErrorWithReason(absl::StatusCode::kFailedPrecondition, "ILLEGAL_STATE",
+                         absl::StrCat(job.name(), " is ", StateLabel(job.state()),
+                                      ": it cannot be ", verb, "; ", need),
+                         {{"job", job.name()}, {"state", StateLabel(job.state())}});
 }
 
 }  // namespace
@@ -28,8 +27,7 @@ void Coordinator::Fail(CallId call, absl::Status status) {
 
 void Coordinator::CompleteWith(CallId call, const JobEntry& entry) {
   if (call == 0) return;
-  out_.actions.push_back(
-      CompleteCall{call, absl::OkStatus(), View(entry, /*with_attempts=*/true)});
+  out_.actions.push_back(CompleteCall{call, absl::OkStatus(), View(entry, /*with_attempts=*/true)});
 }
 
 Coordinator::JobEntry* Coordinator::FindForCall(CallId call, const std::string& name,

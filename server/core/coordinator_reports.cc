@@ -141,8 +141,8 @@ void Coordinator::ApplyCheckpoint(JobEntry* entry, const v1::CheckpointStored& s
   const std::string& job = entry->job().name();
   if (!options_.artifact_ready(stored.artifact())) {
     AddEvent(*entry, v1::EVENT_KIND_WARNING, "CHECKPOINT_INCOMPLETE",
-             absl::StrCat("checkpoint of step ", stored.step(), " was not committed: ",
-                          stored.artifact(), " is not whole"),
+             absl::StrCat("checkpoint of step ", stored.step(),
+                          " was not committed: ", stored.artifact(), " is not whole"),
              stored.step());
     return;
   }

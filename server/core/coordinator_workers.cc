@@ -144,7 +144,9 @@ void Coordinator::ReconcileLease(LeaseRecord* lease, bool held, v1::Registered* 
   EndLease(lease, ended);
 }
 
-void Coordinator::On(const HeartbeatEvent& event) { HeardFrom(event.session); }
+void Coordinator::On(const HeartbeatEvent& event) {
+  HeardFrom(event.session);
+}
 
 void Coordinator::On(const SessionClosedEvent& event) {
   const auto it = sessions_.find(event.session);
@@ -179,9 +181,9 @@ void Coordinator::MarkLost(WorkerEntry* worker) {
   if (worker->session != 0) {
     sessions_.erase(worker->session);
     out_.actions.push_back(CloseSession{
-        worker->session, absl::DeadlineExceededError(absl::StrCat(
-                             "nothing was heard from ", name, " for ",
-                             absl::FormatDuration(options_.lease_timeout)))});
+        worker->session,
+        absl::DeadlineExceededError(absl::StrCat("nothing was heard from ", name, " for ",
+                                                 absl::FormatDuration(options_.lease_timeout)))});
     worker->session = 0;
   }
   v1::LeaseEnded lost;
@@ -207,8 +209,8 @@ void Coordinator::MarkLost(WorkerEntry* worker) {
 void Coordinator::ForgetOldWorkers() {
   for (auto it = workers_.begin(); it != workers_.end();) {
     const WorkerEntry& worker = it->second;
-    const bool forget = worker.session == 0 && worker.live.empty() &&
-                        now_ - worker.last_heard > kWorkerRetention;
+    const bool forget =
+        worker.session == 0 && worker.live.empty() && now_ - worker.last_heard > kWorkerRetention;
     if (forget) out_.effects.push_back(DeleteWorker{it->first});
     it = forget ? workers_.erase(it) : std::next(it);
   }
@@ -219,9 +221,9 @@ void Coordinator::ExpireWaits() {
   for (const auto& [call, job] : waiting) {
     JobEntry* entry = FindJob(job);
     auto& waiters = entry->waiters;
-    const auto it =
-        std::find_if(waiters.begin(), waiters.end(),
-                     [call = call](const auto& waiter) { return waiter.first == call; });
+    const auto it = std::find_if(waiters.begin(), waiters.end(), [call = call](const auto& waiter) {
+      return waiter.first == call;
+    });
     if (it->second > now_) continue;
     waiters.erase(it);
     waiting_calls_.erase(call);

@@ -5,7 +5,9 @@
 namespace attune {
 namespace {
 
-constexpr unsigned Bit(v1::JobState state) { return 1u << state; }
+constexpr unsigned Bit(v1::JobState state) {
+  return 1u << state;
+}
 
 unsigned Successors(v1::JobState from) {
   using namespace v1;  // NOLINT: the table is unreadable otherwise

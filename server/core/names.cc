@@ -40,13 +40,19 @@ std::string Unseal(const std::string& token, const std::string& salt) {
   return Seal(body, salt) == token ? body : "";
 }
 
-char KindLetter(StreamKind kind) { return "eml"[static_cast<int>(kind)]; }
+char KindLetter(StreamKind kind) {
+  return "eml"[static_cast<int>(kind)];
+}
 
 }  // namespace
 
-bool IsJobName(const std::string& name) { return IsName(name, kJobs, kLower); }
+bool IsJobName(const std::string& name) {
+  return IsName(name, kJobs, kLower);
+}
 
-bool IsWorkerName(const std::string& name) { return IsName(name, kWorkers, kWord); }
+bool IsWorkerName(const std::string& name) {
+  return IsName(name, kWorkers, kWord);
+}
 
 std::string CheckpointName(const std::string& job, int64_t step) {
   return absl::StrCat(job, "/checkpoints/", step);
@@ -66,7 +72,8 @@ absl::StatusOr<CheckpointId> ParseCheckpointName(const std::string& name) {
     }
   }
   return ErrorWithReason(absl::StatusCode::kInvalidArgument, "INVALID_NAME",
-                         absl::StrCat("'", name, "' is not the name of a checkpoint: it must be "
+                         absl::StrCat("'", name,
+                                      "' is not the name of a checkpoint: it must be "
                                       "jobs/{id}/checkpoints/{step}, or .../last"));
 }
 

@@ -34,7 +34,9 @@ Runner::Runner(RunnerOptions options, std::unique_ptr<Coordinator> coordinator,
       next_garbage_(options_.clock()),
       thread_([this] { Run(); }) {}
 
-Runner::~Runner() { Shutdown(); }
+Runner::~Runner() {
+  Shutdown();
+}
 
 void Runner::Shutdown() {
   {
@@ -203,9 +205,8 @@ void Runner::Perform(Batch* batch) {
   }
   for (size_t i = 0; i < batch->actions.size(); ++i) {
     const auto* send = std::get_if<SendToSession>(&batch->actions[i]);
-    const bool superseded =
-        send != nullptr && send->message.has_report_ack() &&
-        last_ack.at({send->session, send->message.report_ack().epoch()}) != i;
+    const bool superseded = send != nullptr && send->message.has_report_ack() &&
+                            last_ack.at({send->session, send->message.report_ack().epoch()}) != i;
     if (superseded) continue;
     std::visit([this](const auto& action) { Do(action); }, batch->actions[i]);
   }

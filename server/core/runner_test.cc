@@ -117,15 +117,14 @@ class RunnerTest : public testing::Test {
     hub_ = std::make_unique<WatchHub>(*std::move(reader));
     CoordinatorOptions options;
     options.artifact_ready = [](const std::string&) { return true; };
-    auto coordinator =
-        std::make_unique<Coordinator>(options, *(*store)->Load(), absl::Now());
+    auto coordinator = std::make_unique<Coordinator>(options, *(*store)->Load(), absl::Now());
     RunnerOptions runner;
     runner.clock = [] { return absl::Now(); };
     runner.tick = absl::Milliseconds(20);
     runner.watch_hub = hub_.get();
     runner.on_fatal = [this](const absl::Status& status) { fatal_.set_value(status); };
-    runner_ = std::make_unique<Runner>(std::move(runner), std::move(coordinator),
-                                       *std::move(store));
+    runner_ =
+        std::make_unique<Runner>(std::move(runner), std::move(coordinator), *std::move(store));
   }
   void TearDown() override {
     runner_->Shutdown();
@@ -190,8 +189,7 @@ TEST_F(RunnerTest, ManyClientsWorkersAndWatchersAtOnce) {
         auto logs = std::make_shared<Collector>(/*stalls=*/false);
         auto ended = logs->ended();
         logs->Start(hub_.get(), {.kind = StreamKind::kLogs, .job = name, .until_end = true}, logs);
-        const auto [status, job] =
-            Call(WaitJobEvent{0, name, absl::Now() + absl::Seconds(60)});
+        const auto [status, job] = Call(WaitJobEvent{0, name, absl::Now() + absl::Seconds(60)});
         EXPECT_TRUE(status.ok());
         if (job.state() == v1::JOB_STATE_SUCCEEDED) ++succeeded;
         EXPECT_TRUE(ended.get().ok());
@@ -224,8 +222,8 @@ TEST_F(RunnerTest, ShutdownAnswersWhatWaits) {
 TEST_F(RunnerTest, NothingIsAcknowledgedThatCannotBeStored) {
   EXPECT_TRUE(Call(CreateJobEvent{0, "jobs/a", MakeSpec(), "", ""}).first.ok());
   {  // another process breaks the schema under it
-    auto database = sqlite::Database::Open(directory_ + "/jobs.db",
-                                           sqlite::Database::Mode::kReadWriteCreate);
+    auto database =
+        sqlite::Database::Open(directory_ + "/jobs.db", sqlite::Database::Mode::kReadWriteCreate);
     ASSERT_TRUE((*database)->Execute("DROP TABLE events").ok());
   }
   const absl::Status status = Call(CreateJobEvent{0, "jobs/b", MakeSpec(), "", ""}).first;

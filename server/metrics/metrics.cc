@@ -104,7 +104,9 @@ absl::StatusOr<int> Metrics::Serve(const std::string& address) {
   }
 }
 
-void Metrics::QueueWait(double wait_s) { families_->queue_wait.Observe(wait_s); }
+void Metrics::QueueWait(double wait_s) {
+  families_->queue_wait.Observe(wait_s);
+}
 
 void Metrics::Failure(v1::FailureCause cause) {
   families_->failures.Add(WithValues(metrics::kJobFailuresTotal, {CauseLabel(cause)})).Increment();
@@ -124,7 +126,9 @@ void Metrics::Checkpoint(int64_t bytes) {
   families_->checkpoint_bytes.Increment(static_cast<double>(bytes));
 }
 
-void Metrics::Commit(double commit_s) { families_->commit.Observe(commit_s); }
+void Metrics::Commit(double commit_s) {
+  families_->commit.Observe(commit_s);
+}
 
 void Metrics::Gauges(const CoordinatorStats& stats) {
   for (const auto& [state, count] : stats.jobs) {
@@ -148,8 +152,8 @@ void Metrics::Started(const std::string& service, const std::string& method) {
       .Increment();
 }
 
-void Metrics::Handled(const std::string& service, const std::string& method,
-                      absl::StatusCode code, double handling_s, bool unary) {
+void Metrics::Handled(const std::string& service, const std::string& method, absl::StatusCode code,
+                      double handling_s, bool unary) {
   families_->handled
       .Add(WithValues(metrics::kGrpcServerHandledTotal, {service, method, CodeName(code)}))
       .Increment();

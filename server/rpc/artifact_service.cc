@@ -17,7 +17,9 @@ constexpr int kPageDefault = 50;
 constexpr int kPageMax = 1000;
 constexpr char kListFilter[] = "artifacts";
 
-std::string Method(const char* name) { return absl::StrCat("attune.v1.ArtifactService/", name); }
+std::string Method(const char* name) {
+  return absl::StrCat("attune.v1.ArtifactService/", name);
+}
 
 template <typename T>
 absl::Status Answer(absl::StatusOr<T> result, T* response) {
@@ -43,8 +45,8 @@ class WriteFileReactor final : public grpc::ServerReadReactor<v1::WriteFileReque
   void OnReadDone(bool ok) override {
     if (!ok) {  // the client has sent all, or is gone
       const bool empty = artifact_.empty();
-      Finish(guard_.End(empty ? absl::InvalidArgumentError("no chunk was sent")
-                              : absl::OkStatus()));
+      Finish(
+          guard_.End(empty ? absl::InvalidArgumentError("no chunk was sent") : absl::OkStatus()));
       return;
     }
     context_.io->Post([this] { WriteChunk(); });
@@ -168,20 +170,22 @@ grpc::ServerUnaryReactor* ArtifactServiceImpl::GetArtifact(grpc::CallbackServerC
 grpc::ServerUnaryReactor* ArtifactServiceImpl::ListArtifacts(
     grpc::CallbackServerContext* call, const v1::ListArtifactsRequest* request,
     v1::ListArtifactsResponse* response) {
-  return UnaryIo(context_, call, Method("ListArtifacts"),
-                 [this, request, response]() -> absl::Status {
-    const absl::StatusOr<int> size = PageSize(request->page_size(), kPageDefault, kPageMax);
-    if (!size.ok()) return size.status();
-    absl::StatusOr<std::string> after = std::string();
-    if (!request->page_token().empty()) after = ParsePageToken(request->page_token(), kListFilter);
-    if (!after.ok()) return after.status();
-    std::vector<v1::Artifact> artifacts = context_.artifacts->List(*after, *size + 1);
-    const bool more = static_cast<int>(artifacts.size()) > *size;
-    if (more) artifacts.pop_back();
-    if (more) response->set_next_page_token(MakePageToken(artifacts.back().name(), kListFilter));
-    for (v1::Artifact& artifact : artifacts) *response->add_artifacts() = std::move(artifact);
-    return absl::OkStatus();
-  });
+  return UnaryIo(
+      context_, call, Method("ListArtifacts"), [this, request, response]() -> absl::Status {
+        const absl::StatusOr<int> size = PageSize(request->page_size(), kPageDefault, kPageMax);
+        if (!size.ok()) return size.status();
+        absl::StatusOr<std::string> after = std::string();
+        if (!request->page_token().empty())
+          after = ParsePageToken(request->page_token(), kListFilter);
+        if (!after.ok()) return after.status();
+        std::vector<v1::Artifact> artifacts = context_.artifacts->List(*after, *size + 1);
+        const bool more = static_cast<int>(artifacts.size()) > *size;
+        if (more) artifacts.pop_back();
+        if (more)
+          response->set_next_page_token(MakePageToken(artifacts.back().name(), kListFilter));
+        for (v1::Artifact& artifact : artifacts) *response->add_artifacts() = std::move(artifact);
+        return absl::OkStatus();
+      });
 }
 
 grpc::ServerUnaryReactor* ArtifactServiceImpl::DeleteArtifact(

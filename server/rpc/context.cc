@@ -50,9 +50,7 @@ grpc::ServerUnaryReactor* Unary(const RpcContext& context, grpc::CallbackServerC
                                 const std::function<void(Done)>& handler) {
   grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
   auto guard = std::make_shared<CallGuard>(context, *call, method, /*unary=*/true);
-  Done done = [reactor, guard](const absl::Status& status) {
-    reactor->Finish(guard->End(status));
-  };
+  Done done = [reactor, guard](const absl::Status& status) { reactor->Finish(guard->End(status)); };
   if (guard->admission().ok()) {
     handler(std::move(done));
   } else {

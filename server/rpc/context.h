@@ -20,8 +20,8 @@ class RpcObserver {
  public:
   virtual ~RpcObserver() = default;
   virtual void Started(const std::string& service, const std::string& method) = 0;
-  virtual void Handled(const std::string& service, const std::string& method,
-                       absl::StatusCode code, double handling_s, bool unary) = 0;
+  virtual void Handled(const std::string& service, const std::string& method, absl::StatusCode code,
+                       double handling_s, bool unary) = 0;
 };
 
 // Outlives every call. Nothing in it is owned.
@@ -64,7 +64,6 @@ grpc::ServerUnaryReactor* Unary(const RpcContext& context, grpc::CallbackServerC
 
 // Like Unary, for a handler that does disk I/O and returns its status.
 grpc::ServerUnaryReactor* UnaryIo(const RpcContext& context, grpc::CallbackServerContext* call,
-                                  const std::string& method,
-                                  std::function<absl::Status()> handler);
+                                  const std::string& method, std::function<absl::Status()> handler);
 
 }  // namespace attune

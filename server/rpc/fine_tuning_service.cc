@@ -24,7 +24,9 @@ constexpr double kWaitDefaultS = 30;
 constexpr double kWaitMaxS = 300;
 constexpr size_t kRequestIdBytesMax = 128;
 
-std::string Method(const char* name) { return absl::StrCat("attune.v1.FineTuningService/", name); }
+std::string Method(const char* name) {
+  return absl::StrCat("attune.v1.FineTuningService/", name);
+}
 
 // 60 random bits in the digits and letters that are hard to confuse.
 std::string NewJobName() {
@@ -124,8 +126,8 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::ListJobs(grpc::CallbackServerCo
     std::set<v1::JobState> states;
     for (int state : request->states()) states.insert(static_cast<v1::JobState>(state));
     context_.runner->Query(
-        [request, response, states, before = *before, size = *size](
-            const Coordinator& coordinator) {
+        [request, response, states, before = *before,
+         size = *size](const Coordinator& coordinator) {
           JobPage page = coordinator.ListJobs(states, before, size);
           for (v1::Job& job : page.jobs) *response->add_jobs() = std::move(job);
           if (page.next == 0) return;
@@ -180,8 +182,7 @@ class WaitReactor final : public grpc::ServerUnaryReactor {
  public:
   WaitReactor(const RpcContext& context, grpc::CallbackServerContext* call,
               const v1::WaitJobRequest& request, v1::Job* response)
-      : runner_(context.runner),
-        guard_(context, *call, Method("WaitJob"), /*unary=*/true) {
+      : runner_(context.runner), guard_(context, *call, Method("WaitJob"), /*unary=*/true) {
     if (!guard_.admission().ok()) {
       Finish(guard_.End(guard_.admission()));
       return;
@@ -195,8 +196,8 @@ class WaitReactor final : public grpc::ServerUnaryReactor {
     WaitJobEvent event{0, request.name(), absl::Now() + absl::Seconds(timeout_s)};
     // The completion may run before Call returns, and this object may be gone then.
     auto gone = gone_;
-    const CallId id = runner_->Call(
-        std::move(event), [this, response](absl::Status status, v1::Job job) {
+    const CallId id =
+        runner_->Call(std::move(event), [this, response](absl::Status status, v1::Job job) {
           if (status.ok()) *response = std::move(job);
           Finish(guard_.End(status));
         });

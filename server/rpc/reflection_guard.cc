@@ -17,8 +17,7 @@ class Guard final : public grpc::experimental::Interceptor {
   Guard(ServerRpcInfo* info, const std::string& token) : info_(info), token_(token) {}
 
   void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
-    if (methods->QueryInterceptionHookPoint(
-            InterceptionHookPoints::POST_RECV_INITIAL_METADATA)) {
+    if (methods->QueryInterceptionHookPoint(InterceptionHookPoints::POST_RECV_INITIAL_METADATA)) {
       const auto* metadata = methods->GetRecvInitialMetadata();
       const auto it = metadata->find("authorization");
       if (it == metadata->end() ||

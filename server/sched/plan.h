@@ -61,7 +61,7 @@ struct Placement {
 
 struct Decision {
   std::string job;
-  std::vector<Placement> placements;  // empty: it waits
+  std::vector<Placement> placements;   // empty: it waits
   DeviceType type = DeviceType::kAny;  // of the devices placed
   std::string reason;                  // of waiting: WAITING_FOR_DEVICES, BEHIND_OTHER_JOBS,
                                        // NO_SUCH_DEVICES

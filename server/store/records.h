@@ -20,7 +20,7 @@ struct JobRecord {
   int64_t seq = 0;     // order of creation, from 1
   int64_t change = 0;  // counts changes of the job other than progress: the etag
   absl::Time queued_time = absl::InfinitePast();  // last entry into QUEUED
-  v1::Job job;         // etag is empty; attempts are all there
+  v1::Job job;                                    // etag is empty; attempts are all there
 };
 
 // The answer to a repeated CreateJob.
@@ -67,29 +67,67 @@ struct StepTokens {
   int64_t trained_tokens = 0;
 };
 
-struct PutJob { JobRecord record; };
+struct PutJob {
+  JobRecord record;
+};
 // Also deletes its checkpoints, ended leases, and in the background its streams.
-struct DeleteJob { std::string job; };
-struct PutRequest { RequestRecord record; };
-struct DeleteRequest { std::string request_id; };
-struct PutLease { LeaseRecord record; };
-struct DeleteLease { int64_t epoch; std::string worker; };
-struct PutWorker { v1::Worker worker; };  // without connected, last_heartbeat_time and uses
-struct DeleteWorker { std::string worker; };
-struct PutCheckpoint { CheckpointRecord record; };
-struct DeleteCheckpoint { std::string job; int64_t step; };
-struct AppendEvent { v1::Event event; };
-struct AppendMetrics { v1::StepMetrics metrics; int64_t cumulative_tokens; };
-struct AppendLog { v1::LogLine line; };
-struct PutRendezvous { int64_t epoch; std::string key; std::string value; };
-struct DeleteRendezvous { int64_t epoch; };
+struct DeleteJob {
+  std::string job;
+};
+struct PutRequest {
+  RequestRecord record;
+};
+struct DeleteRequest {
+  std::string request_id;
+};
+struct PutLease {
+  LeaseRecord record;
+};
+struct DeleteLease {
+  int64_t epoch;
+  std::string worker;
+};
+struct PutWorker {
+  v1::Worker worker;
+};  // without connected, last_heartbeat_time and uses
+struct DeleteWorker {
+  std::string worker;
+};
+struct PutCheckpoint {
+  CheckpointRecord record;
+};
+struct DeleteCheckpoint {
+  std::string job;
+  int64_t step;
+};
+struct AppendEvent {
+  v1::Event event;
+};
+struct AppendMetrics {
+  v1::StepMetrics metrics;
+  int64_t cumulative_tokens;
+};
+struct AppendLog {
+  v1::LogLine line;
+};
+struct PutRendezvous {
+  int64_t epoch;
+  std::string key;
+  std::string value;
+};
+struct DeleteRendezvous {
+  int64_t epoch;
+};
 // Numbers that only rise; kept apart from the rows so that deleting rows never repeats one.
-struct PutCounters { int64_t revision; int64_t epoch; int64_t job_seq; };
+struct PutCounters {
+  int64_t revision;
+  int64_t epoch;
+  int64_t job_seq;
+};
 
-using Effect =
-    std::variant<PutJob, DeleteJob, PutRequest, DeleteRequest, PutLease, DeleteLease, PutWorker,
-                 DeleteWorker, PutCheckpoint, DeleteCheckpoint, AppendEvent, AppendMetrics,
-                 AppendLog, PutRendezvous, DeleteRendezvous, PutCounters>;
+using Effect = std::variant<PutJob, DeleteJob, PutRequest, DeleteRequest, PutLease, DeleteLease,
+                            PutWorker, DeleteWorker, PutCheckpoint, DeleteCheckpoint, AppendEvent,
+                            AppendMetrics, AppendLog, PutRendezvous, DeleteRendezvous, PutCounters>;
 
 // Everything that the coordinator needs at its start.
 struct StoredState {

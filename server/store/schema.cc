@@ -60,14 +60,14 @@ absl::Status PrepareSchema(sqlite::Database* database) {
       database->QueryInt("SELECT COALESCE(MAX(version), 0) FROM migrations", 0);
   if (!version.ok()) return version.status();
   if (*version > kSchemaVersion) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the job store has schema version ", *version, ", this attuned knows ",
-                     kSchemaVersion, ": start the newer attuned that wrote it"));
+    return absl::FailedPreconditionError(absl::StrCat("the job store has schema version ", *version,
+                                                      ", this attuned knows ", kSchemaVersion,
+                                                      ": start the newer attuned that wrote it"));
   }
   for (int64_t v = *version; v < kSchemaVersion; ++v) {
-    const std::string step = absl::StrCat("BEGIN IMMEDIATE;", kMigrations[v],
-                                          "INSERT INTO migrations (version) VALUES (", v + 1,
-                                          ");COMMIT;");
+    const std::string step =
+        absl::StrCat("BEGIN IMMEDIATE;", kMigrations[v],
+                     "INSERT INTO migrations (version) VALUES (", v + 1, ");COMMIT;");
     if (absl::Status status = database->Execute(step); !status.ok()) {
       (void)database->Execute("ROLLBACK");
       return status;

@@ -36,7 +36,9 @@ Statement::Statement(Database* database, sqlite3_stmt* statement)
 
 Statement::Statement(absl::Status error) : error_(std::move(error)) {}
 
-Statement::Statement(Statement&& other) noexcept { *this = std::move(other); }
+Statement::Statement(Statement&& other) noexcept {
+  *this = std::move(other);
+}
 
 Statement& Statement::operator=(Statement&& other) noexcept {
   std::swap(database_, other.database_);
@@ -45,7 +47,9 @@ Statement& Statement::operator=(Statement&& other) noexcept {
   return *this;
 }
 
-Statement::~Statement() { sqlite3_finalize(statement_); }
+Statement::~Statement() {
+  sqlite3_finalize(statement_);
+}
 
 Statement& Statement::Bind(int index, int64_t value) {
   if (!error_.ok()) return *this;
@@ -88,9 +92,13 @@ absl::Status Statement::Run() {
   return row.status();
 }
 
-void Statement::Reset() { sqlite3_reset(statement_); }
+void Statement::Reset() {
+  sqlite3_reset(statement_);
+}
 
-int64_t Statement::Int(int column) const { return sqlite3_column_int64(statement_, column); }
+int64_t Statement::Int(int column) const {
+  return sqlite3_column_int64(statement_, column);
+}
 
 std::string Statement::Text(int column) const {
   const auto* data = static_cast<const char*>(sqlite3_column_blob(statement_, column));
@@ -101,9 +109,9 @@ std::string Statement::Text(int column) const {
 Database::Database(sqlite3* handle, std::string path) : handle_(handle), path_(std::move(path)) {}
 
 absl::StatusOr<std::unique_ptr<Database>> Database::Open(const std::string& path, Mode mode) {
-  const int flags = SQLITE_OPEN_NOMUTEX | (mode == Mode::kReadOnly
-                                               ? SQLITE_OPEN_READONLY
-                                               : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE);
+  const int flags =
+      SQLITE_OPEN_NOMUTEX |
+      (mode == Mode::kReadOnly ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE);
   sqlite3* handle = nullptr;
   const int result = sqlite3_open_v2(path.c_str(), &handle, flags, nullptr);
   std::unique_ptr<Database> database(new Database(handle, path));
@@ -113,7 +121,9 @@ absl::StatusOr<std::unique_ptr<Database>> Database::Open(const std::string& path
   return database;
 }
 
-Database::~Database() { sqlite3_close_v2(handle_); }
+Database::~Database() {
+  sqlite3_close_v2(handle_);
+}
 
 absl::Status Database::Execute(const std::string& sql) {
   if (sqlite3_exec(handle_, sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK) {

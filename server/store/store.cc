@@ -16,9 +16,13 @@ namespace {
 
 constexpr const char* kTables[] = {"events", "metrics", "logs"};  // by StreamKind
 
-const char* TableOf(StreamKind kind) { return kTables[static_cast<int>(kind)]; }
+const char* TableOf(StreamKind kind) {
+  return kTables[static_cast<int>(kind)];
+}
 
-int64_t ToUs(absl::Time time) { return absl::ToUnixMicros(time); }
+int64_t ToUs(absl::Time time) {
+  return absl::ToUnixMicros(time);
+}
 
 // Drives a query to its end, row by row.
 template <typename OnRow>
@@ -250,8 +254,8 @@ absl::Status Store::CountItem(StreamKind kind, const std::string& job) {
   const int64_t limit = limits[static_cast<int>(kind)];
   const auto [it, is_new] = counts_.try_emplace({kind, job}, 0);
   if (is_new) {
-    absl::StatusOr<sqlite::Statement> count = database_->Prepare(
-        absl::StrCat("SELECT COUNT(*) FROM ", TableOf(kind), " WHERE job = ?1"));
+    absl::StatusOr<sqlite::Statement> count =
+        database_->Prepare(absl::StrCat("SELECT COUNT(*) FROM ", TableOf(kind), " WHERE job = ?1"));
     if (!count.ok()) return count.status();
     const absl::StatusOr<bool> row = count->Bind(1, job).Step();
     if (!row.ok()) return row.status();
@@ -267,9 +271,9 @@ absl::Status Store::CountItem(StreamKind kind, const std::string& job) {
 
 // Drops the `excess` oldest items and notes up to where, so that a token from before is refused.
 absl::Status Store::Trim(StreamKind kind, const std::string& job, int64_t excess) {
-  absl::StatusOr<sqlite::Statement> find = database_->Prepare(
-      absl::StrCat("SELECT revision FROM ", TableOf(kind),
-                   " WHERE job = ?1 ORDER BY revision LIMIT 1 OFFSET ?2"));
+  absl::StatusOr<sqlite::Statement> find =
+      database_->Prepare(absl::StrCat("SELECT revision FROM ", TableOf(kind),
+                                      " WHERE job = ?1 ORDER BY revision LIMIT 1 OFFSET ?2"));
   if (!find.ok()) return find.status();
   const absl::StatusOr<bool> row = find->Bind(1, job).Bind(2, excess - 1).Step();
   if (!row.ok()) return row.status();
@@ -323,16 +327,16 @@ absl::StatusOr<StoredState> Store::Load() {
 
 absl::Status Store::LoadJobs(StoredState* state) {
   bool whole = true;
-  absl::Status status = ForEachRow(
-      &Sql("SELECT seq, change_count, queued_us, job FROM jobs ORDER BY seq"),
-      [&](const sqlite::Statement& row) {
-        JobRecord record;
-        record.seq = row.Int(0);
-        record.change = row.Int(1);
-        record.queued_time = absl::FromUnixMicros(row.Int(2));
-        whole = whole && record.job.ParseFromString(row.Text(3));
-        state->jobs.push_back(std::move(record));
-      });
+  absl::Status status =
+      ForEachRow(&Sql("SELECT seq, change_count, queued_us, job FROM jobs ORDER BY seq"),
+                 [&](const sqlite::Statement& row) {
+                   JobRecord record;
+                   record.seq = row.Int(0);
+                   record.change = row.Int(1);
+                   record.queued_time = absl::FromUnixMicros(row.Int(2));
+                   whole = whole && record.job.ParseFromString(row.Text(3));
+                   state->jobs.push_back(std::move(record));
+                 });
   if (status.ok() && !whole) status = absl::DataLossError("job store: a job cannot be read");
   return status;
 }
@@ -370,12 +374,10 @@ absl::Status Store::LoadSteps(StoredState* state) {
   for (const JobRecord& record : state->jobs) {
     const v1::JobState job_state = record.job.state();
     // Also STARTING: steps of one part may come before another has said that it runs.
-    const bool trains = job_state == v1::JOB_STATE_STARTING ||
-                        job_state == v1::JOB_STATE_RUNNING ||
-                        job_state == v1::JOB_STATE_PAUSING ||
-                        job_state == v1::JOB_STATE_PREEMPTING ||
-                        job_state == v1::JOB_STATE_RECOVERING ||
-                        job_state == v1::JOB_STATE_CANCELLING;
+    const bool trains =
+        job_state == v1::JOB_STATE_STARTING || job_state == v1::JOB_STATE_RUNNING ||
+        job_state == v1::JOB_STATE_PAUSING || job_state == v1::JOB_STATE_PREEMPTING ||
+        job_state == v1::JOB_STATE_RECOVERING || job_state == v1::JOB_STATE_CANCELLING;
     if (!trains) continue;
     sqlite::Statement& query =
         Sql("SELECT step, cumulative_tokens FROM metrics WHERE job = ?1 AND attempt = ?2 AND "
@@ -393,12 +395,12 @@ absl::Status Store::LoadSteps(StoredState* state) {
 
 absl::Status Store::LoadRest(StoredState* state) {
   bool whole = true;
-  absl::Status status = ForEachRow(
-      &Sql("SELECT request_id, job, digest, time_us FROM requests"),
-      [&](const sqlite::Statement& row) {
-        state->requests.push_back(
-            {row.Text(0), row.Text(1), row.Text(2), absl::FromUnixMicros(row.Int(3))});
-      });
+  absl::Status status =
+      ForEachRow(&Sql("SELECT request_id, job, digest, time_us FROM requests"),
+                 [&](const sqlite::Statement& row) {
+                   state->requests.push_back(
+                       {row.Text(0), row.Text(1), row.Text(2), absl::FromUnixMicros(row.Int(3))});
+                 });
   if (!status.ok()) return status;
   status = ForEachRow(&Sql("SELECT worker FROM workers"), [&](const sqlite::Statement& row) {
     whole = whole && state->workers.emplace_back().ParseFromString(row.Text(0));

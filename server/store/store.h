@@ -72,8 +72,8 @@ class Store {
 
   std::unique_ptr<sqlite::Database> database_;
   const Retention retention_;
-  std::map<const char*, sqlite::Statement> statements_;  // by address of the literal
-  sqlite::Statement unprepared_;                         // what Sql last failed to prepare
+  std::map<const char*, sqlite::Statement> statements_;           // by address of the literal
+  sqlite::Statement unprepared_;                                  // what Sql last failed to prepare
   std::map<std::pair<StreamKind, std::string>, int64_t> counts_;  // items, where known
 };
 

@@ -93,8 +93,8 @@ TEST_F(StoreTest, LoadsWhatWasCommitted) {
   metrics.set_step(8);
   const std::string binary("a\0b", 3);
   ASSERT_TRUE(Open()
-                  ->Commit({PutJob{MakeJob(1)}, PutRequest{{"id", "jobs/j1", "digest",
-                                                            absl::FromUnixMicros(5)}},
+                  ->Commit({PutJob{MakeJob(1)},
+                            PutRequest{{"id", "jobs/j1", "digest", absl::FromUnixMicros(5)}},
                             PutLease{lease}, PutWorker{worker}, PutCheckpoint{checkpoint},
                             AppendMetrics{metrics, 80}, PutRendezvous{5, "key", binary},
                             PutCounters{2, 5, 1}})

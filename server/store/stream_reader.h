@@ -22,9 +22,9 @@ struct StreamItem {
 
 struct StreamPage {
   std::vector<StreamItem> items;
-  bool full = false;      // more may follow at once
-  int64_t dropped = 0;    // retention took everything up to and with this revision
-  int64_t newest = 0;     // the last revision of all streams
+  bool full = false;    // more may follow at once
+  int64_t dropped = 0;  // retention took everything up to and with this revision
+  int64_t newest = 0;   // the last revision of all streams
   bool job_exists = true;
   v1::JobState job_state = v1::JOB_STATE_UNSPECIFIED;  // of `job`
 };

@@ -99,9 +99,8 @@ std::string Invariants::On(const AppendMetrics& effect) {
   if (std::string broken = NextRevision(metrics.revision()); !broken.empty()) return broken;
   JobTruth& truth = jobs_[metrics.job()];
   if (metrics.attempt() != truth.attempt || metrics.step() != truth.last_step + 1) {
-    return absl::StrCat(metrics.job(), ": step ", metrics.step(), " of attempt ",
-                        metrics.attempt(), " after step ", truth.last_step, " of attempt ",
-                        truth.attempt);
+    return absl::StrCat(metrics.job(), ": step ", metrics.step(), " of attempt ", metrics.attempt(),
+                        " after step ", truth.last_step, " of attempt ", truth.attempt);
   }
   truth.last_step = metrics.step();
   truth.tokens += metrics.trained_tokens();
@@ -113,7 +112,9 @@ std::string Invariants::On(const AppendMetrics& effect) {
   return "";
 }
 
-std::string Invariants::On(const AppendLog& effect) { return NextRevision(effect.line.revision()); }
+std::string Invariants::On(const AppendLog& effect) {
+  return NextRevision(effect.line.revision());
+}
 
 // The artifact's name says which epoch wrote it: artifacts/{job}/{epoch}/{step}.
 std::string Invariants::On(const PutCheckpoint& effect) {
@@ -145,9 +146,8 @@ std::string Invariants::On(const DeleteCheckpoint& effect) {
 }
 
 std::string Invariants::On(const DeleteJob& effect) {
-  if (!IsFinal(jobs_[effect.job].state)) {
+  if (!IsFinal(jobs_[effect.job].state))
     return absl::StrCat(effect.job, " vanished before its end");
-  }
   jobs_.erase(effect.job);
   return "";
 }

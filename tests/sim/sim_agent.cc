@@ -7,9 +7,13 @@
 namespace attune::sim {
 namespace {
 
-bool Trains(const v1::Lease& lease) { return lease.kind() == v1::LEASE_KIND_TRAIN; }
+bool Trains(const v1::Lease& lease) {
+  return lease.kind() == v1::LEASE_KIND_TRAIN;
+}
 
-int64_t TotalSteps(const v1::Lease& lease) { return lease.spec().schedule().steps(); }
+int64_t TotalSteps(const v1::Lease& lease) {
+  return lease.spec().schedule().steps();
+}
 
 }  // namespace
 

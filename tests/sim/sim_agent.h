@@ -19,7 +19,9 @@ namespace attune::sim {
 using Random = std::mt19937_64;
 
 // True once in `n`.
-inline bool OneIn(Random* random, int n) { return (*random)() % static_cast<uint64_t>(n) == 0; }
+inline bool OneIn(Random* random, int n) {
+  return (*random)() % static_cast<uint64_t>(n) == 0;
+}
 inline int Below(Random* random, int n) {
   return static_cast<int>((*random)() % static_cast<uint64_t>(n));
 }
@@ -83,7 +85,7 @@ class SimAgent {
     bool found_peer = false;
     int64_t next_sequence = 1;
     std::deque<v1::Report> unacknowledged;
-    size_t sent = 0;  // of unacknowledged, in this session
+    size_t sent = 0;                                           // of unacknowledged, in this session
     std::vector<std::pair<absl::Time, v1::Report>> uploading;  // checkpoints on their way
   };
 

@@ -63,8 +63,8 @@ void World::Trace(const std::string& text) {
 }
 
 std::string World::Broken(const std::string& what) const {
-  return absl::StrCat("at ", absl::ToDoubleSeconds(now_ - absl::FromUnixSeconds(1000000)), " s: ",
-                      what, "\nreplay: coordinator_sim_test --seed=", seed_, " --trace");
+  return absl::StrCat("at ", absl::ToDoubleSeconds(now_ - absl::FromUnixSeconds(1000000)),
+                      " s: ", what, "\nreplay: coordinator_sim_test --seed=", seed_, " --trace");
 }
 
 absl::Duration World::Delay() {
@@ -222,9 +222,9 @@ void World::FaultAgent(size_t i) {
       agent.CrashTrainer(v1::FAILURE_CAUSE_TRAINER_CRASH, &random_);
       break;
     case 4:
-      agent.CrashTrainer(OneIn(&random_, 8) ? v1::FAILURE_CAUSE_OUT_OF_MEMORY
-                                            : v1::FAILURE_CAUSE_STALLED,
-                         &random_);
+      agent.CrashTrainer(
+          OneIn(&random_, 8) ? v1::FAILURE_CAUSE_OUT_OF_MEMORY : v1::FAILURE_CAUSE_STALLED,
+          &random_);
       break;
     default:
       agent.SendAgain();
@@ -379,8 +379,7 @@ bool World::AllEnded() {
     if (client.job.empty()) return false;
   }
   for (const v1::Job& job : coordinator_->ListJobs({}, 0, 10000).jobs) {
-    const bool never = job.state() == v1::JOB_STATE_QUEUED &&
-                       job.reason() == "NO_SUCH_DEVICES" &&
+    const bool never = job.state() == v1::JOB_STATE_QUEUED && job.reason() == "NO_SUCH_DEVICES" &&
                        job.spec().resources().devices() > devices;
     if (!IsFinal(job.state()) && !never) return false;
   }
@@ -414,8 +413,8 @@ std::string World::Run() {
   for (const LeaseRecord& lease : coordinator_->LiveLeases()) {
     return Broken(absl::StrCat("after the last job a lease is left: epoch ", lease.epoch, " of ",
                                lease.job, " on ", lease.worker, ", stop ",
-                               v1::StopMode_Name(lease.stop), ", last report ",
-                               lease.last_sequence, lease.abandoned ? ", abandoned" : ""));
+                               v1::StopMode_Name(lease.stop), ", last report ", lease.last_sequence,
+                               lease.abandoned ? ", abandoned" : ""));
   }
   return "";
 }

@@ -37,7 +37,7 @@ class World {
   const Tally& tally() const { return tally_; }
 
  private:
-  struct Link {  // an agent's connection
+  struct Link {             // an agent's connection
     SessionId session = 0;  // 0: none
     absl::Time dial_at;
     absl::Time down_until;  // of the agent
