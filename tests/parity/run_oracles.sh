@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The independent oracles: installs them from PyPI (torch is 3 GB), regenerates every golden file
+# into a scratch directory and compares it with the committed one, and runs the live checks against
+# the programs of build/release. Not needed to build, to run, or for ./test.sh.
+# Usage: tests/parity/run_oracles.sh [ADAPTER]   (an adapter trained by ./quickstart.sh)
+# ATTUNE_ORACLE_VENV names an environment that has the packages already.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+venv=${ATTUNE_ORACLE_VENV:-build/oracle-venv}
+bin=build/release/bin
+shared=${ATTUNE_SHARED_DIR:-../shared}
+adapter=${1:-.quickstart/adapter}
+if [ ! -x "$venv/bin/python" ]; then
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install -q torch transformers peft bitsandbytes tokenizers jinja2 numpy safetensors
+fi
+python=$venv/bin/python
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+echo "== engine golden files"
+"$python" tests/parity/engine/make_golden.py --out "$scratch/engine"
+for case in "$scratch"/engine/*; do
+  "$python" - "$case/case.json" "tests/parity/engine/golden/$(basename "$case")/case.json" <<'PY'
+import json, sys
+new, old = (json.load(open(p)) for p in sys.argv[1:3])
+worst = max(abs(a - b) / b for a, b in zip(new["losses"], old["losses"]))
+assert new["steps"] == old["steps"] and worst < 1e-5, worst
+print("the same documents; losses within", worst)
+PY
+done
+
+echo "== PEFT loads our adapter"
+"$python" tests/parity/engine/check_peft.py "$bin" examples/quickstart/model "$adapter"
+
+echo "== tokenizers"
+"$python" tests/parity/text/check_tokenizer.py "$bin/encode_tool" tests/parity/text
+if [ -d "$shared/tokenizers/llama-bpe" ]; then
+  "$python" tests/parity/text/check_tokenizer.py "$bin/encode_tool" \
+    "$shared/tokenizers/llama-bpe"
+fi
+
+echo "== chat templates"
+"$python" tests/parity/text/check_public_templates.py "$bin/render_tool" tests/parity/text/templates
+if [ -d "$shared/templates" ]; then
+  "$python" tests/parity/text/check_public_templates.py "$bin/render_tool" "$shared/templates"
+fi
