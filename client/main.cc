@@ -1,6 +1,7 @@
 // attune: the command line.
 #include <signal.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
@@ -75,6 +76,14 @@ int main(int argc, char** argv) {
   attune::AddCompletionCommand(&app, &invocation);
   try {
     app.parse(argc, argv);
+  } catch (const CLI::RequiredError& e) {
+    // The parser would say that a command is required, also of one that it does not know.
+    if (argc > 1 && argv[1][0] != '-' &&
+        app.get_subcommands([&](CLI::App* c) { return c->get_name() == argv[1]; }).empty()) {
+      std::fprintf(stderr, "attune: there is no command `%s`; see `attune --help`\n", argv[1]);
+      return static_cast<int>(attune::CliExit::kInvalid);
+    }
+    return app.exit(e) == 0 ? 0 : static_cast<int>(attune::CliExit::kInvalid);
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : static_cast<int>(attune::CliExit::kInvalid);
   }
