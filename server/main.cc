@@ -10,19 +10,17 @@
 #include <string>
 
 #include "absl/strings/str_join.h"
+#include "proto/coordinator_endpoint.h"
 #include "proto/log.h"
 #include "server/server.h"
 
 namespace {
 
+// Where the command line and workers look too.
 std::string DefaultDataDir() {
-  if (const char* state = std::getenv("XDG_STATE_HOME"); state != nullptr && *state != '\0') {
-    return std::string(state) + "/attune";
-  }
-  if (const char* home = std::getenv("HOME"); home != nullptr && *home != '\0') {
-    return std::string(home) + "/.local/state/attune";
-  }
-  return "/var/lib/attune";
+  const std::string path =
+      attune::DefaultDataDirectory(std::getenv("XDG_DATA_HOME"), std::getenv("HOME"));
+  return path.empty() ? "/var/lib/attune" : path;
 }
 
 // Makes the parents of `path`; the server makes the last part.
