@@ -67,6 +67,9 @@ class Monitoring(unittest.TestCase):
     def test_every_query_is_answered(self):
         with Service(metrics=True) as service:
             port = self.start_prometheus(service)
+            # A rate needs a sample from before the first job.
+            wait_until("a first scrape", lambda: self.query(
+                port, "count_over_time(attune_job_queue_wait_seconds_count[1m]) >= 2"), 30)
             waits = service.submit("a", steps=25)
             time.sleep(2)
             bad = service.write_spec("bad")

@@ -39,7 +39,7 @@ std::string ReadAll(const std::string& path) {
 class AttunedTest : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/attuned_test_XXXXXX";
+    char path[] = "/tmp/server_process_test_XXXXXX";
     ASSERT_NE(mkdtemp(path), nullptr);
     directory_ = path;
   }
