@@ -1,0 +1,144 @@
+#include "proto/job_spec.h"
+
+#include <gmock/gmock.h>
+#include <google/protobuf/util/message_differencer.h>
+#include <gtest/gtest.h>
+
+namespace attune {
+namespace {
+
+using google::protobuf::util::MessageDifferencer;
+using testing::HasSubstr;
+
+constexpr char kMinimal[] = R"(model:
+  source: {path: models/llama}
+datasets:
+  - source: {path: data/train.jsonl}
+)";
+
+ParsedJobSpec Parse(const std::string& text) {
+  absl::StatusOr<ParsedJobSpec> parsed = ParseJobSpecYaml(text, "job.yaml");
+  EXPECT_TRUE(parsed.ok()) << parsed.status();
+  return parsed.ok() ? *parsed : ParsedJobSpec();
+}
+
+std::string ParseError(const std::string& text) {
+  return std::string(ParseJobSpecYaml(text, "job.yaml").status().message());
+}
+
+TEST(JobSpecTest, MinimalSpecIsValidWithDefaults) {
+  v1::JobSpec spec = Parse(kMinimal).spec;
+  ApplyDefaults("My Job!", &spec);
+  EXPECT_EQ(spec.name(), "my-job");
+  EXPECT_EQ(spec.lora().r(), 16);
+  EXPECT_EQ(spec.lora().alpha(), 16);
+  EXPECT_EQ(spec.quantization().weights(), v1::WEIGHT_FORMAT_NF4);
+  EXPECT_TRUE(spec.quantization().double_quantization());
+  EXPECT_EQ(spec.schedule().epochs(), 1);
+  EXPECT_FALSE(spec.schedule().has_steps());
+  EXPECT_EQ(spec.batch().micro_batch_tokens(), 2048);
+  EXPECT_EQ(spec.seed(), 42);
+  EXPECT_TRUE(ValidateJobSpec(spec, {.on_coordinator = true}).empty());
+}
+
+TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
+  v1::JobSpec spec = Parse(kMinimal).spec;
+  ApplyDefaults("x", &spec);
+  v1::JobSpec again = spec;
+  ApplyDefaults("y", &again);
+  EXPECT_TRUE(MessageDifferencer::Equals(spec, again));
+  for (const google::protobuf::Message* message :
+       std::initializer_list<const google::protobuf::Message*>{
+           &spec.optimizer(), &spec.batch(), &spec.lora(), &spec.retry(), &spec.resources(),
+           &spec.quantization(), &spec.checkpoints(), &spec.sft(), &spec.parallelism()}) {
+    for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
+      const auto* field = message->GetDescriptor()->field(i);
+      if (field->is_repeated()) continue;
+      EXPECT_TRUE(message->GetReflection()->HasField(*message, field)) << field->full_name();
+    }
+  }
+}
+
+TEST(JobSpecTest, YamlRoundTrip) {
+  v1::JobSpec spec = Parse(kMinimal).spec;
+  ApplyDefaults("round-trip", &spec);
+  spec.mutable_optimizer()->set_learning_rate(0.1 + 0.2);
+  spec.set_name("yes");
+  const v1::JobSpec back = Parse(JobSpecToYaml(spec)).spec;
+  EXPECT_TRUE(MessageDifferencer::Equals(spec, back)) << JobSpecToYaml(spec);
+}
+
+TEST(JobSpecTest, ErrorsNameFieldAndLine) {
+  EXPECT_EQ(ParseError("model:\n  source: {path: m}\nlerning_rate: 1\n").substr(0, 38),
+            "job.yaml:3: lerning_rate: unknown fiel");
+  EXPECT_THAT(ParseError("optimizer:\n  learning_rate: fast\n"),
+              HasSubstr("job.yaml:2: optimizer.learning_rate: must be a number, not `fast`"));
+  EXPECT_THAT(ParseError("quantization:\n  weights: nf5\n"),
+              HasSubstr("job.yaml:2: quantization.weights: `nf5` is not one of: nf4, none"));
+  EXPECT_THAT(ParseError("datasets: a.jsonl\n"), HasSubstr("job.yaml:1: datasets: must be a list"));
+  EXPECT_THAT(ParseError("seed: -1\n"), HasSubstr("whole number"));
+  EXPECT_THAT(ParseError("priority: 3000000000\n"), HasSubstr("whole number"));
+  EXPECT_THAT(ParseError("model:\n  source: {path: a, artifact: b}\n"),
+              HasSubstr("only one of these"));
+  EXPECT_THAT(ParseError("name: a\nname: b\n"), HasSubstr("job.yaml:2: name: is given twice"));
+  EXPECT_THAT(ParseError("model: [1, 2\n"), HasSubstr("job.yaml:"));
+  EXPECT_THAT(ParseError(""), HasSubstr("one YAML document"));
+  EXPECT_THAT(ParseError("a: 1\n---\nb: 2\n"), HasSubstr("found 2"));
+  EXPECT_THAT(ParseError("optimizer: 3\n"), HasSubstr("must be a mapping"));
+  EXPECT_THAT(ParseError("optimizer: {learning_rate: .inf}\n"), HasSubstr("number"));
+}
+
+struct Broken {
+  const char* yaml;
+  const char* error;
+};
+
+TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
+  const Broken kBroken[] = {
+      {"lora: {r: 0}", "job.yaml:5: lora.r: is 0"},
+      {"lora: {dropout: 1}", "lora.dropout: is 1"},
+      {"lora: {target_modules: [\"\"]}", "lora.target_modules[0]"},
+      {"optimizer: {learning_rate: -1}", "job.yaml:5: optimizer.learning_rate: is -1"},
+      {"optimizer: {beta2: 1.0}", "optimizer.beta2"},
+      {"batch: {micro_batch_tokens: 8}", "batch.micro_batch_tokens: is 8"},
+      {"batch: {micro_batches: 0}", "batch.micro_batches"},
+      {"schedule: {epochs: 1, steps: 3}", "not both"},
+      {"schedule: {epochs: 0}", "schedule.epochs"},
+      {"evaluation: {fraction: 0.7}", "evaluation.fraction"},
+      {"checkpoints: {keep: 0}", "checkpoints.keep"},
+      {"resources: {devices: 0}", "resources.devices"},
+      {"parallelism: {data: 3}", "parallelism.data: is 3, but resources.devices is 1"},
+      {"retry: {stall_timeout_s: 1}", "retry.stall_timeout_s"},
+      {"priority: 5000", "priority"},
+      {"name: Has Space", "name: must be"},
+  };
+  for (const Broken& broken : kBroken) {
+    ParsedJobSpec parsed = Parse(std::string(kMinimal) + broken.yaml + "\n");
+    ApplyDefaults("x", &parsed.spec);
+    const absl::Status status = ViolationsToStatus(ValidateJobSpec(parsed.spec, {}), &parsed);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << broken.yaml;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(broken.error));
+  }
+}
+
+TEST(JobSpecTest, SourcesAreChecked) {
+  const auto error = [](const std::string& model, bool on_coordinator) {
+    ParsedJobSpec parsed =
+        Parse("model:\n  source: " + model + "\ndatasets:\n  - source: {path: a}\n");
+    ApplyDefaults("x", &parsed.spec);
+    return std::string(
+        ViolationsToStatus(ValidateJobSpec(parsed.spec, {.on_coordinator = on_coordinator}),
+                           &parsed)
+            .message());
+  };
+  EXPECT_EQ(error("{file: m}", false), "");
+  EXPECT_THAT(error("{file: m}", true), HasSubstr("upload it"));
+  EXPECT_THAT(error("{path: ../m}", true), HasSubstr("without '..'"));
+  EXPECT_THAT(error("{path: /a/../b}", true), HasSubstr("without '..'"));
+  EXPECT_EQ(error("{path: /models/m}", true), "");
+  EXPECT_THAT(error("{artifact: m}", true), HasSubstr("artifacts/{id}"));
+  EXPECT_THAT(error("{}", true), HasSubstr("job.yaml:2: model.source: is required"));
+}
+
+}  // namespace
+}  // namespace attune

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Golden files for the engine, from Transformers + PEFT in torch fp32 (NF4 from bitsandbytes).
+
+    python3 tests/parity/engine/make_golden.py [--out tests/parity/engine/golden]
+
+Each case is a directory:
+  model/              config.json, model.safetensors: random weights, odd sizes
+  adapter/            PEFT adapter with random A and B
+  case.json           documents of each pack of each step, optimiser and schedule, losses
+  expected.safetensors  logits (packed rows), gradients after step 0, adapter after the last step
+
+The oracle never packs: every document runs alone, losses are summed over trained tokens and
+divided by the number in the optimiser step. NF4 weights are quantised by bitsandbytes and expanded
+through its tables here, so that the oracle's matrix products see exactly what QLoRA's do.
+"""
+import argparse
+import json
+import pathlib
+import shutil
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+
+CASES = {
+    # heads 3:1, head_dim 40, odd vocabulary, rope scaling, untied, dense weights
+    "dense": dict(
+        config=dict(vocab_size=131, hidden_size=72, intermediate_size=100, num_hidden_layers=2,
+                    num_attention_heads=3, num_key_value_heads=1, head_dim=40,
+                    rms_norm_eps=1e-5, max_position_embeddings=256, tie_word_embeddings=False,
+                    rope_parameters=dict(rope_type="llama3", rope_theta=10000.0, factor=8.0,
+                                         low_freq_factor=1.0, high_freq_factor=4.0,
+                                         original_max_position_embeddings=32)),
+        lora=dict(r=4, alpha=12.0, targets="all-linear"), nf4=False, steps=3, lr=1e-2,
+        schedule="cosine", warmup=1, weight_decay=0.1),
+    # tied embeddings, partial targets, NF4 with tails of blocks and groups
+    "nf4": dict(
+        config=dict(vocab_size=203, hidden_size=88, intermediate_size=136, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=20,
+                    rms_norm_eps=1e-6, max_position_embeddings=256, tie_word_embeddings=True,
+                    rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
+        lora=dict(r=6, alpha=6.0, targets=["q_proj", "v_proj", "down_proj"]), nf4=True, steps=3,
+        lr=5e-3, schedule="linear", warmup=0, weight_decay=0.0),
+    # sixty QLoRA steps on text with structure: the loss really falls
+    "qlora60": dict(
+        config=dict(vocab_size=67, hidden_size=66, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=6, num_key_value_heads=2, head_dim=12,
+                    rms_norm_eps=1e-5, max_position_embeddings=256, tie_word_embeddings=True,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        lora=dict(r=8, alpha=16.0, targets="all-linear"), nf4=True, steps=60, lr=2e-2,
+        schedule="linear", warmup=5, weight_decay=0.01),
+}
+PACK_TOKENS = 96
+PACKS_PER_STEP = 2
+
+
+def expand_nf4(w):
+    """w as NF4 with double quantisation gives it back; the second level to the nearest code."""
+    packed, state = bnb.quantize_4bit(w.contiguous(), quant_type="nf4", blocksize=64,
+                                      compress_statistics=False)
+    codes = packed.flatten().numpy()
+    nibbles = np.stack([codes >> 4, codes & 15], axis=1).flatten()[: w.numel()]
+    absmax = state.absmax.numpy().astype(np.float32)
+    table = np.asarray(bnb.create_dynamic_map(), dtype=np.float32)
+    offset = np.float32(absmax.mean(dtype=np.float64))
+    centred = absmax - offset
+    back = np.empty_like(absmax)
+    for begin in range(0, absmax.size, 256):
+        group = centred[begin:begin + 256]
+        scale = np.float32(np.abs(group).max())
+        unit = group / scale
+        nearest = np.abs(unit[:, None] - table[None, :]).argmin(axis=1)
+        back[begin:begin + 256] = table[nearest] * scale + offset
+    values = state.code.numpy().astype(np.float32)[nibbles]
+    blocks = np.repeat(back, 64)[: values.size]
+    return torch.from_numpy((values * blocks).reshape(w.shape))
+
+
+def make_documents(rng, vocab, structured):
+    """Token lists with masks; structured ones repeat with a fixed stride, so they can be learnt."""
+    packs = []
+    for _ in range(PACKS_PER_STEP):
+        documents, room = [], PACK_TOKENS - int(rng.integers(0, 9))
+        while room > 3:
+            n = int(min(room, rng.integers(3, 40)))
+            if structured:
+                start, stride = int(rng.integers(1, vocab)), int(rng.integers(1, 4))
+                ids = [(start + i * stride) % vocab for i in range(n)]
+            else:
+                ids = rng.integers(0, vocab, n).tolist()
+            prompt = int(rng.integers(1, max(2, n // 2)))
+            documents.append(dict(ids=ids, trained=[0] * prompt + [1] * (n - prompt)))
+            room -= n
+        packs.append(documents)
+    return packs
+
+
+def loss_of(model, documents):
+    """Sum over trained tokens of the cross entropy, their number, and logits of all rows."""
+    total, count, rows = 0.0, 0, []
+    for document in documents:
+        ids = torch.tensor([document["ids"]])
+        logits = model(input_ids=ids).logits[0].float()
+        rows.append(logits)
+        mask = torch.tensor(document["trained"][1:], dtype=torch.bool)
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+        total = total + losses[mask].sum()
+        count += int(mask.sum())
+    return total, count, torch.cat(rows)
+
+
+def build(case, seed, out):
+    torch.manual_seed(seed)
+    config = LlamaConfig(**case["config"], attention_bias=False, mlp_bias=False)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 1.0 / parameter.shape[-1] ** 0.5)
+    (out / "model").mkdir(parents=True)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.save_pretrained(out / "model")
+    (out / "model" / "generation_config.json").unlink(missing_ok=True)
+    if case["nf4"]:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_proj.weight"):
+                    parameter.copy_(expand_nf4(parameter.data))
+    lora = case["lora"]
+    peft = get_peft_model(model, LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=0.0,
+                                            target_modules=lora["targets"],
+                                            task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name and case["steps"] < 10:
+                parameter.normal_(0, 0.1)  # zero would hide every gradient of A
+    peft.save_pretrained(out / "adapter", safe_serialization=True)
+    (out / "adapter" / "README.md").unlink(missing_ok=True)
+    return peft
+
+
+def run(case, seed, out):
+    peft = build(case, seed, out)
+    rng = np.random.default_rng(seed)
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=case["lr"], betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=case["weight_decay"], foreach=False)
+    scheduler = get_scheduler(case["schedule"], optimizer, num_warmup_steps=case["warmup"],
+                              num_training_steps=case["steps"])
+    steps, losses, norms, expected = [], [], [], {}
+    vocab = case["config"]["vocab_size"]
+    for step in range(case["steps"]):
+        packs = make_documents(rng, vocab, structured=case["steps"] >= 10)
+        count = sum(sum(d["trained"][1:]) for pack in packs for d in pack)
+        optimizer.zero_grad()
+        loss = 0.0
+        for i, pack in enumerate(packs):
+            total, _, rows = loss_of(peft, pack)
+            (total / count).backward()
+            loss += total.item() / count
+            if step == 0:
+                expected[f"logits.{i}"] = rows.detach().contiguous()
+        if step == 0:
+            for name, parameter in peft.named_parameters():
+                if parameter.requires_grad:
+                    key = name.replace(".default", "")
+                    expected["grad." + key] = parameter.grad.detach().clone().contiguous()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
+        losses.append(loss)
+        steps.append(packs)
+        optimizer.step()
+        scheduler.step()
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            expected["final." + name.replace(".default", "")] = parameter.detach().contiguous()
+    save_file(expected, out / "expected.safetensors")
+    (out / "case.json").write_text(json.dumps(dict(
+        pack_tokens=PACK_TOKENS, nf4=case["nf4"], r=case["lora"]["r"], alpha=case["lora"]["alpha"],
+        targets=case["lora"]["targets"], lr=case["lr"], schedule=case["schedule"],
+        warmup=case["warmup"], weight_decay=case["weight_decay"], max_grad_norm=1.0, losses=losses,
+        grad_norms=norms, steps=steps), separators=(",", ":")))
+    print(f"{out.name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    here = pathlib.Path(__file__).parent
+    parser.add_argument("--out", type=pathlib.Path, default=here / "golden")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shutil.rmtree(args.out, ignore_errors=True)
+    for seed, (name, case) in enumerate(CASES.items(), start=11):
+        run(case, seed, args.out / name)
+
+
+if __name__ == "__main__":
+    main()

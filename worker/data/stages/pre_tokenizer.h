@@ -1,0 +1,34 @@
+// Pre-tokenizer stage: cuts text into pieces that tokens do not cross.
+// Types: Split, ByteLevel, Digits, Punctuation, Sequence.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/data/stages/aligned_text.h"
+#include "worker/io/json.h"
+
+namespace attune {
+
+// One step over all pieces that are still text.
+class PreTokenizerStep {
+ public:
+  virtual ~PreTokenizerStep() = default;
+  virtual absl::Status Apply(PieceList* list) const = 0;
+};
+
+struct PreTokenizer {
+  std::vector<std::unique_ptr<const PreTokenizerStep>> steps;
+  // The last step would be to write each byte as its visible character. It is left to the model,
+  // which then works on bytes.
+  bool bytes_to_visible_at_end = false;
+
+  absl::Status Apply(PieceList* list) const;
+};
+
+// Of null: no step. UNIMPLEMENTED for a type that is not in the list above.
+absl::StatusOr<PreTokenizer> MakePreTokenizer(const JsonField& field);
+
+}  // namespace attune

@@ -1,0 +1,22 @@
+// PackBatch: one pack of documents on the device, T tokens wide whatever it holds. Everything
+// that varies is device data, so one sequence of ops (and one captured graph) serves every pack.
+#pragma once
+
+#include "kernels/attention/attention.h"
+#include "kernels/core/tensor.h"
+
+namespace attune {
+
+struct PackBatch {
+  int64_t tokens = 0;    // T
+  TensorView ids;        // (T)      i32
+  TensorView positions;  // (T)      i32, from 0 in each document
+  TensorView cos, sin;   // (T, D/2) f32 (f64)
+  AttentionSegments segments;
+  TensorView label_rows;   // (T)      i32, rows with a label first, then -1
+  TensorView labels;       // (T)      i32, next token of label_rows[i], then -1
+  int64_t num_labels = 0;  // host copy: bounds the work of the head, not its memory
+  int64_t num_tokens = 0;  // host copy: tokens of documents, the rest is padding
+};
+
+}  // namespace attune

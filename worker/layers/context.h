@@ -1,0 +1,48 @@
+// What every layer's Forward and Backward need: where to run, where memory is, the dtype.
+//
+// Convention everywhere: activation gradients are assigned, parameter gradients accumulate.
+// Views that a layer returns or saves come from the arena's bottom stack; scratch is on top and
+// released before the layer returns.
+#pragma once
+
+#include "kernels/core/exec.h"
+#include "kernels/core/tensor.h"
+#include "kernels/matmul/matmul.h"
+#include "worker/memory/arena.h"
+
+namespace attune {
+
+// Dropout draws from (seed; step, pack, layer, module, element): see kernels/dropout.
+struct DropoutStream {
+  double p = 0;  // 0: off, as in evaluation and generation
+  uint64_t seed = 0;
+  TensorView step_pack;  // (2) i32 on the device
+};
+
+struct LayerContext {
+  Exec exec;
+  Arena* arena = nullptr;
+  DType dtype = DType::kF32;  // of activations and products: f32, bf16; f64 in gradient checks
+  DropoutStream dropout;
+
+  // Statistics, losses and master weights: f64 for f64, else f32.
+  DType accumulator() const { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
+
+  TensorView Scratch(std::initializer_list<int64_t> shape) const {
+    return arena->NewScratch(dtype, shape);
+  }
+  // Kept until the step's activations are released.
+  TensorView Saved(DType saved_dtype, std::initializer_list<int64_t> shape) const {
+    return arena->New(ArenaEnd::kBottom, MemoryClass::kActivations, saved_dtype, shape);
+  }
+};
+
+// D = alpha op(A) op(B) + beta D with its workspace from the arena.
+inline void MatMul(const LayerContext& ctx, MatMulArgs args) {
+  ArenaScope scope(ctx.arena);
+  args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                       MatMulWorkspaceBytes(ctx.exec, args));
+  MatMul(ctx.exec, args);
+}
+
+}  // namespace attune

@@ -1,0 +1,90 @@
+#include "worker/layers/lm_head.h"
+
+#include <algorithm>
+
+#include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/elementwise/elementwise.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/rows/rows.h"
+
+namespace attune {
+namespace {
+
+// Logits are worth this much memory: long enough products, little of the whole.
+constexpr int64_t kLogitsBytes = int64_t{64} << 20;
+
+}  // namespace
+
+int64_t LmHead::ChunkRows(int64_t tokens) const {
+  const int64_t rows = kLogitsBytes / (weight.dim(0) * DTypeBytes(weight.dtype));
+  return std::min(tokens, std::max<int64_t>(rows / 64 * 64, 64));
+}
+
+void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArgs& args) const {
+  const int64_t T = batch.tokens, C = norm.dim(0), V = weight.dim(0);
+  const bool want_grad = args.dx.defined();
+  const DType stats = ctx.accumulator();
+  ArenaScope scope(ctx.arena);
+  // All sizes hang on T alone, so the plan holds for every pack.
+  const TensorView sum = ctx.Scratch({T, C});
+  const TensorView rstd = ctx.arena->NewScratch(stats, {T});
+  const TensorView y = ctx.Scratch({T, C});
+  const TensorView rows = ctx.Scratch({T, C});  // normalised rows with a label, then gradients
+  RmsNormForward(ctx.exec, {.x = args.x,
+                            .delta = args.delta,
+                            .sum = sum,
+                            .w = norm,
+                            .y = y,
+                            .rstd = rstd,
+                            .eps = rms_norm_eps});
+  GatherRows(ctx.exec, {.x = y, .index = batch.label_rows, .y = rows});
+  const int64_t chunk = ChunkRows(T);
+  const TensorView logits = ctx.Scratch({chunk, V});
+  const TensorView loss = ctx.arena->NewScratch(stats, {chunk});
+  const TensorView correct = ctx.arena->NewScratch(DType::kU8, {chunk});
+  // The plan takes one turn: each has the same needs.
+  const int64_t labels = ctx.exec.plan ? chunk : batch.num_labels;
+  for (int64_t begin = 0; begin < labels; begin += chunk) {
+    const int64_t R = std::min(chunk, labels - begin);
+    const TensorView x = rows.Slice(0, begin, begin + R);
+    const TensorView z = logits.Slice(0, 0, R);
+    MatMul(ctx, {.a = x, .b = weight, .d = z, .trans_b = true});
+    CrossEntropy(ctx.exec, {.logits = z,
+                            .targets = batch.labels.Slice(0, begin, begin + R),
+                            .loss = loss.Slice(0, 0, R),
+                            .correct = correct.Slice(0, 0, R),
+                            .grad_scale = args.grad_scale,
+                            .want_grad = want_grad});
+    SumToScalar(ctx.exec, {.x = loss.Slice(0, 0, R), .out = args.loss, .accumulate = true});
+    if (args.correct.defined()) {
+      SumToScalar(ctx.exec, {.x = correct.Slice(0, 0, R), .out = args.correct, .accumulate = true});
+    }
+    // This chunk's rows are done with: their gradients take their place.
+    if (want_grad) MatMul(ctx, {.a = z, .b = weight, .d = x});
+  }
+  if (!want_grad) return;
+  ScatterRows(ctx.exec, {.y = rows, .index = batch.label_rows, .x = y});
+  RmsNormBackwardArgs backward = {.dy = y, .x = sum, .rstd = rstd, .w = norm, .dx = args.dx};
+  backward.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                           RmsNormBackwardWorkspaceBytes(ctx.exec, backward));
+  RmsNormBackward(ctx.exec, backward);
+}
+
+void LmHead::Logits(const LayerContext& ctx, const TensorView& x, const TensorView& delta,
+                    int64_t begin, const TensorView& logits) const {
+  const int64_t R = logits.dim(0), C = norm.dim(0);
+  ArenaScope scope(ctx.arena);
+  const TensorView sum = ctx.Scratch({R, C});
+  const TensorView y = ctx.Scratch({R, C});
+  const TensorView rstd = ctx.arena->NewScratch(ctx.accumulator(), {R});
+  RmsNormForward(ctx.exec, {.x = x.Slice(0, begin, begin + R),
+                            .delta = delta.Slice(0, begin, begin + R),
+                            .sum = sum,
+                            .w = norm,
+                            .y = y,
+                            .rstd = rstd,
+                            .eps = rms_norm_eps});
+  MatMul(ctx, {.a = y, .b = weight, .d = logits, .trans_b = true});
+}
+
+}  // namespace attune

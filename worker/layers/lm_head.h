@@ -1,0 +1,32 @@
+// The end of a language model: final norm, projection to the vocabulary, cross entropy. Fused and
+// chunked: rows without a label are never multiplied, and no (T, V) matrix exists.
+#pragma once
+
+#include "worker/layers/batch.h"
+#include "worker/layers/context.h"
+
+namespace attune {
+
+struct LmHead {
+  TensorView norm;    // (C)
+  TensorView weight;  // (V, C), the embedding table where embeddings are tied
+  double rms_norm_eps = 0;
+
+  // Rows whose logits exist at once, for T tokens.
+  int64_t ChunkRows(int64_t tokens) const;
+
+  struct LossArgs {
+    TensorView x, delta;    // (T, C); their sum is what the last block gives
+    TensorView loss;        // (1)  out, += sum over labels of the cross entropy, f32 (f64)
+    TensorView correct;     // (1)  out, += labels that are the arg max, f32 (f64); optional
+    TensorView grad_scale;  // (1)  f32 (f64): 1 / labels of the optimiser step
+    TensorView dx;          // (T, C) out, gradient of x + delta; undefined: loss only
+  };
+  void Loss(const LayerContext& ctx, const PackBatch& batch, const LossArgs& args) const;
+
+  // Logits (R, V) of rows [begin, begin + R) of x + delta, for generation.
+  void Logits(const LayerContext& ctx, const TensorView& x, const TensorView& delta, int64_t begin,
+              const TensorView& logits) const;
+};
+
+}  // namespace attune

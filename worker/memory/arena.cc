@@ -1,0 +1,113 @@
+#include "worker/memory/arena.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace attune {
+namespace {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+int64_t AlignUp(int64_t bytes) {
+  return (bytes + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+}
+
+}  // namespace
+
+Arena Arena::Plan() {
+  return Arena(/*plan=*/true, DeviceKind::kCpu, nullptr, 0);
+}
+
+absl::StatusOr<Arena> Arena::Allocate(DeviceKind device, int64_t bytes) {
+  if (device != DeviceKind::kCpu) {
+    return absl::UnimplementedError("the arena on CUDA devices is not built yet; use the CPU");
+  }
+  if (bytes == 0) return Arena(false, device, nullptr, 0);
+  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the job needs ", bytes,
+                     " bytes of memory, and the system refused: ", std::strerror(errno)));
+  }
+  // Fewer page faults; the kernel may decline.
+  if (bytes >= kHugePage) madvise(base, bytes, MADV_HUGEPAGE);
+  return Arena(false, device, static_cast<char*>(base), bytes);
+}
+
+Arena::Arena(Arena&& other) noexcept
+    : plan_(other.plan_),
+      device_(other.device_),
+      base_(std::exchange(other.base_, nullptr)),
+      capacity_(other.capacity_),
+      state_(other.state_),
+      phase_(std::move(other.phase_)),
+      peak_(std::move(other.peak_)) {
+  std::memcpy(class_bytes_, other.class_bytes_, sizeof(class_bytes_));
+}
+
+Arena::~Arena() {
+  if (base_ != nullptr) munmap(base_, capacity_);
+}
+
+TensorView Arena::New(ArenaEnd end, MemoryClass memory_class, DType dtype,
+                      std::initializer_list<int64_t> shape) {
+  TensorView view(nullptr, dtype, shape);
+  const int64_t bytes = AlignUp(view.bytes());
+  const int c = static_cast<int>(memory_class);
+  class_bytes_[static_cast<int>(end)][c] += bytes;
+  int64_t offset;
+  if (end == ArenaEnd::kBottom) {
+    offset = state_.bottom;
+    state_.bottom += bytes;
+  } else {
+    state_.top += bytes;
+    // On the plan device there is no end to count from.
+    offset = plan_ ? 0 : capacity_ - state_.top;
+  }
+  const int64_t total = state_.bottom + state_.top;
+  CHECK(plan_ || total <= capacity_);
+  if (total > peak_.total) {
+    peak_.total = total;
+    peak_.phase = phase_;
+  }
+  const int64_t of_class = class_bytes_[0][c] + class_bytes_[1][c];
+  if (of_class > peak_.by_class[c]) peak_.by_class[c] = of_class;
+  if (!plan_) view.data = base_ + offset;
+  return view;
+}
+
+void Arena::Rewind(ArenaEnd end, int64_t position, const int64_t (&by_class)[kMemoryClasses]) {
+  int64_t& now = end == ArenaEnd::kBottom ? state_.bottom : state_.top;
+  CHECK(position <= now);
+  now = position;
+  std::memcpy(class_bytes_[static_cast<int>(end)], by_class, sizeof(by_class));
+}
+
+ArenaScope::ArenaScope(Arena* arena, ArenaEnd end)
+    : arena_(arena),
+      end_(end),
+      position_(end == ArenaEnd::kBottom ? arena->state_.bottom : arena->state_.top) {
+  std::memcpy(by_class_, arena->class_bytes_[static_cast<int>(end)], sizeof(by_class_));
+}
+
+ArenaScope::~ArenaScope() {
+  arena_->Rewind(end_, position_, by_class_);
+}
+
+void CopyToDevice(const Exec& exec, const void* host, const TensorView& view) {
+  if (exec.plan || view.size() == 0) return;
+  CHECK(view.contiguous() && exec.device == DeviceKind::kCpu);
+  std::memcpy(view.data, host, view.bytes());
+}
+
+void CopyToHost(const Exec& exec, const TensorView& view, void* host) {
+  if (exec.plan || view.size() == 0) return;
+  CHECK(view.contiguous() && exec.device == DeviceKind::kCpu);
+  std::memcpy(host, view.data, view.bytes());
+}
+
+}  // namespace attune

@@ -1,0 +1,113 @@
+#include "worker/methods/pack_batch.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/rope/rope.h"
+
+namespace attune {
+namespace {
+
+void Upload32(const LayerContext& ctx, const std::vector<int32_t>& values, const TensorView& to) {
+  CHECK(static_cast<int64_t>(values.size()) <= to.size());
+  CopyToDevice(ctx.exec, values.data(), to.Slice(0, 0, static_cast<int64_t>(values.size())));
+}
+
+}  // namespace
+
+int64_t MaxSegments(int64_t tokens) {
+  return std::clamp<int64_t>(tokens / 4, 1, 1024);
+}
+
+PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens, int64_t head_dim) {
+  const auto room = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWorkspace, dtype, shape);
+  };
+  const int64_t S = MaxSegments(tokens);
+  batch_.tokens = tokens;
+  batch_.ids = room(DType::kI32, {tokens});
+  batch_.positions = room(DType::kI32, {tokens});
+  batch_.cos = room(ctx.accumulator(), {tokens, head_dim / 2});
+  batch_.sin = room(ctx.accumulator(), {tokens, head_dim / 2});
+  batch_.segments = {.num_segments = room(DType::kI32, {1}),
+                     .q_begin = room(DType::kI32, {S + 1}),
+                     .k_begin = room(DType::kI32, {S}),
+                     .k_length = room(DType::kI32, {S}),
+                     .q_offset = room(DType::kI32, {S})};
+  batch_.label_rows = room(DType::kI32, {tokens});
+  batch_.labels = room(DType::kI32, {tokens});
+}
+
+void PackBuffers::Rope(const LayerContext& ctx, const PackBatch& batch,
+                       const TensorView& inverse_frequencies) const {
+  RopeTable(ctx.exec, {.positions = batch.positions,
+                       .inv_freq = inverse_frequencies,
+                       .cos = batch.cos,
+                       .sin = batch.sin});
+}
+
+PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack,
+                              const TensorView& inverse_frequencies) const {
+  PackBatch batch = batch_;
+  if (ctx.exec.plan) {
+    Rope(ctx, batch, inverse_frequencies);
+    return batch;
+  }
+  const int32_t S = pack.num_segments;
+  CHECK(static_cast<int64_t>(pack.ids.size()) == batch.tokens);
+  CHECK(S <= MaxSegments(batch.tokens));
+  std::vector<int32_t> k_begin(pack.q_begin.begin(), pack.q_begin.begin() + S);
+  std::vector<int32_t> k_length(S), q_offset(S, 0);
+  for (int32_t s = 0; s < S; ++s) k_length[s] = pack.q_begin[s + 1] - pack.q_begin[s];
+  std::vector<int32_t> rows, labels;
+  for (int64_t t = 0; t < batch.tokens; ++t) {
+    if (pack.targets[t] < 0) continue;
+    rows.push_back(static_cast<int32_t>(t));
+    labels.push_back(pack.targets[t]);
+  }
+  batch.num_labels = static_cast<int64_t>(rows.size());
+  batch.num_tokens = pack.q_begin[S];
+  rows.resize(batch.tokens, -1);
+  labels.resize(batch.tokens, -1);
+  Upload32(ctx, pack.ids, batch.ids);
+  Upload32(ctx, pack.positions, batch.positions);
+  Upload32(ctx, {S}, batch.segments.num_segments);
+  Upload32(ctx, pack.q_begin, batch.segments.q_begin);
+  Upload32(ctx, k_begin, batch.segments.k_begin);
+  Upload32(ctx, k_length, batch.segments.k_length);
+  Upload32(ctx, q_offset, batch.segments.q_offset);
+  Upload32(ctx, rows, batch.label_rows);
+  Upload32(ctx, labels, batch.labels);
+  Rope(ctx, batch, inverse_frequencies);
+  return batch;
+}
+
+PackBatch PackBuffers::UploadChunk(const LayerContext& ctx, absl::Span<const int32_t> ids,
+                                   int64_t cache_begin,
+                                   const TensorView& inverse_frequencies) const {
+  PackBatch batch = batch_;
+  const int64_t n = ctx.exec.plan ? batch.tokens : static_cast<int64_t>(ids.size());
+  CHECK(n <= batch.tokens);
+  batch.tokens = n;
+  batch.num_tokens = n;
+  batch.ids = batch.ids.Slice(0, 0, n);
+  batch.positions = batch.positions.Slice(0, 0, n);
+  batch.cos = batch.cos.Slice(0, 0, n);
+  batch.sin = batch.sin.Slice(0, 0, n);
+  if (!ctx.exec.plan) {
+    const int32_t length = static_cast<int32_t>(n), begin = static_cast<int32_t>(cache_begin);
+    std::vector<int32_t> positions(n);
+    for (int32_t i = 0; i < length; ++i) positions[i] = begin + i;
+    Upload32(ctx, std::vector<int32_t>(ids.begin(), ids.end()), batch.ids);
+    Upload32(ctx, positions, batch.positions);
+    Upload32(ctx, {1}, batch.segments.num_segments);
+    Upload32(ctx, {0, length}, batch.segments.q_begin);
+    Upload32(ctx, {0}, batch.segments.k_begin);
+    Upload32(ctx, {begin + length}, batch.segments.k_length);
+    Upload32(ctx, {begin}, batch.segments.q_offset);
+  }
+  Rope(ctx, batch, inverse_frequencies);
+  return batch;
+}
+
+}  // namespace attune

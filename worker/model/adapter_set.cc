@@ -1,0 +1,116 @@
+#include "worker/model/adapter_set.h"
+
+#include <cmath>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "kernels/core/philox.h"
+#include "kernels/elementwise/elementwise.h"
+
+namespace attune {
+namespace {
+
+bool Matches(const std::string& module, const std::string& target) {
+  return target == "all-linear" || module == target ||
+         absl::EndsWith(module, absl::StrCat(".", target));
+}
+
+}  // namespace
+
+absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
+                                             int64_t r, double alpha,
+                                             const std::vector<std::string>& target_modules) {
+  AdapterLayout layout{.r = r, .alpha = alpha, .target_modules = target_modules};
+  std::vector<bool> used(target_modules.size());
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    for (int i = 0; i < kLinears; ++i) {
+      const Linear linear = static_cast<Linear>(i);
+      const std::string module = names.linear(layer, linear);
+      bool wanted = false;
+      for (size_t t = 0; t < target_modules.size(); ++t) {
+        if (!Matches(module, target_modules[t])) continue;
+        used[t] = true;
+        wanted = true;
+      }
+      if (!wanted) continue;
+      const LinearShape shape = ShapeOf(config, linear);
+      layout.entries.push_back(
+          {layer, linear, shape, module, layout.elements, layout.elements + r * shape.in});
+      layout.elements += r * (shape.in + shape.out);
+    }
+  }
+  for (size_t t = 0; t < target_modules.size(); ++t) {
+    if (used[t]) continue;
+    std::vector<std::string> known;
+    for (int i = 0; i < kLinears; ++i) known.push_back(names.linear(0, static_cast<Linear>(i)));
+    return absl::InvalidArgumentError(
+        absl::StrCat("lora.target_modules: `", target_modules[t],
+                     "` is the suffix of no linear layer; those of the first block are ",
+                     absl::StrJoin(known, ", ")));
+  }
+  return layout;
+}
+
+AdapterSet::AdapterSet(const LayerContext& ctx, AdapterLayout layout, bool train)
+    : layout_(std::move(layout)) {
+  const DType dtype = ctx.accumulator();
+  const auto room = [&](MemoryClass memory_class, DType t, int64_t n) {
+    return ctx.arena->New(ArenaEnd::kBottom, memory_class, t, {n});
+  };
+  master_ = room(MemoryClass::kAdapter, dtype, layout_.elements);
+  compute_ =
+      ctx.dtype == dtype ? master_ : room(MemoryClass::kAdapter, ctx.dtype, layout_.elements);
+  if (!train) return;
+  grad_with_tail_ = room(MemoryClass::kAdapter, dtype, layout_.elements + kTail);
+  m_ = room(MemoryClass::kOptimizer, dtype, layout_.elements);
+  v_ = room(MemoryClass::kOptimizer, dtype, layout_.elements);
+}
+
+TensorView AdapterSet::A(const AdapterEntry& entry, const TensorView& flat) const {
+  const int64_t size = layout_.r * entry.shape.in;
+  return flat.Slice(0, entry.a_offset, entry.a_offset + size).Reshape({layout_.r, entry.shape.in});
+}
+
+TensorView AdapterSet::B(const AdapterEntry& entry, const TensorView& flat) const {
+  const int64_t size = layout_.r * entry.shape.out;
+  return flat.Slice(0, entry.b_offset, entry.b_offset + size).Reshape({entry.shape.out, layout_.r});
+}
+
+void AdapterSet::Initialise(const LayerContext& ctx, uint64_t seed) {
+  Fill(ctx.exec, {.x = master_, .value = 0});
+  if (m_.defined()) {
+    Fill(ctx.exec, {.x = m_, .value = 0});
+    Fill(ctx.exec, {.x = v_, .value = 0});
+  }
+  if (!ctx.exec.plan) {
+    std::vector<float> a;
+    for (const AdapterEntry& entry : layout_.entries) {
+      a.resize(layout_.r * entry.shape.in);
+      const float bound = 1.0f / std::sqrt(static_cast<float>(entry.shape.in));
+      for (size_t i = 0; i < a.size(); ++i) {
+        // Stream 1 << 31: apart from those of dropout, whose step is a positive int32.
+        const PhiloxBlock words =
+            Philox4x32({{static_cast<uint32_t>(i / 4), 1u << 31, static_cast<uint32_t>(entry.layer),
+                         static_cast<uint32_t>(entry.linear)}},
+                       static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+        const double unit = (static_cast<double>(words.word[i % 4]) + 0.5) / 4294967296.0;
+        a[i] = bound * static_cast<float>(2 * unit - 1);
+      }
+      const TensorView to = A(entry, master_);
+      if (master_.dtype == DType::kF32) {
+        CopyToDevice(ctx.exec, a.data(), to);
+      } else {
+        const std::vector<double> wide(a.begin(), a.end());
+        CopyToDevice(ctx.exec, wide.data(), to);
+      }
+    }
+  }
+  RefreshCompute(ctx);
+}
+
+void AdapterSet::RefreshCompute(const LayerContext& ctx) {
+  if (ctx.dtype != master_.dtype) Copy(ctx.exec, {.x = master_, .y = compute_});
+}
+
+}  // namespace attune

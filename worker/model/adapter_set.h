@@ -1,0 +1,79 @@
+// AdapterSet: the LoRA adapters of a job, apart from the frozen weights. Every parameter lives in
+// one flat buffer per purpose (master, gradient, moments), so that zeroing, the global norm, the
+// all-reduce and the optimiser are one call each.
+//
+// Order inside a buffer: layer by layer, linear by linear (enum Linear), A (r, K) then B (N, r).
+// The gradient buffer has kTail extra elements for the scalars that are summed over ranks with it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/layers/context.h"
+#include "worker/model/config.h"
+
+namespace attune {
+
+struct AdapterEntry {
+  int64_t layer = 0;
+  Linear linear = Linear::kQ;
+  LinearShape shape;
+  std::string module;    // "model.layers.0.self_attn.q_proj"
+  int64_t a_offset = 0;  // in elements
+  int64_t b_offset = 0;
+};
+
+struct AdapterLayout {
+  int64_t r = 0;
+  double alpha = 0;
+  std::vector<std::string> target_modules;  // as the user gave them
+  std::vector<AdapterEntry> entries;
+  int64_t elements = 0;
+
+  double scale() const { return alpha / static_cast<double>(r); }
+};
+
+// The layers that `target_modules` names by suffix, as PEFT matches them: a module whose name is
+// the target or ends with "." and the target; "all-linear" is every linear layer of the blocks.
+// INVALID_ARGUMENT if a target matches nothing, with the modules that there are.
+absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
+                                             int64_t r, double alpha,
+                                             const std::vector<std::string>& target_modules);
+
+class AdapterSet {
+ public:
+  static constexpr int64_t kTail = 8;
+
+  // Takes room from the arena's bottom; `train` also for gradients and moments.
+  AdapterSet(const LayerContext& ctx, AdapterLayout layout, bool train);
+
+  const AdapterLayout& layout() const { return layout_; }
+  TensorView master() const { return master_; }  // (elements) f32 (f64)
+  TensorView m() const { return m_; }            // (elements) first moment
+  TensorView v() const { return v_; }            // (elements) second moment
+  TensorView grad() const { return grad_with_tail_.Slice(0, 0, layout_.elements); }
+  TensorView grad_with_tail() const { return grad_with_tail_; }  // (elements + kTail)
+  TensorView tail() const {
+    return grad_with_tail_.Slice(0, layout_.elements, layout_.elements + kTail);
+  }
+
+  // A (r, K) and B (N, r) of an entry, in the dtype of products, and their gradients.
+  TensorView A(const AdapterEntry& entry, const TensorView& flat) const;
+  TensorView B(const AdapterEntry& entry, const TensorView& flat) const;
+  TensorView compute() const { return compute_; }
+
+  // A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT), B zero; a function of
+  // the seed alone. Moments zero.
+  void Initialise(const LayerContext& ctx, uint64_t seed);
+  // Copies the master weights into the dtype of products. After every change of the master.
+  void RefreshCompute(const LayerContext& ctx);
+
+ private:
+  AdapterLayout layout_;
+  TensorView master_, grad_with_tail_, m_, v_;
+  TensorView compute_;  // the master itself where the dtypes are the same
+};
+
+}  // namespace attune

@@ -1,0 +1,32 @@
+// What a Hugging Face checkpoint directory gives the model: its configuration and its weights.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/io/safetensors.h"
+#include "worker/model/model.h"
+
+namespace attune {
+
+// A checkpoint's tensors. A view is valid until the next Find: a tensor that is not aligned in
+// its file is copied.
+class CheckpointWeights : public WeightSource {
+ public:
+  explicit CheckpointWeights(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
+  absl::StatusOr<TensorView> Find(const std::string& name) const override;
+
+ private:
+  Checkpoint checkpoint_;
+  mutable std::vector<uint64_t> aligned_;
+};
+
+// config.json of a model directory and its family.
+struct LoadedConfig {
+  ModelConfig config;
+  WeightNames names;
+};
+absl::StatusOr<LoadedConfig> LoadModelConfig(const std::string& directory);
+
+}  // namespace attune

@@ -1,0 +1,200 @@
+#include "worker/model/peft_adapter.h"
+
+#include <cmath>
+#include <cstring>
+#include <set>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "worker/io/file.h"
+#include "worker/io/json.h"
+#include "worker/io/safetensors.h"
+
+namespace attune {
+namespace {
+
+constexpr char kWeightsFile[] = "adapter_model.safetensors";
+constexpr char kConfigFile[] = "adapter_config.json";
+
+// One tensor of the file and its place in the flat buffer.
+struct Slot {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t offset;
+};
+
+std::vector<Slot> Slots(const AdapterLayout& layout) {
+  std::vector<Slot> slots;
+  for (const AdapterEntry& entry : layout.entries) {
+    const std::string prefix = absl::StrCat("base_model.model.", entry.module);
+    slots.push_back(
+        {absl::StrCat(prefix, ".lora_A.weight"), {layout.r, entry.shape.in}, entry.a_offset});
+    slots.push_back(
+        {absl::StrCat(prefix, ".lora_B.weight"), {entry.shape.out, layout.r}, entry.b_offset});
+  }
+  return slots;
+}
+
+int64_t Elements(const Slot& slot) {
+  return slot.shape[0] * slot.shape[1];
+}
+
+Json ConfigJson(const AdapterLayout& layout, const PeftWriteOptions& options) {
+  Json config = {{"peft_type", "LORA"},
+                 {"task_type", "CAUSAL_LM"},
+                 {"base_model_name_or_path", options.base_model},
+                 {"r", layout.r},
+                 {"lora_alpha", layout.alpha},
+                 {"lora_dropout", options.dropout},
+                 {"bias", "none"},
+                 {"fan_in_fan_out", false},
+                 {"use_rslora", false},
+                 {"use_dora", false},
+                 {"init_lora_weights", true},
+                 {"inference_mode", true},
+                 {"modules_to_save", nullptr},
+                 {"layers_to_transform", nullptr},
+                 {"rank_pattern", Json::object()},
+                 {"alpha_pattern", Json::object()}};
+  // A whole number is written as one: readers of other languages expect it.
+  if (layout.alpha == std::floor(layout.alpha)) {
+    config["lora_alpha"] = static_cast<int64_t>(layout.alpha);
+  }
+  std::set<std::string> targets;
+  for (const std::string& target : layout.target_modules) {
+    if (target != "all-linear") targets.insert(target);
+  }
+  // PEFT has no "all-linear" once a model is loaded: the names of the layers themselves.
+  if (targets.size() < layout.target_modules.size()) {
+    for (const AdapterEntry& entry : layout.entries) {
+      targets.insert(entry.module.substr(entry.module.rfind('.') + 1));
+    }
+  }
+  config["target_modules"] = targets;
+  return config;
+}
+
+}  // namespace
+
+absl::Status WritePeftAdapter(const LayerContext& ctx, const AdapterSet& adapters,
+                              const PeftWriteOptions& options, const std::string& directory) {
+  const TensorView master = adapters.master();
+  std::vector<uint8_t> host(master.bytes());
+  CopyToHost(ctx.exec, master, host.data());
+  const std::vector<Slot> slots = Slots(adapters.layout());
+  std::vector<SafetensorsWriter::Tensor> tensors;
+  for (const Slot& slot : slots) tensors.push_back({slot.name, master.dtype, slot.shape});
+  absl::StatusOr<SafetensorsWriter> writer =
+      SafetensorsWriter::Create(absl::StrCat(directory, "/", kWeightsFile), tensors);
+  if (!writer.ok()) return writer.status();
+  const int64_t width = DTypeBytes(master.dtype);
+  for (const Slot& slot : slots) {
+    const absl::Span<const uint8_t> bytes(host.data() + slot.offset * width,
+                                          static_cast<size_t>(Elements(slot) * width));
+    if (absl::Status s = writer->Append(bytes); !s.ok()) return s;
+  }
+  if (absl::Status s = writer->Finish(); !s.ok()) return s;
+  return WriteFileAtomic(absl::StrCat(directory, "/", kConfigFile),
+                         absl::StrCat(ConfigJson(adapters.layout(), options).dump(2), "\n"));
+}
+
+absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
+  const std::string path = absl::StrCat(directory, "/", kConfigFile);
+  absl::StatusOr<Json> json = ReadJsonFile(path);
+  if (!json.ok()) return json.status();
+  const JsonField root(*json, path);
+  absl::StatusOr<std::string> type = root.Get("peft_type").String();
+  if (!type.ok()) return type.status();
+  if (*type != "LORA") {
+    return absl::UnimplementedError(absl::StrCat(path, ": peft_type `", *type, "` is not LORA"));
+  }
+  for (const char* flag : {"use_dora", "use_rslora", "fan_in_fan_out"}) {
+    absl::StatusOr<bool> value = root.Get(flag).BoolOr(false);
+    if (!value.ok()) return value.status();
+    if (*value) return absl::UnimplementedError(absl::StrCat(path, ": ", flag, " is not built"));
+  }
+  for (const char* field :
+       {"modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern"}) {
+    const JsonField value = root.Get(field);
+    if (value.has_value() && !value.json()->empty()) {
+      return absl::UnimplementedError(absl::StrCat(path, ": ", field, " is not built"));
+    }
+  }
+  PeftConfig config;
+  absl::StatusOr<int64_t> r = root.Get("r").Int();
+  absl::StatusOr<double> alpha = root.Get("lora_alpha").Double();
+  absl::StatusOr<double> dropout = root.Get("lora_dropout").DoubleOr(0);
+  for (const absl::Status& s : {r.status(), alpha.status(), dropout.status()}) {
+    if (!s.ok()) return s;
+  }
+  if (*r < 1 || *r > 65536) return root.Get("r").Error("must be from 1 to 65536");
+  config = {.r = *r, .alpha = *alpha, .dropout = *dropout};
+  const JsonField targets = root.Get("target_modules");
+  if (targets.has_value() && targets.json()->is_string()) {
+    config.target_modules = {*targets.String()};
+    return config;
+  }
+  absl::StatusOr<const Json*> list = targets.Array();
+  if (!list.ok()) return list.status();
+  for (size_t i = 0; i < (*list)->size(); ++i) {
+    absl::StatusOr<std::string> target = targets.At(i).String();
+    if (!target.ok()) return target.status();
+    config.target_modules.push_back(*target);
+  }
+  return config;
+}
+
+absl::Status ReadPeftAdapter(const LayerContext& ctx, const std::string& directory,
+                             AdapterSet* adapters) {
+  const std::string path = absl::StrCat(directory, "/", kWeightsFile);
+  absl::StatusOr<SafetensorsFile> file = SafetensorsFile::Open(path);
+  if (!file.ok()) return file.status();
+  const TensorView master = adapters->master();
+  const std::vector<Slot> slots = Slots(adapters->layout());
+  if (file->names().size() != slots.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": holds ", file->names().size(),
+                                                   " tensors; this adapter has ", slots.size()));
+  }
+  for (const Slot& slot : slots) {
+    absl::StatusOr<TensorInfo> info = file->Find(slot.name);
+    if (!info.ok()) return info.status();
+    if (info->shape != slot.shape) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": ", slot.name, " has the shape (", absl::StrJoin(info->shape, ", "),
+                       "); expected (", absl::StrJoin(slot.shape, ", "), ")"));
+    }
+    if (info->dtype != DType::kF32 && info->dtype != DType::kBF16 && info->dtype != DType::kF64) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": ", slot.name, " has the type ",
+                                                     DTypeName(info->dtype),
+                                                     "; adapters are F32 or BF16"));
+    }
+    const int64_t n = Elements(slot);
+    std::vector<double> wide(n);
+    const uint8_t* bytes = info->bytes.data();
+    DispatchFloat(info->dtype, [&]<typename T>() {
+      for (int64_t i = 0; i < n; ++i) {
+        T value;  // copied: the file promises no alignment
+        std::memcpy(&value, bytes + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+        wide[i] = static_cast<double>(static_cast<AccumulatorOf<T>>(value));
+      }
+    });
+    for (double value : wide) {
+      if (!std::isfinite(value)) {
+        return absl::InvalidArgumentError(absl::StrCat(path, ": ", slot.name,
+                                                       " holds NaN or "
+                                                       "infinity"));
+      }
+    }
+    const TensorView to = master.Slice(0, slot.offset, slot.offset + n);
+    if (master.dtype == DType::kF64) {
+      CopyToDevice(ctx.exec, wide.data(), to);
+    } else {
+      const std::vector<float> narrow(wide.begin(), wide.end());
+      CopyToDevice(ctx.exec, narrow.data(), to);
+    }
+  }
+  adapters->RefreshCompute(ctx);
+  return absl::OkStatus();
+}
+
+}  // namespace attune

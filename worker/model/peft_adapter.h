@@ -1,0 +1,38 @@
+// Adapters as PEFT has them: a directory with
+//   adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, K), ...lora_B.weight
+//   (N, r) adapter_config.json         peft_type LORA, r, lora_alpha, target_modules, ...
+#pragma once
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/model/adapter_set.h"
+
+namespace attune {
+
+struct PeftConfig {
+  int64_t r = 0;
+  double alpha = 0;
+  double dropout = 0;
+  std::vector<std::string> target_modules;
+};
+
+// adapter_config.json. UNIMPLEMENTED for what attune does not do (DoRA, rsLoRA, biases, per-layer
+// patterns), by name.
+absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory);
+
+// Writes both files, durably. The weights are the master's, in F32 (F64 for f64 adapters).
+struct PeftWriteOptions {
+  double dropout = 0;
+  std::string base_model;  // base_model_name_or_path
+};
+absl::Status WritePeftAdapter(const LayerContext& ctx, const AdapterSet& adapters,
+                              const PeftWriteOptions& options, const std::string& directory);
+
+// Reads adapter_model.safetensors into the master weights. INVALID_ARGUMENT if a tensor is
+// missing, superfluous, has another shape, or holds NaN.
+absl::Status ReadPeftAdapter(const LayerContext& ctx, const std::string& directory,
+                             AdapterSet* adapters);
+
+}  // namespace attune

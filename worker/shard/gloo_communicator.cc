@@ -1,0 +1,122 @@
+// Gloo over TCP. Its calls throw; nothing of that leaves this file.
+#include <gloo/allreduce.h>
+#include <gloo/barrier.h>
+#include <gloo/math.h>
+#include <gloo/rendezvous/context.h>
+#include <gloo/rendezvous/store.h>
+#include <gloo/transport/tcp/device.h>
+
+#include <exception>
+#include <stdexcept>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "worker/shard/communicator.h"
+
+namespace attune {
+namespace {
+
+std::chrono::milliseconds ToChrono(absl::Duration d) {
+  return std::chrono::milliseconds(absl::ToInt64Milliseconds(d));
+}
+
+// Gloo's view of our store.
+class StoreAdapter : public gloo::rendezvous::Store {
+ public:
+  StoreAdapter(RendezvousStore* store, absl::Duration timeout) : store_(store), timeout_(timeout) {}
+
+  void set(const std::string& key, const std::vector<char>& data) override {
+    Throw(store_->Set(key, std::string(data.begin(), data.end())));
+  }
+  std::vector<char> get(const std::string& key) override {
+    absl::StatusOr<std::string> value = store_->Get(key, timeout_);
+    Throw(value.status());
+    return std::vector<char>(value->begin(), value->end());
+  }
+  void wait(const std::vector<std::string>& keys) override { wait(keys, ToChrono(timeout_)); }
+  void wait(const std::vector<std::string>& keys,
+            const std::chrono::milliseconds& timeout) override {
+    for (const std::string& key : keys) {
+      Throw(store_->Get(key, absl::Milliseconds(timeout.count())).status());
+    }
+  }
+
+ private:
+  static void Throw(const absl::Status& status) {
+    if (!status.ok()) throw std::runtime_error(status.ToString());
+  }
+
+  RendezvousStore* store_;
+  absl::Duration timeout_;
+};
+
+class GlooCommunicator : public Communicator {
+ public:
+  GlooCommunicator(const GlooOptions& options, std::shared_ptr<gloo::rendezvous::Context> context)
+      : options_(options), context_(std::move(context)) {}
+
+  int rank() const override { return options_.rank; }
+  int size() const override { return options_.size; }
+
+  absl::Status AllReduceSum(const Exec& exec, const TensorView& x) override {
+    if (exec.plan) return absl::OkStatus();
+    CHECK(exec.device == DeviceKind::kCpu && x.contiguous());
+    CHECK(x.dtype == DType::kF32 || x.dtype == DType::kF64);
+    return Call("all-reduce", [&] {
+      gloo::AllreduceOptions options(context_);
+      using Reduce = void (*)(void*, const void*, const void*, size_t);
+      if (x.dtype == DType::kF32) {
+        options.setOutput(x.As<float>(), x.size());
+        options.setReduceFunction(static_cast<Reduce>(&gloo::sum<float>));
+      } else {
+        options.setOutput(x.As<double>(), x.size());
+        options.setReduceFunction(static_cast<Reduce>(&gloo::sum<double>));
+      }
+      options.setTimeout(ToChrono(options_.timeout));
+      gloo::allreduce(options);
+    });
+  }
+
+  absl::Status Barrier() override {
+    return Call("barrier", [&] {
+      gloo::BarrierOptions options(context_);
+      options.setTimeout(ToChrono(options_.timeout));
+      gloo::barrier(options);
+    });
+  }
+
+ private:
+  template <typename F>
+  absl::Status Call(absl::string_view what, F&& f) {
+    try {
+      f();
+      return absl::OkStatus();
+    } catch (const std::exception& e) {
+      return absl::UnavailableError(absl::StrCat(what, " on rank ", options_.rank, " of ",
+                                                 options_.size, " failed: ", e.what()));
+    }
+  }
+
+  const GlooOptions options_;
+  std::shared_ptr<gloo::rendezvous::Context> context_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Communicator>> NewGlooCommunicator(const GlooOptions& options,
+                                                                  RendezvousStore* store) {
+  try {
+    gloo::transport::tcp::attr attr(options.bind_address.c_str());
+    auto device = gloo::transport::tcp::CreateDevice(attr);
+    auto context = std::make_shared<gloo::rendezvous::Context>(options.rank, options.size);
+    context->setTimeout(ToChrono(options.timeout));
+    StoreAdapter adapter(store, options.timeout);
+    context->connectFullMesh(adapter, device);
+    return std::unique_ptr<Communicator>(new GlooCommunicator(options, std::move(context)));
+  } catch (const std::exception& e) {
+    return absl::UnavailableError(absl::StrCat("rank ", options.rank, " of ", options.size,
+                                               " could not reach its peers: ", e.what()));
+  }
+}
+
+}  // namespace attune

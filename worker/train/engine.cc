@@ -1,0 +1,178 @@
+#include "worker/train/engine.h"
+
+#include "kernels/elementwise/elementwise.h"
+#include "kernels/optimizer/optimizer.h"
+
+namespace attune {
+namespace {
+
+// Places in AdapterSet::tail().
+constexpr int64_t kTailLoss = 0;
+constexpr int64_t kTailStop = 1;
+
+WeightStorage StorageOf(const v1::QuantizationSpec& spec) {
+  if (spec.weights() != v1::WEIGHT_FORMAT_NF4) return WeightStorage::kDense;
+  return spec.double_quantization() ? WeightStorage::kNf4Double : WeightStorage::kNf4;
+}
+
+// Writes host numbers into a view of f32 or f64.
+void Upload(const Exec& exec, std::vector<double> values, const TensorView& to) {
+  if (to.dtype == DType::kF64) return CopyToDevice(exec, values.data(), to);
+  const std::vector<float> narrow(values.begin(), values.end());
+  CopyToDevice(exec, narrow.data(), to);
+}
+
+std::vector<double> Download(const Exec& exec, const TensorView& from) {
+  std::vector<double> values(from.size());
+  if (from.dtype == DType::kF64) {
+    CopyToHost(exec, from, values.data());
+    return values;
+  }
+  std::vector<float> narrow(from.size());
+  CopyToHost(exec, from, narrow.data());
+  return std::vector<double>(narrow.begin(), narrow.end());
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
+    : options_(options), arena_(std::move(arena)) {
+  ctx_ = {
+      .exec = {.device = options.device, .plan = plan}, .arena = &arena_, .dtype = options.dtype};
+  adapters_ = std::make_unique<AdapterSet>(ctx_, options.adapters, /*train=*/true);
+  model_ = std::make_unique<Model>(ctx_, options.model, StorageOf(options.spec.quantization()),
+                                   adapters_.get());
+  method_ = NewMethod(options.spec);
+  buffers_ = std::make_unique<PackBuffers>(ctx_, options.spec.batch().micro_batch_tokens(),
+                                           options.model.head_dim);
+  const auto scalar = [&](DType dtype, int64_t n) {
+    return arena_.New(ArenaEnd::kBottom, MemoryClass::kWorkspace, dtype, {n});
+  };
+  grad_scale_ = scalar(ctx_.accumulator(), 1);
+  step_pack_ = scalar(DType::kI32, 2);
+  norm_sq_ = scalar(DType::kF64, 1);
+  clip_scale_ = scalar(ctx_.accumulator(), 1);
+  norm_ = scalar(ctx_.accumulator(), 1);
+  evaluation_ = scalar(ctx_.accumulator(), 2);
+  ctx_.dropout.seed = options.spec.seed();
+  ctx_.dropout.step_pack = step_pack_;
+}
+
+absl::Status Engine::Load(const WeightSource& weights, const std::function<void()>& progress) {
+  arena_.BeginPhase("load");
+  adapters_->Initialise(ctx_, options_.spec.seed());
+  return model_->Load(ctx_, options_.names, weights, progress);
+}
+
+absl::StatusOr<v1::MemoryEstimate> Engine::Plan(const EngineOptions& options,
+                                                const WeightSource& weights) {
+  Engine engine(options, Arena::Plan(), /*plan=*/true);
+  const auto no_progress = [] {};
+  if (absl::Status s = engine.Load(weights, no_progress); !s.ok()) return s;
+  const Pack pack;
+  const PackRef ref = {&pack, 0};
+  std::unique_ptr<Communicator> self = NewSelfCommunicator();
+  StepInput input{.trained_tokens = 1};
+  if (auto step = engine.TrainStep(input, {&ref, 1}, self.get(), no_progress); !step.ok()) {
+    return step.status();
+  }
+  if (auto result = engine.Evaluate({&ref, 1}, 1, self.get(), no_progress); !result.ok()) {
+    return result.status();
+  }
+  const ArenaPeak& peak = engine.arena_.peak();
+  const auto of = [&](MemoryClass c) { return peak.by_class[static_cast<int>(c)]; };
+  v1::MemoryEstimate estimate;
+  estimate.set_weights_bytes(of(MemoryClass::kWeights));
+  estimate.set_adapter_bytes(of(MemoryClass::kAdapter));
+  estimate.set_optimizer_bytes(of(MemoryClass::kOptimizer));
+  estimate.set_activations_bytes(of(MemoryClass::kActivations));
+  estimate.set_workspace_bytes(of(MemoryClass::kWorkspace));
+  estimate.set_peak_bytes(peak.total);
+  estimate.set_peak_phase(peak.phase);
+  return estimate;
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
+                                                       const WeightSource& weights,
+                                                       int64_t arena_bytes,
+                                                       const std::function<void()>& progress) {
+  absl::StatusOr<Arena> arena = Arena::Allocate(options.device, arena_bytes);
+  if (!arena.ok()) return arena.status();
+  std::unique_ptr<Engine> engine(new Engine(options, *std::move(arena), /*plan=*/false));
+  if (absl::Status s = engine->Load(weights, progress); !s.ok()) return s;
+  return engine;
+}
+
+absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
+                                             absl::Span<const PackRef> packs, Communicator* comm,
+                                             const std::function<void()>& progress) {
+  arena_.BeginPhase("train");
+  const TensorView tail = adapters_->tail();
+  Fill(ctx_.exec, {.x = adapters_->grad_with_tail(), .value = 0});
+  Upload(ctx_.exec, {1.0 / static_cast<double>(input.trained_tokens)}, grad_scale_);
+  LayerContext train = ctx_;
+  train.dropout.p = options_.spec.lora().dropout();
+  for (const PackRef& ref : packs) {
+    const int32_t step_pack[] = {static_cast<int32_t>(input.step), static_cast<int32_t>(ref.index)};
+    CopyToDevice(ctx_.exec, step_pack, step_pack_);
+    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack, model_->inverse_frequencies());
+    method_->Train(train, *model_, batch,
+                   {.grad_scale = grad_scale_, .loss = tail.Slice(0, kTailLoss, kTailLoss + 1)});
+    progress();
+  }
+  if (input.stop_requested) Upload(ctx_.exec, {1}, tail.Slice(0, kTailStop, kTailStop + 1));
+  if (absl::Status s = comm->AllReduceSum(ctx_.exec, adapters_->grad_with_tail()); !s.ok()) {
+    return s;
+  }
+  OptimizerStep(input);
+  const std::vector<double> scalars = Download(ctx_.exec, tail);
+  return StepResult{.loss = scalars[kTailLoss] / static_cast<double>(input.trained_tokens),
+                    .grad_norm = Download(ctx_.exec, norm_)[0],
+                    .stop = scalars[kTailStop] > 0};
+}
+
+void Engine::OptimizerStep(const StepInput& input) {
+  const v1::OptimizerSpec& optimizer = options_.spec.optimizer();
+  const TensorView grad = adapters_->grad();
+  ArenaScope scope(&arena_);
+  GradNormArgs norm = {.grads = {&grad, 1}, .norm_sq = norm_sq_};
+  norm.workspace = arena_.NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                   GradNormWorkspaceBytes(ctx_.exec, norm));
+  GradNorm(ctx_.exec, norm);
+  ClipScale(ctx_.exec, {.norm_sq = norm_sq_,
+                        .scale = clip_scale_,
+                        .norm = norm_,
+                        .max_norm = optimizer.max_grad_norm()});
+  const AdamWTensor tensor = {.param = adapters_->master(),
+                              .grad = grad,
+                              .m = adapters_->m(),
+                              .v = adapters_->v(),
+                              .weight_decay = optimizer.weight_decay()};
+  AdamW(ctx_.exec, {.tensors = {&tensor, 1},
+                    .grad_scale = clip_scale_,
+                    .lr = input.learning_rate,
+                    .beta1 = optimizer.beta1(),
+                    .beta2 = optimizer.beta2(),
+                    .eps = optimizer.epsilon(),
+                    .step = input.step + 1});
+  adapters_->RefreshCompute(ctx_);
+}
+
+absl::StatusOr<EvaluationResult> Engine::Evaluate(absl::Span<const PackRef> packs,
+                                                  int64_t trained_tokens, Communicator* comm,
+                                                  const std::function<void()>& progress) {
+  arena_.BeginPhase("evaluate");
+  Fill(ctx_.exec, {.x = evaluation_, .value = 0});
+  for (const PackRef& ref : packs) {
+    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack, model_->inverse_frequencies());
+    method_->Evaluate(ctx_, *model_, batch,
+                      {.loss = evaluation_.Slice(0, 0, 1), .correct = evaluation_.Slice(0, 1, 2)});
+    progress();
+  }
+  if (absl::Status s = comm->AllReduceSum(ctx_.exec, evaluation_); !s.ok()) return s;
+  const std::vector<double> sums = Download(ctx_.exec, evaluation_);
+  return EvaluationResult{.loss = sums[0] / static_cast<double>(trained_tokens),
+                          .accuracy = sums[1] / static_cast<double>(trained_tokens)};
+}
+
+}  // namespace attune

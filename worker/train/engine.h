@@ -1,0 +1,103 @@
+// Engine: model, adapters, optimiser and their memory on one device, and what a rank does with
+// them: an optimiser step, an evaluation.
+//
+// The same code runs on the plan device to find the peak (Engine::Plan) and for real in an arena
+// of exactly that size (Engine::Create).
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "attune/v1/job.pb.h"
+#include "attune/v1/job_spec.pb.h"
+#include "worker/data/packing.h"
+#include "worker/methods/method.h"
+#include "worker/methods/pack_batch.h"
+#include "worker/model/model.h"
+#include "worker/shard/communicator.h"
+
+namespace attune {
+
+struct EngineOptions {
+  DeviceKind device = DeviceKind::kCpu;
+  DType dtype = DType::kF32;
+  ModelConfig model;
+  WeightNames names;
+  AdapterLayout adapters;
+  v1::JobSpec spec;  // resolved
+};
+
+// What one optimiser step needs to know beside its packs.
+struct StepInput {
+  int64_t step = 0;  // from 0
+  double learning_rate = 0;
+  int64_t trained_tokens = 0;   // of the step, over all ranks
+  bool stop_requested = false;  // by this rank's agent
+};
+
+struct StepResult {
+  double loss = 0;       // mean over trained_tokens
+  double grad_norm = 0;  // before clipping
+  bool stop = false;     // some rank was asked to stop: all ranks see the same
+};
+
+struct EvaluationResult {
+  double loss = 0;
+  double accuracy = 0;
+};
+
+// A pack and its place among the packs of the optimiser step (or of the evaluation).
+struct PackRef {
+  const Pack* pack = nullptr;
+  int64_t index = 0;
+};
+
+class Engine {
+ public:
+  // The peak memory of this job on one device, by running every phase on the plan device.
+  static absl::StatusOr<v1::MemoryEstimate> Plan(const EngineOptions& options,
+                                                 const WeightSource& weights);
+
+  // Allocates `arena_bytes` (Plan's peak) and loads. `progress` is called now and then.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        const WeightSource& weights,
+                                                        int64_t arena_bytes,
+                                                        const std::function<void()>& progress);
+
+  // One optimiser step over this rank's packs and, through `comm`, those of the others.
+  absl::StatusOr<StepResult> TrainStep(const StepInput& input, absl::Span<const PackRef> packs,
+                                       Communicator* comm, const std::function<void()>& progress);
+
+  // Mean loss and accuracy over this rank's packs and those of the others.
+  absl::StatusOr<EvaluationResult> Evaluate(absl::Span<const PackRef> packs, int64_t trained_tokens,
+                                            Communicator* comm,
+                                            const std::function<void()>& progress);
+
+  AdapterSet* adapters() { return adapters_.get(); }
+  const Model& model() const { return *model_; }
+  const LayerContext& context() const { return ctx_; }
+  int64_t peak_bytes() const { return arena_.peak().total; }
+
+ private:
+  Engine(const EngineOptions& options, Arena arena, bool plan);
+  absl::Status Load(const WeightSource& weights, const std::function<void()>& progress);
+  void OptimizerStep(const StepInput& input);
+
+  EngineOptions options_;
+  Arena arena_;
+  LayerContext ctx_;
+  std::unique_ptr<AdapterSet> adapters_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<Method> method_;
+  std::unique_ptr<PackBuffers> buffers_;
+  TensorView grad_scale_;  // (1) f32 (f64)
+  TensorView step_pack_;   // (2) i32
+  TensorView norm_sq_;     // (1) f64
+  TensorView clip_scale_;  // (1) f32 (f64)
+  TensorView norm_;        // (1) f32 (f64)
+  TensorView evaluation_;  // (2) f32 (f64): loss, correct
+};
+
+}  // namespace attune

@@ -1,0 +1,119 @@
+// Properties of the engine that need no oracle: gradients against finite differences in f64, the
+// plan against the real arena, packing against documents alone.
+#include "worker/train/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/parity/engine/golden_case.h"
+
+namespace attune {
+namespace {
+
+const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
+
+double LossAt(Engine* engine, const GoldenStep& step) {
+  std::unique_ptr<Communicator> self = NewSelfCommunicator();
+  GoldenStep frozen = step;
+  frozen.input.learning_rate = 0;
+  return engine->TrainStep(frozen.input, frozen.packs, self.get(), [] {}).value().loss;
+}
+
+template <typename T>
+std::vector<T> Download(const Engine& engine, const TensorView& view) {
+  std::vector<T> values(view.size());
+  CopyToHost(engine.context().exec, view, values.data());
+  return values;
+}
+
+class GradientTest : public testing::TestWithParam<std::tuple<const char*, double>> {};
+
+TEST_P(GradientTest, EqualsFiniteDifferencesInDouble) {
+  const auto [name, dropout] = GetParam();
+  GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF64);
+  golden.options.spec.mutable_lora()->set_dropout(dropout);
+  golden.options.spec.mutable_optimizer()->set_weight_decay(0);
+  std::unique_ptr<Engine> engine = StartEngine(golden);
+  const GoldenStep step = StepOf(golden, 0);
+  LossAt(engine.get(), step);
+  const std::vector<double> grad = Download<double>(*engine, engine->adapters()->grad());
+  const TensorView master = engine->adapters()->master();
+  // Along random directions: every parameter takes part in each.
+  uint64_t state = 7;
+  for (int trial = 0; trial < 4; ++trial) {
+    std::vector<double> direction(grad.size());
+    double slope = 0;
+    for (size_t i = 0; i < grad.size(); ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      direction[i] = (static_cast<double>(state >> 33) / (1u << 30)) - 1;
+      slope += direction[i] * grad[i];
+    }
+    constexpr double kStep = 1e-6;
+    double side[2];
+    double* const values = master.As<double>();
+    for (int sign : {0, 1}) {
+      const double h = sign ? kStep : -kStep;
+      for (size_t i = 0; i < grad.size(); ++i) values[i] += h * direction[i];
+      side[sign] = LossAt(engine.get(), step);
+      for (size_t i = 0; i < grad.size(); ++i) values[i] -= h * direction[i];
+    }
+    const double numeric = (side[1] - side[0]) / (2 * kStep);
+    EXPECT_NEAR(slope, numeric, 1e-6 * std::abs(numeric) + 1e-9);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GradientTest,
+                         testing::Combine(testing::Values("dense", "nf4"),
+                                          testing::Values(0.0, 0.3)));
+
+class PlanTest : public testing::TestWithParam<std::tuple<const char*, DType>> {};
+
+TEST_P(PlanTest, PeakOfThePlanIsThePeakOfTheRun) {
+  const auto [name, dtype] = GetParam();
+  const GoldenCase golden = LoadGoldenCase(kGolden + name, dtype);
+  const v1::MemoryEstimate plan = Engine::Plan(golden.options, *golden.weights).value();
+  std::unique_ptr<Engine> engine = StartEngine(golden);
+  std::unique_ptr<Communicator> self = NewSelfCommunicator();
+  for (int s = 0; s < 2; ++s) {
+    GoldenStep step = StepOf(golden, s);
+    step.input.learning_rate = 1e-3;
+    ASSERT_TRUE(engine->TrainStep(step.input, step.packs, self.get(), [] {}).ok());
+    ASSERT_TRUE(
+        engine->Evaluate(step.packs, step.input.trained_tokens, self.get(), [] {}).ok());
+  }
+  EXPECT_EQ(engine->peak_bytes(), plan.peak_bytes());
+  EXPECT_GT(plan.weights_bytes(), 0);
+  EXPECT_GT(plan.optimizer_bytes(), 0);
+  EXPECT_EQ(plan.peak_phase(), "train");
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, PlanTest,
+                         testing::Combine(testing::Values("dense", "nf4"),
+                                          testing::Values(DType::kF32, DType::kBF16)));
+
+TEST(EngineTest, APackGivesWhatItsDocumentsGiveAlone) {
+  const GoldenCase golden = LoadGoldenCase(kGolden + "dense", DType::kF64);
+  std::unique_ptr<Engine> engine = StartEngine(golden);
+  const GoldenStep together = StepOf(golden, 0);
+  const double loss = LossAt(engine.get(), together);
+  const std::vector<double> grad = Download<double>(*engine, engine->adapters()->grad());
+
+  GoldenStep alone;
+  alone.input = together.input;
+  std::vector<Pack> packs;
+  const Json& step = golden.json["steps"][0];
+  for (const Json& documents : step) {
+    for (const Json& document : documents) {
+      packs.push_back(PackDocuments(Json::array({document}), golden.json["pack_tokens"]));
+    }
+  }
+  ASSERT_GT(packs.size(), 2 * together.packs.size());
+  for (const Pack& pack : packs) alone.packs.push_back({&pack, 0});
+  EXPECT_NEAR(LossAt(engine.get(), alone), loss, 1e-12);
+  const std::vector<double> grad_alone = Download<double>(*engine, engine->adapters()->grad());
+  for (size_t i = 0; i < grad.size(); ++i) ASSERT_NEAR(grad_alone[i], grad[i], 1e-12) << i;
+}
+
+}  // namespace
+}  // namespace attune

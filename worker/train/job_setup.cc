@@ -1,0 +1,367 @@
+#include "worker/train/job_setup.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/matmul/matmul.h"
+#include "proto/job_spec.h"
+#include "worker/io/file.h"
+#include "worker/methods/pack_batch.h"
+
+namespace attune {
+namespace {
+
+namespace fs = std::filesystem;
+
+TrainOn ToTrainOn(v1::TrainOn train_on) {
+  switch (train_on) {
+    case v1::TRAIN_ON_LAST_ASSISTANT:
+      return TrainOn::kLastAssistant;
+    case v1::TRAIN_ON_ALL:
+      return TrainOn::kAll;
+    default:
+      return TrainOn::kAssistant;
+  }
+}
+
+OverLong ToOverLong(v1::OverLong over_long) {
+  switch (over_long) {
+    case v1::OVER_LONG_TRUNCATE:
+      return OverLong::kTruncate;
+    case v1::OVER_LONG_DROP:
+      return OverLong::kDrop;
+    default:
+      return OverLong::kError;
+  }
+}
+
+DatasetFormat ToFormat(v1::DatasetFormat format) {
+  switch (format) {
+    case v1::DATASET_FORMAT_CHAT:
+      return DatasetFormat::kChat;
+    case v1::DATASET_FORMAT_PROMPT_COMPLETION:
+      return DatasetFormat::kPromptCompletion;
+    default:
+      return DatasetFormat::kAuto;
+  }
+}
+
+int64_t Targets(const ExampleView& example) {
+  int64_t n = 0;
+  for (size_t i = 1; i < example.trained.size(); ++i) n += example.trained[i];
+  return n;
+}
+
+ExampleSet MakeSet(std::shared_ptr<const Dataset> dataset, std::vector<int64_t> examples) {
+  ExampleSet set{.dataset = std::move(dataset), .examples = std::move(examples)};
+  for (int64_t i : set.examples) {
+    set.tokens += set.dataset->length(i);
+    set.trained_tokens += Targets((*set.dataset)[i]);
+  }
+  return set;
+}
+
+std::vector<int64_t> AllOf(const Dataset& dataset) {
+  std::vector<int64_t> all(dataset.size());
+  for (int64_t i = 0; i < dataset.size(); ++i) all[i] = i;
+  return all;
+}
+
+std::vector<DatasetFile> Files(const google::protobuf::RepeatedPtrField<v1::DatasetSpec>& specs,
+                               const google::protobuf::RepeatedPtrField<std::string>& paths) {
+  std::vector<DatasetFile> files;
+  for (int i = 0; i < paths.size(); ++i) {
+    files.push_back(
+        {paths[i], i < specs.size() ? ToFormat(specs[i].format()) : DatasetFormat::kAuto});
+  }
+  return files;
+}
+
+// Reads the data of the job with the model's tokenizer.
+class DataSetup {
+ public:
+  explicit DataSetup(PreparedJob* job) : job_(job) {}
+
+  absl::Status Run() {
+    const v1::TrainerAssignment& assignment = job_->assignment;
+    const v1::JobSpec& spec = assignment.spec();
+    absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(assignment.model_directory());
+    if (!tokenizer.ok()) return tokenizer.status();
+    const int64_t rows = job_->engine.model.vocab_size;
+    if (tokenizer->vocab_size() > rows) {
+      return absl::InvalidArgumentError(absl::StrCat("the tokenizer has ", tokenizer->vocab_size(),
+                                                     " tokens, the model's embedding only ", rows,
+                                                     " rows: they do not belong together"));
+    }
+    absl::StatusOr<TokenizerConfig> config = TokenizerConfig::Load(assignment.model_directory());
+    if (!config.ok()) return config.status();
+    absl::StatusOr<ChatTemplate> chat_template = ChatTemplate::FromConfig(*config);
+    if (!chat_template.ok() && !absl::IsNotFound(chat_template.status())) {
+      return chat_template.status();
+    }
+    DatasetOptions options = {.train_on = ToTrainOn(spec.sft().train_on()),
+                              .over_long = ToOverLong(spec.sft().over_long()),
+                              .max_tokens = spec.batch().micro_batch_tokens()};
+    const ExampleTokenizer examples(&*tokenizer, *config,
+                                    chat_template.ok() ? &*chat_template : nullptr, options);
+    absl::Status status = ReadTraining(examples, options);
+    if (status.ok()) status = ReadEvaluation(examples, options);
+    return status;
+  }
+
+ private:
+  absl::StatusOr<std::shared_ptr<const Dataset>> Read(const std::vector<DatasetFile>& files,
+                                                      const ExampleTokenizer& examples,
+                                                      const DatasetOptions& options) {
+    absl::StatusOr<Dataset> dataset = LoadDataset(files, examples, options);
+    if (!dataset.ok()) return dataset.status();
+    return std::make_shared<const Dataset>(*std::move(dataset));
+  }
+
+  absl::Status ReadTraining(const ExampleTokenizer& examples, const DatasetOptions& options) {
+    const v1::TrainerAssignment& assignment = job_->assignment;
+    auto dataset =
+        Read(Files(assignment.spec().datasets(), assignment.dataset_files()), examples, options);
+    if (!dataset.ok()) return dataset.status();
+    const DatasetCounts& counts = (*dataset)->counts();
+    v1::ValidationReport& report = job_->report;
+    report.set_dropped_examples(counts.dropped_over_long + counts.dropped_untrained);
+    report.set_truncated_examples(counts.truncated);
+    if (report.dropped_examples() > 0) {
+      report.add_warnings(absl::StrCat(counts.dropped_over_long, " examples longer than ",
+                                       options.max_tokens, " tokens were dropped, and ",
+                                       counts.dropped_untrained,
+                                       " that have no trained token after the cut"));
+    }
+    if (counts.truncated > 0) {
+      report.add_warnings(absl::StrCat(counts.truncated, " examples longer than ",
+                                       options.max_tokens, " tokens were truncated"));
+    }
+    const double fraction = assignment.spec().evaluation().fraction();
+    if (fraction == 0) {
+      job_->train = MakeSet(*dataset, AllOf(**dataset));
+      return absl::OkStatus();
+    }
+    HeldOutSplit split = SplitHeldOut((*dataset)->size(), fraction, assignment.spec().seed());
+    if (split.train.empty()) {
+      return absl::InvalidArgumentError(
+          "evaluation.fraction: no example is left to train on; give more data or none");
+    }
+    job_->train = MakeSet(*dataset, std::move(split.train));
+    job_->evaluation = MakeSet(*dataset, std::move(split.held_out));
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadEvaluation(const ExampleTokenizer& examples, const DatasetOptions& options) {
+    const v1::TrainerAssignment& assignment = job_->assignment;
+    if (assignment.evaluation_files().empty()) return absl::OkStatus();
+    auto dataset =
+        Read(Files(assignment.spec().evaluation().datasets(), assignment.evaluation_files()),
+             examples, options);
+    if (!dataset.ok()) return dataset.status();
+    job_->evaluation = MakeSet(*dataset, AllOf(**dataset));
+    return absl::OkStatus();
+  }
+
+  PreparedJob* job_;
+};
+
+// How many packs and optimiser steps the schedule asks for.
+absl::Status CountSteps(PreparedJob* job) {
+  const v1::JobSpec& spec = job->assignment.spec();
+  const int64_t micro_batches = spec.batch().micro_batches();
+  PackStream stream(&job->train, spec.batch().micro_batch_tokens(), spec.seed());
+  absl::StatusOr<int64_t> first = stream.PacksInEpoch(0);
+  if (!first.ok()) return first.status();
+  job->report.set_packs(*first);
+  if (spec.schedule().has_steps()) {
+    job->total_steps = spec.schedule().steps();
+    return absl::OkStatus();
+  }
+  const double epochs = spec.schedule().epochs();
+  for (int64_t epoch = 0; static_cast<double>(epoch) < epochs; ++epoch) {
+    absl::StatusOr<int64_t> packs = stream.PacksInEpoch(epoch);
+    if (!packs.ok()) return packs.status();
+    const double part = std::min(1.0, epochs - static_cast<double>(epoch));
+    job->total_packs += static_cast<int64_t>(std::ceil(part * static_cast<double>(*packs)));
+  }
+  job->total_steps = (job->total_packs + micro_batches - 1) / micro_batches;
+  return absl::OkStatus();
+}
+
+// Everything that changes a run's numbers on a given number of ranks. Names, priorities, budgets
+// and where files lie do not.
+absl::StatusOr<std::string> RunDigest(const PreparedJob& job) {
+  v1::JobSpec spec = job.assignment.spec();
+  spec.clear_name();
+  spec.clear_priority();
+  spec.clear_retry();
+  spec.clear_resources();
+  spec.clear_parallelism();
+  spec.clear_checkpoints();
+  spec.mutable_evaluation()->clear_every_steps();
+  spec.mutable_model()->clear_source();
+  for (auto& dataset : *spec.mutable_datasets()) dataset.clear_source();
+  for (auto& dataset : *spec.mutable_evaluation()->mutable_datasets()) dataset.clear_source();
+  Sha256Hasher hasher;
+  hasher.Update(JobSpecToYaml(spec));
+  hasher.Update(job.report.model_digest());
+  for (const std::string& path : job.assignment.dataset_files()) {
+    absl::StatusOr<std::string> sha256 = Sha256HexOfFile(path);
+    if (!sha256.ok()) return sha256.status();
+    hasher.Update(*sha256);
+  }
+  return hasher.FinishHex();
+}
+
+absl::Status CheckDigest(PreparedJob* job) {
+  absl::StatusOr<std::string> digest = ModelDigest(job->assignment.model_directory());
+  if (!digest.ok()) return digest.status();
+  const std::string& pinned = job->assignment.spec().model().digest();
+  if (!pinned.empty() && pinned != *digest) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("model.digest: ", job->assignment.model_directory(), " has the digest ",
+                     *digest, ", but the job pins ", pinned, ": the model has changed"));
+  }
+  job->report.set_model_digest(*digest);
+  return absl::OkStatus();
+}
+
+absl::Status SetUpModel(PreparedJob* job) {
+  const v1::JobSpec& spec = job->assignment.spec();
+  absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(job->assignment.model_directory());
+  if (!loaded.ok()) return loaded.status();
+  EngineOptions& engine = job->engine;
+  engine.model = loaded->config;
+  engine.names = loaded->names;
+  const std::vector<std::string> targets(spec.lora().target_modules().begin(),
+                                         spec.lora().target_modules().end());
+  absl::StatusOr<AdapterLayout> layout =
+      SelectAdapters(engine.model, engine.names, spec.lora().r(), spec.lora().alpha(), targets);
+  if (!layout.ok()) return layout.status();
+  engine.adapters = *std::move(layout);
+  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(job->assignment.model_directory());
+  if (!checkpoint.ok()) return checkpoint.status();
+  job->weights = std::make_unique<CheckpointWeights>(*std::move(checkpoint));
+  v1::ValidationReport& report = job->report;
+  report.set_model_family(engine.model.family);
+  report.set_model_parameters(CountParameters(engine.model));
+  report.set_trained_parameters(engine.adapters.elements);
+  if (spec.batch().micro_batch_tokens() > engine.model.max_positions) {
+    report.add_warnings(absl::StrCat(
+        "batch.micro_batch_tokens is ", spec.batch().micro_batch_tokens(),
+        ", beyond the model's max_position_embeddings of ", engine.model.max_positions));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+PackStream::PackStream(const ExampleSet* examples, int64_t pack_tokens, uint64_t seed)
+    : examples_(examples), pack_tokens_(pack_tokens), seed_(seed) {
+  for (int64_t i : examples->examples) lengths_.push_back(examples->dataset->length(i));
+}
+
+absl::Status PackStream::FormNextEpoch() {
+  const PackOptions options = {.pack_tokens = pack_tokens_,
+                               .max_segments = MaxSegments(pack_tokens_),
+                               .seed = seed_,
+                               .epoch = epoch_begin_.size() - 1};
+  auto packs = FormPacks(lengths_, options);
+  if (!packs.ok()) return packs.status();
+  previous_epoch_ = std::move(last_epoch_);
+  last_epoch_ = *std::move(packs);
+  epoch_begin_.push_back(epoch_begin_.back() + static_cast<int64_t>(last_epoch_.size()));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<int64_t> PackStream::PacksInEpoch(int64_t epoch) {
+  while (static_cast<int64_t>(epoch_begin_.size()) < epoch + 2) {
+    if (absl::Status s = FormNextEpoch(); !s.ok()) return s;
+  }
+  return epoch_begin_[epoch + 1] - epoch_begin_[epoch];
+}
+
+absl::StatusOr<PackStream::Entry> PackStream::At(int64_t index) {
+  while (epoch_begin_.back() <= index) {
+    if (absl::Status s = FormNextEpoch(); !s.ok()) return s;
+  }
+  const auto next = std::upper_bound(epoch_begin_.begin(), epoch_begin_.end(), index);
+  const int64_t epoch = next - epoch_begin_.begin() - 1;
+  const int64_t last = static_cast<int64_t>(epoch_begin_.size()) - 2;
+  CHECK(epoch >= last - 1);  // packs are asked for in order
+  const auto& packs = epoch == last ? last_epoch_ : previous_epoch_;
+  const int64_t within = index - epoch_begin_[epoch];
+  Entry entry;
+  for (int64_t i : packs[within]) entry.examples.push_back(examples_->examples[i]);
+  entry.epoch = static_cast<double>(epoch) +
+                static_cast<double>(within + 1) / static_cast<double>(packs.size());
+  return entry;
+}
+
+PreparedJob::Range PreparedJob::PacksOfStep(int64_t step) const {
+  const int64_t micro_batches = assignment.spec().batch().micro_batches();
+  const int64_t first = step * micro_batches;
+  if (total_packs == 0) return {first, micro_batches};
+  return {first, std::min(micro_batches, total_packs - first)};
+}
+
+absl::StatusOr<std::string> ModelDigest(const std::string& directory) {
+  std::error_code error;
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(directory, error)) {
+    const std::string name = entry.path().filename().string();
+    const bool part = absl::EndsWith(name, ".safetensors") || absl::EndsWith(name, ".json") ||
+                      absl::EndsWith(name, ".jinja");
+    if (part && fs::is_regular_file(entry.path(), error)) names.push_back(name);
+  }
+  if (error) return FileError(error.value(), "list", directory);
+  std::sort(names.begin(), names.end());
+  Sha256Hasher hasher;
+  for (const std::string& name : names) {
+    absl::StatusOr<std::string> sha256 = Sha256HexOfFile(absl::StrCat(directory, "/", name));
+    if (!sha256.ok()) return sha256.status();
+    hasher.Update(absl::StrCat(*sha256, "  ", name, "\n"));
+  }
+  return hasher.FinishHex();
+}
+
+v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device) {
+  if (precision == v1::PRECISION_F32 || precision == v1::PRECISION_BF16) return precision;
+  const bool cpu = device.type() != v1::DEVICE_TYPE_CUDA;
+  const bool bf16 = cpu ? CpuHasBf16Products() : device.bf16();
+  return bf16 ? v1::PRECISION_BF16 : v1::PRECISION_F32;
+}
+
+absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignment& assignment) {
+  auto job = std::make_unique<PreparedJob>();
+  job->assignment = assignment;
+  v1::JobSpec* spec = job->assignment.mutable_spec();
+  if (absl::Status s = ViolationsToStatus(ValidateJobSpec(*spec, {}), nullptr); !s.ok()) return s;
+  spec->set_precision(ResolvePrecision(spec->precision(), assignment.device()));
+  if (absl::Status s = SetUpModel(job.get()); !s.ok()) return s;
+  if (absl::Status s = DataSetup(job.get()).Run(); !s.ok()) return s;
+  if (absl::Status s = CountSteps(job.get()); !s.ok()) return s;
+  if (absl::Status s = CheckDigest(job.get()); !s.ok()) return s;
+  absl::StatusOr<std::string> digest = RunDigest(*job);
+  if (!digest.ok()) return digest.status();
+  job->run_digest = *digest;
+  job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
+  job->engine.spec = *spec;
+  absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(job->engine, *job->weights);
+  if (!memory.ok()) return memory.status();
+  v1::ValidationReport& report = job->report;
+  *report.mutable_memory() = *memory;
+  report.set_precision(spec->precision());
+  report.set_examples(static_cast<int64_t>(job->train.examples.size()));
+  report.set_evaluation_examples(static_cast<int64_t>(job->evaluation.examples.size()));
+  report.set_tokens(job->train.tokens);
+  report.set_trained_tokens(job->train.trained_tokens);
+  report.set_total_steps(job->total_steps);
+  return job;
+}
+
+}  // namespace attune

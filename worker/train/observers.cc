@@ -1,0 +1,90 @@
+#include "worker/train/observers.h"
+
+#include <signal.h>
+
+#include <cstdio>
+#include <cstring>
+
+namespace attune {
+namespace {
+
+volatile sig_atomic_t stop_signal = 0;
+
+}  // namespace
+
+void AgentObserver::Progress(const char* phase) {
+  const auto now = std::chrono::steady_clock::now();
+  const bool same = last_phase_ != nullptr && std::strcmp(phase, last_phase_) == 0;
+  if (same && now - last_progress_ < std::chrono::seconds(1)) return;
+  last_progress_ = now;
+  last_phase_ = phase;
+  link_->Progress(phase);
+}
+
+void AgentObserver::Running(int64_t from_step, int64_t total_steps) {
+  v1::TrainerToAgent message;
+  message.mutable_running()->set_from_step(from_step);
+  message.mutable_running()->set_total_steps(total_steps);
+  link_->Send(message);
+}
+
+void AgentObserver::Step(const v1::StepMetrics& metrics) {
+  v1::TrainerToAgent message;
+  *message.mutable_step() = metrics;
+  link_->Send(message);
+}
+
+void AgentObserver::Warning(const std::string& text) {
+  v1::TrainerToAgent message;
+  message.mutable_event()->set_kind(v1::EVENT_KIND_WARNING);
+  message.mutable_event()->set_reason("TRAINER_WARNING");
+  message.mutable_event()->set_message(text);
+  link_->Send(message);
+}
+
+void AgentObserver::CheckpointWritten(const v1::CheckpointWritten& checkpoint) {
+  v1::TrainerToAgent message;
+  *message.mutable_checkpoint() = checkpoint;
+  link_->Send(message);
+}
+
+ConsoleObserver::ConsoleObserver() {
+  struct sigaction action = {};
+  action.sa_handler = [](int) { stop_signal = 1; };
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
+void ConsoleObserver::Running(int64_t from_step, int64_t total_steps) {
+  std::printf("training from step %ld to %ld\n", static_cast<long>(from_step),
+              static_cast<long>(total_steps));
+  std::fflush(stdout);
+}
+
+void ConsoleObserver::Step(const v1::StepMetrics& m) {
+  // %.9g gives a float's value back exactly.
+  std::printf("step %ld/%ld  loss %.9g  grad_norm %.9g  lr %.6g  tokens/s %.0f",
+              static_cast<long>(m.step()), static_cast<long>(m.total_steps()), m.loss(),
+              m.grad_norm(), m.learning_rate(), m.tokens_per_s());
+  if (m.has_evaluation_loss()) {
+    std::printf("  evaluation_loss %.9g  accuracy %.4f", m.evaluation_loss(),
+                m.evaluation_accuracy());
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
+void ConsoleObserver::Warning(const std::string& message) {
+  std::fprintf(stderr, "warning: %s\n", message.c_str());
+}
+
+void ConsoleObserver::CheckpointWritten(const v1::CheckpointWritten& checkpoint) {
+  std::printf("checkpoint %s\n", checkpoint.directory().c_str());
+  std::fflush(stdout);
+}
+
+bool ConsoleObserver::StopRequested() {
+  return stop_signal != 0;
+}
+
+}  // namespace attune

@@ -1,0 +1,225 @@
+#include "worker/train/trainer.h"
+
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "worker/io/file.h"
+#include "worker/train/checkpoint.h"
+#include "worker/train/schedule.h"
+
+namespace attune {
+namespace {
+
+TrainerOutcome Fail(v1::FailureCause cause, const absl::Status& status) {
+  return {status, cause};
+}
+
+v1::FailureCause CauseOfStart(const absl::Status& status) {
+  return absl::IsResourceExhausted(status) ? v1::FAILURE_CAUSE_OUT_OF_MEMORY
+                                           : v1::FAILURE_CAUSE_INVALID;
+}
+
+class TrainingRun {
+ public:
+  TrainingRun(PreparedJob* job, Communicator* comm, TrainerObserver* observer)
+      : job_(job),
+        comm_(comm),
+        observer_(observer),
+        stream_(&job->train, job->assignment.spec().batch().micro_batch_tokens(),
+                job->assignment.spec().seed()),
+        progress_([observer] { observer->Progress("train"); }) {}
+
+  TrainerOutcome Run() {
+    if (TrainerOutcome outcome = Start(); !outcome.status.ok()) return outcome;
+    observer_->Running(state_.step, job_->total_steps);
+    while (state_.step < job_->total_steps) {
+      const TrainerOutcome outcome = Step();
+      if (!outcome.status.ok() || stopped_) return outcome;
+    }
+    return {};
+  }
+
+ private:
+  const v1::JobSpec& spec() const { return job_->assignment.spec(); }
+  const std::string& directory() const { return job_->assignment.work_directory(); }
+
+  TrainerOutcome Start() {
+    observer_->Progress("load");
+    auto engine = Engine::Create(job_->engine, *job_->weights, job_->report.memory().peak_bytes(),
+                                 [this] { observer_->Progress("load"); });
+    if (!engine.ok()) return Fail(CauseOfStart(engine.status()), engine.status());
+    engine_ = *std::move(engine);
+    const std::string& from = job_->assignment.checkpoint_directory();
+    if (!from.empty()) {
+      absl::StatusOr<TrainerState> state =
+          ReadCheckpoint(engine_->context(), from, engine_->adapters());
+      if (!state.ok()) return Fail(v1::FAILURE_CAUSE_INVALID, state.status());
+      if (state->run_digest != job_->run_digest) {
+        return Fail(v1::FAILURE_CAUSE_INVALID,
+                    absl::FailedPreconditionError(absl::StrCat(
+                        from, " is of another run: spec, model or data have changed since")));
+      }
+      state_ = *state;
+    }
+    state_.run_digest = job_->run_digest;
+    if (absl::Status s = BuildEvaluation(); !s.ok()) return Fail(v1::FAILURE_CAUSE_INVALID, s);
+    return {};
+  }
+
+  // Held-out packs never change: built once. Each rank evaluates every world-th.
+  absl::Status BuildEvaluation() {
+    const ExampleSet& set = job_->evaluation;
+    if (set.examples.empty()) return absl::OkStatus();
+    std::vector<int64_t> lengths;
+    for (int64_t i : set.examples) lengths.push_back(set.dataset->length(i));
+    const int64_t T = spec().batch().micro_batch_tokens();
+    auto packs =
+        FormPacks(lengths, {.pack_tokens = T, .max_segments = MaxSegments(T), .shuffle = false});
+    if (!packs.ok()) return packs.status();
+    for (size_t i = comm_->rank(); i < packs->size(); i += comm_->size()) {
+      std::vector<int64_t> examples;
+      for (int64_t k : (*packs)[i]) examples.push_back(set.examples[k]);
+      evaluation_packs_.push_back(BuildPack(*set.dataset, examples, T));
+    }
+    return absl::OkStatus();
+  }
+
+  TrainerOutcome Step() {
+    const absl::Time begin = absl::Now();
+    StepInput input{
+        .step = state_.step,
+        .learning_rate = LearningRate(spec().schedule(), spec().optimizer().learning_rate(),
+                                      state_.step, job_->total_steps),
+        .stop_requested = observer_->StopRequested()};
+    v1::StepMetrics metrics;
+    std::vector<Pack> packs;
+    std::vector<PackRef> mine;
+    if (absl::Status s = BuildPacks(&packs, &mine, &input, &metrics); !s.ok()) {
+      return Fail(v1::FAILURE_CAUSE_INVALID, s);
+    }
+    absl::StatusOr<StepResult> result = engine_->TrainStep(input, mine, comm_, progress_);
+    if (!result.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, result.status());
+    if (!std::isfinite(result->loss) || !std::isfinite(result->grad_norm)) {
+      return Fail(v1::FAILURE_CAUSE_DIVERGED,
+                  absl::OutOfRangeError(absl::StrCat(
+                      "step ", state_.step + 1, ": loss ", result->loss, ", gradient norm ",
+                      result->grad_norm, "; lower optimizer.learning_rate or raise warm-up")));
+    }
+    state_.step += 1;
+    state_.trained_tokens += input.trained_tokens;
+    const double step_s = absl::ToDoubleSeconds(absl::Now() - begin);
+    metrics.set_step(state_.step);
+    metrics.set_loss(result->loss);
+    metrics.set_learning_rate(input.learning_rate);
+    metrics.set_grad_norm(result->grad_norm);
+    metrics.set_trained_tokens(input.trained_tokens);
+    metrics.set_step_s(step_s);
+    metrics.set_tokens_per_s(static_cast<double>(metrics.tokens()) / step_s);
+    metrics.set_total_steps(job_->total_steps);
+    metrics.set_peak_bytes(engine_->peak_bytes());
+    return EndStep(*result, &metrics);
+  }
+
+  // Evaluation, report and checkpoint, in this order: the report holds the evaluation, and a
+  // checkpoint is only told of once its step has been.
+  TrainerOutcome EndStep(const StepResult& result, v1::StepMetrics* metrics) {
+    const bool last = state_.step == job_->total_steps;
+    stopped_ = result.stop && !last;
+    if (!job_->evaluation.examples.empty() &&
+        (last || state_.step % spec().evaluation().every_steps() == 0)) {
+      observer_->Progress("evaluate");
+      absl::StatusOr<EvaluationResult> evaluation = Evaluate();
+      if (!evaluation.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, evaluation.status());
+      evaluation_loss_ = evaluation->loss;
+      metrics->set_evaluation_loss(evaluation->loss);
+      metrics->set_evaluation_accuracy(evaluation->accuracy);
+    }
+    if (comm_->rank() != 0) return {};
+    observer_->Step(*metrics);
+    if (!last && !stopped_ && state_.step % spec().checkpoints().every_steps() != 0) return {};
+    observer_->Progress("checkpoint");
+    return Checkpoint(metrics->loss(), last);
+  }
+
+  // The packs of this step that are this rank's, and what the whole step counts.
+  absl::Status BuildPacks(std::vector<Pack>* packs, std::vector<PackRef>* mine, StepInput* input,
+                          v1::StepMetrics* metrics) {
+    const PreparedJob::Range range = job_->PacksOfStep(state_.step);
+    packs->reserve(range.count);
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < range.count; ++i) {
+      absl::StatusOr<PackStream::Entry> entry = stream_.At(range.first + i);
+      if (!entry.ok()) return entry.status();
+      packs->push_back(
+          BuildPack(*job_->train.dataset, entry->examples, spec().batch().micro_batch_tokens()));
+      const Pack& pack = packs->back();
+      input->trained_tokens += pack.trained_tokens;
+      tokens += pack.q_begin[pack.num_segments];
+      metrics->set_epoch(entry->epoch);
+      if (i % comm_->size() == comm_->rank()) mine->push_back({&pack, i});
+    }
+    metrics->set_tokens(tokens);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<EvaluationResult> Evaluate() {
+    std::vector<PackRef> refs;
+    for (const Pack& pack : evaluation_packs_) {
+      refs.push_back({&pack, static_cast<int64_t>(refs.size())});
+    }
+    return engine_->Evaluate(refs, job_->evaluation.trained_tokens, comm_,
+                             [this] { observer_->Progress("evaluate"); });
+  }
+
+  TrainerOutcome Checkpoint(double loss, bool final) {
+    CheckpointContent content = {.state = state_,
+                                 .dropout = spec().lora().dropout(),
+                                 .base_model = job_->assignment.model_directory(),
+                                 .model_directory = job_->assignment.model_directory()};
+    absl::StatusOr<std::string> path =
+        WriteCheckpoint(engine_->context(), *engine_->adapters(), content, directory());
+    if (!path.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, path.status());
+    v1::CheckpointWritten written;
+    written.set_step(state_.step);
+    written.set_directory(*path);
+    written.set_loss(loss);
+    written.set_evaluation_loss(evaluation_loss_);
+    written.set_final(final);
+    observer_->CheckpointWritten(written);
+    return Retain();
+  }
+
+  // Removes the oldest checkpoints beyond `keep` that are safe elsewhere.
+  TrainerOutcome Retain() {
+    absl::StatusOr<std::vector<std::string>> all = ListCheckpoints(directory());
+    if (!all.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, all.status());
+    const int64_t excess = static_cast<int64_t>(all->size()) - spec().checkpoints().keep();
+    for (int64_t i = 0; i < excess; ++i) {
+      const std::string& path = (*all)[i];
+      const int64_t step = std::stoll(path.substr(path.rfind('-') + 1));
+      if (step > observer_->ReleasedStep()) break;
+      if (absl::Status s = RemoveTree(path); !s.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, s);
+    }
+    return {};
+  }
+
+  PreparedJob* job_;
+  Communicator* comm_;
+  TrainerObserver* observer_;
+  PackStream stream_;
+  std::function<void()> progress_;
+  std::unique_ptr<Engine> engine_;
+  TrainerState state_;
+  std::vector<Pack> evaluation_packs_;
+  double evaluation_loss_ = 0;
+  bool stopped_ = false;
+};
+
+}  // namespace
+
+TrainerOutcome Train(PreparedJob* job, Communicator* comm, TrainerObserver* observer) {
+  return TrainingRun(job, comm, observer).Run();
+}
+
+}  // namespace attune
