@@ -196,8 +196,8 @@ void Backward(const AttentionBackwardArgs& a) {
   A* dk_sums = reinterpret_cast<A*>(base);
   A* dv_sums = reinterpret_cast<A*>(base + layout.dk_bytes);
   char* scratch_base = base + layout.dk_bytes + layout.dv_bytes;
-  const int threads =
-      ThreadsThatFit(a.workspace.bytes() - layout.dk_bytes - layout.dv_bytes, layout.thread_bytes);
+  const int threads = ThreadsThatFit(a.q, a.workspace.bytes() - layout.dk_bytes - layout.dv_bytes,
+                                     layout.thread_bytes);
 #pragma omp parallel num_threads(threads)
   {
     const BackwardScratch<A> scratch(

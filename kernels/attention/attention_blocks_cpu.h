@@ -16,6 +16,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/core/gemm_block.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 
 namespace attune::attention_cpu {
@@ -195,8 +196,10 @@ void ClearRows(const TensorView& x, int64_t begin, int64_t end) {
   }
 }
 
-// As many threads as the workspace was sized for, at most those that there are now.
-inline int ThreadsThatFit(int64_t bytes, int64_t bytes_per_thread) {
+// As many threads as the workspace was sized for, at most those that there are now; one for tiny
+// inputs.
+inline int ThreadsThatFit(const TensorView& q, int64_t bytes, int64_t bytes_per_thread) {
+  if (!WorthThreads(q.size() * std::min<int64_t>(q.dim(0), 128) / 8)) return 1;
   return static_cast<int>(
       std::min<int64_t>(bytes / bytes_per_thread, std::max(omp_get_max_threads(), 1)));
 }

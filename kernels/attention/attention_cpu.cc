@@ -138,7 +138,7 @@ void Forward(const AttentionForwardArgs& a) {
   ClearUnownedQueries<T>(a, segments > 0 ? q_begin[segments] : tq, tq);
   const Grouping grouping(a.q.dim(1) / key_heads);
   const int64_t bytes = ForwardThreadBytes<T>(a);
-  const int threads = ThreadsThatFit(a.workspace.bytes(), bytes);
+  const int threads = ThreadsThatFit(a.q, a.workspace.bytes(), bytes);
 #pragma omp parallel num_threads(threads)
   {
     char* base = static_cast<char*>(a.workspace.data) + omp_get_thread_num() * bytes;
