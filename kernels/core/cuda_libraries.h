@@ -1,0 +1,66 @@
+// cuBLASLt and cuDNN, found at run time: the program starts on machines without any NVIDIA library,
+// and uses those of the machine's CUDA toolkit or Python environment.
+//
+// Each library is looked for by its plain soname (LD_LIBRARY_PATH, ldconfig, RUNPATH), then in the
+// directories that were given, then in /usr/local/cuda/lib64.
+#pragma once
+
+#include <cublasLt.h>
+#ifdef ATTUNE_HAS_CUDNN
+#include <cudnn.h>
+#endif
+
+#include <string>
+#include <vector>
+
+namespace attune {
+
+struct CublasLtApi {
+  decltype(&cublasLtCreate) Create;
+  decltype(&cublasLtMatmul) Matmul;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) AlgoGetHeuristic;
+  decltype(&cublasLtMatmulDescCreate) DescCreate;
+  decltype(&cublasLtMatmulDescSetAttribute) DescSetAttribute;
+  decltype(&cublasLtMatmulDescDestroy) DescDestroy;
+  decltype(&cublasLtMatrixLayoutCreate) LayoutCreate;
+  decltype(&cublasLtMatrixLayoutDestroy) LayoutDestroy;
+  decltype(&cublasLtMatmulPreferenceCreate) PreferenceCreate;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) PreferenceSetAttribute;
+  decltype(&cublasLtMatmulPreferenceDestroy) PreferenceDestroy;
+  decltype(&cublasLtGetStatusString) GetStatusString;
+  decltype(&cublasLtGetVersion) GetVersion;
+};
+
+#ifdef ATTUNE_HAS_CUDNN
+struct CudnnApi {
+  decltype(&cudnnCreate) Create;
+  decltype(&cudnnSetStream) SetStream;
+  decltype(&cudnnGetVersion) GetVersion;
+  decltype(&cudnnGetErrorString) GetErrorString;
+  decltype(&cudnnGetLastErrorString) GetLastErrorString;
+  decltype(&cudnnBackendCreateDescriptor) BackendCreateDescriptor;
+  decltype(&cudnnBackendDestroyDescriptor) BackendDestroyDescriptor;
+  decltype(&cudnnBackendFinalize) BackendFinalize;
+  decltype(&cudnnBackendSetAttribute) BackendSetAttribute;
+  decltype(&cudnnBackendGetAttribute) BackendGetAttribute;
+  decltype(&cudnnBackendExecute) BackendExecute;
+};
+#endif
+
+// Where else to look, in this order: call before the first op runs.
+void SetCudaLibraryDirectories(std::vector<std::string> directories);
+
+// Empty if the libraries that ops need (cuBLASLt) could be loaded, else what was looked for, where,
+// and what to do. Call it at start, so that a missing library is an error of the environment and
+// not the end of the process.
+std::string LoadCudaLibraries();
+
+// The loaded library. Ends the process (CudaFailed) where it cannot be loaded.
+const CublasLtApi& CublasLt();
+
+#ifdef ATTUNE_HAS_CUDNN
+// Null where cuDNN is not found: ops then use their own kernels.
+const CudnnApi* Cudnn();
+#endif
+
+}  // namespace attune
