@@ -66,8 +66,13 @@ TEST_F(CudaOps, MatMul) {
       ExpectGpuAsCpu("matmul mode " + std::to_string(mode) + " m " + std::to_string(c.m),
                      {{a}, {b}, {d, out == DType::kF32 ? 1e-5 : 1e-2}},
                      [&](const Exec& exec, const Views& v, Scratch& scratch) {
-                       MatMulArgs args{.a = v[0], .b = v[1], .d = v[2], .trans_a = ta,
-                                       .trans_b = tb, .alpha = 0.5, .beta = add ? 1.0 : 0.0};
+                       MatMulArgs args{.a = v[0],
+                                       .b = v[1],
+                                       .d = v[2],
+                                       .trans_a = ta,
+                                       .trans_b = tb,
+                                       .alpha = 0.5,
+                                       .beta = add ? 1.0 : 0.0};
                        args.workspace = scratch(MatMulWorkspaceBytes(exec, args));
                        MatMul(exec, args);
                      });
@@ -112,22 +117,30 @@ TEST_F(CudaOps, Nf4Dequantize) {
       Tensor packed(DType::kU8, {Nf4PackedBytes(end)}), codes(DType::kU8, {blocks});
       for (int64_t i = 0; i < packed.size(); ++i) packed.Set(i, static_cast<double>(rng_() % 256));
       for (int64_t i = 0; i < blocks; ++i) codes.Set(i, static_cast<double>(rng_() % 256));
-      const Tensor absmax2 =
-          Random(DType::kF32, {Nf4Groups(c.first_block % kNf4Group + blocks)});
-      ExpectGpuAsCpu("dequantize", {{packed}, {codes}, {absmax2}, {Random(DType::kF32, {1})},
-                                    {Tensor(dtype, {c.n, c.k}, c.pad)}},
+      const Tensor absmax2 = Random(DType::kF32, {Nf4Groups(c.first_block % kNf4Group + blocks)});
+      ExpectGpuAsCpu("dequantize",
+                     {{packed},
+                      {codes},
+                      {absmax2},
+                      {Random(DType::kF32, {1})},
+                      {Tensor(dtype, {c.n, c.k}, c.pad)}},
                      [&](const Exec& exec, const Views& v, Scratch&) {
-                       Nf4Dequantize(exec, {.packed = v[0], .codes = v[1], .absmax2 = v[2],
-                                            .offset = v[3], .out = v[4],
+                       Nf4Dequantize(exec, {.packed = v[0],
+                                            .codes = v[1],
+                                            .absmax2 = v[2],
+                                            .offset = v[3],
+                                            .out = v[4],
                                             .first_block = c.first_block,
                                             .first_element = c.first_element});
                      });
-      ExpectGpuAsCpu("dequantize once",
-                     {{packed}, {Random(DType::kF32, {blocks})}, {Tensor(dtype, {c.n, c.k}, c.pad)}},
-                     [&](const Exec& exec, const Views& v, Scratch&) {
-                       Nf4Dequantize(exec, {.packed = v[0], .absmax = v[1], .out = v[2],
-                                            .first_element = c.first_element});
-                     });
+      ExpectGpuAsCpu(
+          "dequantize once",
+          {{packed}, {Random(DType::kF32, {blocks})}, {Tensor(dtype, {c.n, c.k}, c.pad)}},
+          [&](const Exec& exec, const Views& v, Scratch&) {
+            Nf4Dequantize(
+                exec,
+                {.packed = v[0], .absmax = v[1], .out = v[2], .first_element = c.first_element});
+          });
     }
   }
 }
@@ -142,27 +155,43 @@ TEST_F(CudaOps, RmsNorm) {
         const double tolerance = Loose(dtype);
         for (const bool add : {false, true}) {
           ExpectGpuAsCpu("rms_norm forward " + Name(dtype, w),
-                         {{x()}, {x()}, {out()}, {Random(weights, {w.columns})},
-                          {out(), tolerance}, {Tensor(DType::kF32, {kM}), 2e-5}},
+                         {{x()},
+                          {x()},
+                          {out()},
+                          {Random(weights, {w.columns})},
+                          {out(), tolerance},
+                          {Tensor(DType::kF32, {kM}), 2e-5}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
-                           RmsNormForwardArgs args{.x = v[0], .w = v[3], .y = v[4], .rstd = v[5],
-                                                   .weight_offset = 1.0};
+                           RmsNormForwardArgs args{
+                               .x = v[0], .w = v[3], .y = v[4], .rstd = v[5], .weight_offset = 1.0};
                            if (add) args.delta = v[1], args.sum = v[2];
                            RmsNormForward(exec, args);
                          });
         }
         ExpectGpuAsCpu("rms_norm rebuild " + Name(dtype, w),
-                       {{x()}, {Random(DType::kF32, {kM})}, {Random(weights, {w.columns})},
+                       {{x()},
+                        {Random(DType::kF32, {kM})},
+                        {Random(weights, {w.columns})},
                         {out(), tolerance}},
                        [&](const Exec& exec, const Views& v, Scratch&) {
                          RmsNormRebuild(exec, {.x = v[0], .rstd = v[1], .w = v[2], .y = v[3]});
                        });
         ExpectGpuAsCpu("rms_norm backward " + Name(dtype, w),
-                       {{x()}, {x()}, {Random(DType::kF32, {kM})}, {Random(weights, {w.columns})},
-                        {x()}, {out(), tolerance}, {Random(DType::kF32, {w.columns}), 2e-5}},
+                       {{x()},
+                        {x()},
+                        {Random(DType::kF32, {kM})},
+                        {Random(weights, {w.columns})},
+                        {x()},
+                        {out(), tolerance},
+                        {Random(DType::kF32, {w.columns}), 2e-5}},
                        [&](const Exec& exec, const Views& v, Scratch& scratch) {
-                         RmsNormBackwardArgs args{.dy = v[0], .x = v[1], .rstd = v[2], .w = v[3],
-                                                  .dresidual = v[4], .dx = v[5], .dw = v[6]};
+                         RmsNormBackwardArgs args{.dy = v[0],
+                                                  .x = v[1],
+                                                  .rstd = v[2],
+                                                  .w = v[3],
+                                                  .dresidual = v[4],
+                                                  .dx = v[5],
+                                                  .dw = v[6]};
                          args.workspace = scratch(RmsNormBackwardWorkspaceBytes(exec, args));
                          RmsNormBackward(exec, args);
                        });
@@ -181,10 +210,15 @@ TEST_F(CudaOps, Rope) {
       inv_freq.Set(i, std::pow(10000.0, -2.0 * static_cast<double>(i) / rotary));
     }
     ExpectGpuAsCpu("rope table",
-                   {{positions}, {inv_freq}, {Tensor(DType::kF32, {kT, rotary / 2}), 1e-6},
+                   {{positions},
+                    {inv_freq},
+                    {Tensor(DType::kF32, {kT, rotary / 2}), 1e-6},
                     {Tensor(DType::kF32, {kT, rotary / 2}), 1e-6}},
                    [](const Exec& exec, const Views& v, Scratch&) {
-                     RopeTable(exec, {.positions = v[0], .inv_freq = v[1], .cos = v[2], .sin = v[3],
+                     RopeTable(exec, {.positions = v[0],
+                                      .inv_freq = v[1],
+                                      .cos = v[2],
+                                      .sin = v[3],
                                       .attention_scaling = 1.1});
                    });
     for (DType dtype : kDTypes) {
@@ -195,7 +229,10 @@ TEST_F(CudaOps, Rope) {
                           {Random(DType::kF32, {kT, rotary / 2})},
                           {Random(DType::kF32, {kT, rotary / 2})}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
-                           Rope(exec, {.x = v[0], .cos = v[1], .sin = v[2], .rotary_dim = rotary,
+                           Rope(exec, {.x = v[0],
+                                       .cos = v[1],
+                                       .sin = v[2],
+                                       .rotary_dim = rotary,
                                        .inverse = inverse});
                          });
         }
@@ -216,14 +253,18 @@ TEST_F(CudaOps, GatedActivation) {
                          GatedActivationForward(
                              exec, {.gate = v[0], .up = v[1], .h = v[2], .activation = act});
                        });
-        ExpectGpuAsCpu("gated backward " + Name(dtype, w),
-                       {{x()}, {x()}, {x()}, {out(), tolerance}, {out(), tolerance},
-                        {out(), tolerance}},
-                       [&](const Exec& exec, const Views& v, Scratch&) {
-                         GatedActivationBackward(exec, {.dh = v[0], .gate = v[1], .up = v[2],
-                                                        .dgate = v[3], .dup = v[4], .h = v[5],
-                                                        .activation = act});
-                       });
+        ExpectGpuAsCpu(
+            "gated backward " + Name(dtype, w),
+            {{x()}, {x()}, {x()}, {out(), tolerance}, {out(), tolerance}, {out(), tolerance}},
+            [&](const Exec& exec, const Views& v, Scratch&) {
+              GatedActivationBackward(exec, {.dh = v[0],
+                                             .gate = v[1],
+                                             .up = v[2],
+                                             .dgate = v[3],
+                                             .dup = v[4],
+                                             .h = v[5],
+                                             .activation = act});
+            });
       }
     }
   }
@@ -236,8 +277,8 @@ TEST_F(CudaOps, EmbeddingAndRows) {
       const auto out = [&](int64_t rows) { return Tensor(dtype, {rows, w.columns}, w.padding); };
       ExpectGpuAsCpu("embedding " + Name(dtype, w), {{Ints({3, 0, 10, 3, 7})}, {x(11)}, {out(5)}},
                      [](const Exec& exec, const Views& v, Scratch&) {
-                       EmbeddingForward(
-                           exec, {.ids = v[0], .table = v[1], .y = v[2], .scale = 1.5});
+                       EmbeddingForward(exec,
+                                        {.ids = v[0], .table = v[1], .y = v[2], .scale = 1.5});
                      });
       const Tensor index = Ints({3, -1, 8, 0, -1, 5});
       ExpectGpuAsCpu("gather " + Name(dtype, w), {{x(9)}, {index}, {out(6)}},
@@ -263,11 +304,17 @@ TEST_F(CudaOps, CrossEntropy) {
         logits.Set(4 * w.columns + 4, NAN);
         const Tensor targets = Ints({0, -1, 36, 9, 2, static_cast<int32_t>(w.columns) - 1});
         ExpectGpuAsCpu("cross entropy " + Name(dtype, w),
-                       {{logits, Loose(dtype)}, {targets}, {Tensor(DType::kF32, {6}), 2e-5},
-                        {Tensor(DType::kU8, {6})}, {Tensor(DType::kF32, {1}).Constant(0.25)}},
+                       {{logits, Loose(dtype)},
+                        {targets},
+                        {Tensor(DType::kF32, {6}), 2e-5},
+                        {Tensor(DType::kU8, {6})},
+                        {Tensor(DType::kF32, {1}).Constant(0.25)}},
                        [&](const Exec& exec, const Views& v, Scratch&) {
-                         CrossEntropy(exec, {.logits = v[0], .targets = v[1], .loss = v[2],
-                                             .correct = v[3], .grad_scale = v[4],
+                         CrossEntropy(exec, {.logits = v[0],
+                                             .targets = v[1],
+                                             .loss = v[2],
+                                             .correct = v[3],
+                                             .grad_scale = v[4],
                                              .softcap = softcap});
                        });
       }
@@ -280,10 +327,9 @@ TEST_F(CudaOps, Elementwise) {
     const auto x = [&](DType dtype) { return Random(dtype, {13, w.columns}, w.padding); };
     for (DType from : {DType::kF64, DType::kF32, DType::kBF16}) {
       for (DType to : {DType::kF64, DType::kF32, DType::kBF16}) {
-        ExpectGpuAsCpu("copy " + Name(from, w), {{x(from)}, {x(to).Poison()}},
-                       [](const Exec& exec, const Views& v, Scratch&) {
-                         Copy(exec, {.x = v[0], .y = v[1]});
-                       });
+        ExpectGpuAsCpu(
+            "copy " + Name(from, w), {{x(from)}, {x(to).Poison()}},
+            [](const Exec& exec, const Views& v, Scratch&) { Copy(exec, {.x = v[0], .y = v[1]}); });
         ExpectGpuAsCpu("add " + Name(from, w), {{x(from)}, {x(to), 1e-2}},
                        [](const Exec& exec, const Views& v, Scratch&) {
                          Add(exec, {.x = v[0], .y = v[1], .alpha = 0.3});
@@ -314,9 +360,15 @@ TEST_F(CudaOps, DropoutDrawsTheSameMask) {
                         {Random(dtype, {21, w.columns}, w.padding)},
                         {Ints({17, 3})}},
                        [&](const Exec& exec, const Views& v, Scratch&) {
-                         Dropout(exec, {.x = v[0], .y = v[1], .step_pack = v[2], .p = 0.3,
-                                        .seed = 0x123456789abcdefULL, .layer = 5, .module = 2,
-                                        .first_row = 1000003, .accumulate = accumulate});
+                         Dropout(exec, {.x = v[0],
+                                        .y = v[1],
+                                        .step_pack = v[2],
+                                        .p = 0.3,
+                                        .seed = 0x123456789abcdefULL,
+                                        .layer = 5,
+                                        .module = 2,
+                                        .first_row = 1000003,
+                                        .accumulate = accumulate});
                        });
       }
     }
@@ -349,8 +401,9 @@ TEST_F(CudaOps, Optimizer) {
     GradNormArgs args{.grads = grads, .norm_sq = v[0]};
     args.workspace = scratch(GradNormWorkspaceBytes(exec, args));
     GradNorm(exec, args);
-    ClipScale(exec, {.norm_sq = v[0], .scale = v[v.size() - 2], .norm = v[v.size() - 1],
-                     .max_norm = 1.0});
+    ClipScale(
+        exec,
+        {.norm_sq = v[0], .scale = v[v.size() - 2], .norm = v[v.size() - 1], .max_norm = 1.0});
   });
 }
 
@@ -378,13 +431,24 @@ TEST_F(CudaOps, Attention) {
       const auto random = [&](int64_t h, int64_t d) { return Random(dtype, {kT, h, d}, 16); };
       const auto out = [&](int64_t h, int64_t d) { return Tensor(dtype, {kT, h, d}, 16); };
       const AttentionOptions options{c.mask, c.window, 1.0 / std::sqrt(c.dqk), c.softcap};
-      const std::vector<Operand> forward{
-          {count}, {q_begin}, {k_begin}, {k_length}, {q_offset}, {random(c.hq, c.dqk)},
-          {random(c.hk, c.dqk)}, {random(c.hk, c.dv)}, {out(c.hq, c.dv), tolerance},
-          {Tensor(DType::kF32, {c.hq, kT}), 2e-5}};
+      const std::vector<Operand> forward{{count},
+                                         {q_begin},
+                                         {k_begin},
+                                         {k_length},
+                                         {q_offset},
+                                         {random(c.hq, c.dqk)},
+                                         {random(c.hk, c.dqk)},
+                                         {random(c.hk, c.dv)},
+                                         {out(c.hq, c.dv), tolerance},
+                                         {Tensor(DType::kF32, {c.hq, kT}), 2e-5}};
       const OpCall run_forward = [&](const Exec& exec, const Views& v, Scratch& scratch) {
-        AttentionForwardArgs args{.q = v[5], .k = v[6], .v = v[7], .o = v[8], .lse = v[9],
-                                  .segments = {v[0], v[1], v[2], v[3], v[4]}, .options = options};
+        AttentionForwardArgs args{.q = v[5],
+                                  .k = v[6],
+                                  .v = v[7],
+                                  .o = v[8],
+                                  .lse = v[9],
+                                  .segments = {v[0], v[1], v[2], v[3], v[4]},
+                                  .options = options};
         args.workspace = scratch(AttentionForwardWorkspaceBytes(exec, args));
         AttentionForward(exec, args);
       };
@@ -398,9 +462,15 @@ TEST_F(CudaOps, Attention) {
       backward.push_back({out(c.hk, c.dv), tolerance});
       ExpectGpuAsCpu("attention backward", backward,
                      [&](const Exec& exec, const Views& v, Scratch& scratch) {
-                       AttentionBackwardArgs args{.q = v[5], .k = v[6], .v = v[7], .o = v[8],
-                                                  .lse = v[9], .d_o = v[10], .dq = v[11],
-                                                  .dk = v[12], .dv = v[13],
+                       AttentionBackwardArgs args{.q = v[5],
+                                                  .k = v[6],
+                                                  .v = v[7],
+                                                  .o = v[8],
+                                                  .lse = v[9],
+                                                  .d_o = v[10],
+                                                  .dq = v[11],
+                                                  .dk = v[12],
+                                                  .dv = v[13],
                                                   .segments = {v[0], v[1], v[2], v[3], v[4]},
                                                   .options = options};
                        args.workspace = scratch(AttentionBackwardWorkspaceBytes(exec, args));

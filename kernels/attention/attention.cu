@@ -35,6 +35,7 @@ struct Shape {
   bool causal;
   int64_t window;
   float scale, softcap;
+  bool packed;  // rows of q, k, v (and do) can be read 16 bytes at a time
 };
 
 struct Segment {
@@ -93,9 +94,19 @@ __device__ Range VisibleQueries(const Shape& shape, const Segment& seg, int64_t 
   return r;
 }
 
+// `packed`: b may be read 16 bytes at a time. The order of the sum is the same.
 template <typename T>
-__device__ float Dot(const float* a, const T* b, int n) {
+__device__ float Dot(const float* a, const T* b, int n, bool packed) {
   float sum = 0.0f;
+  if (packed) {
+    constexpr int N = kPackSize<T>;
+    for (int c = 0; c < n; c += N) {
+      const Pack<T, N> pack = Pack<T, N>::Load(b + c);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum += a[c + i] * pack[i];
+    }
+    return sum;
+  }
   for (int c = 0; c < n; ++c) sum += a[c] * ToFloat(b[c]);
   return sum;
 }
@@ -149,7 +160,8 @@ __global__ __launch_bounds__(kThreads) void ForwardKernel(Forward<T> a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (unit >= shape.tq * shape.hq) return;
-  const int64_t t = unit / shape.hq, head = unit % shape.hq, key_head = head / (shape.hq / shape.hk);
+  const int64_t t = unit / shape.hq, head = unit % shape.hq,
+                key_head = head / (shape.hq / shape.hk);
   const Segment seg = OwnerOfQuery(a.segments, t);
   const Range seen = VisibleKeys(shape, seg, seg.q_offset + t - seg.q_begin);
   float* q = rows[warp];
@@ -161,7 +173,7 @@ __global__ __launch_bounds__(kThreads) void ForwardKernel(Forward<T> a) {
     const int64_t j = j0 + lane;
     float z = kNone, slope;
     if (j < seen.end) {
-      z = Score(shape, Dot(q, a.k(seg.k_begin + j, key_head), shape.dqk), &slope);
+      z = Score(shape, Dot(q, a.k(seg.k_begin + j, key_head), shape.dqk, shape.packed), &slope);
     }
     const float before = largest;
     largest = fmaxf(largest, WarpMax(z));
@@ -208,7 +220,8 @@ __global__ __launch_bounds__(kThreads) void QueryGradientKernel(Backward<T> a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (unit >= shape.tq * shape.hq) return;
-  const int64_t t = unit / shape.hq, head = unit % shape.hq, key_head = head / (shape.hq / shape.hk);
+  const int64_t t = unit / shape.hq, head = unit % shape.hq,
+                key_head = head / (shape.hq / shape.hk);
   const Segment seg = OwnerOfQuery(a.segments, t);
   const Range seen = VisibleKeys(shape, seg, seg.q_offset + t - seg.q_begin);
   float *q = rows[warp][0], *d_o = rows[warp][1];
@@ -225,8 +238,8 @@ __global__ __launch_bounds__(kThreads) void QueryGradientKernel(Backward<T> a) {
     const int64_t token = seg.k_begin + j0 + lane;
     PairGradient g{0.0f, 0.0f};
     if (j0 + lane < seen.end) {
-      g = Differentiate(shape, Dot(q, a.k(token, key_head), shape.dqk),
-                        Dot(d_o, a.v(token, key_head), shape.dv), lse, delta);
+      g = Differentiate(shape, Dot(q, a.k(token, key_head), shape.dqk, shape.packed),
+                        Dot(d_o, a.v(token, key_head), shape.dv, shape.packed), lse, delta);
     }
     const int keys = static_cast<int>(min(int64_t{32}, seen.end - j0));
     for (int i = 0; i < keys; ++i) {
@@ -258,9 +271,9 @@ __global__ __launch_bounds__(kThreads) void KeyGradientKernel(Backward<T> a) {
       const int64_t query = seg.q_begin + i0 + lane;
       PairGradient g{0.0f, 0.0f};
       if (i0 + lane < seeing.end) {
-        g = Differentiate(shape, Dot(k, a.q(query, head), shape.dqk),
-                          Dot(v, a.d_o(query, head), shape.dv), a.lse[head * shape.tq + query],
-                          a.delta[head * shape.tq + query]);
+        g = Differentiate(shape, Dot(k, a.q(query, head), shape.dqk, shape.packed),
+                          Dot(v, a.d_o(query, head), shape.dv, shape.packed),
+                          a.lse[head * shape.tq + query], a.delta[head * shape.tq + query]);
       }
       const int queries = static_cast<int>(min(int64_t{32}, seeing.end - i0));
       for (int i = 0; i < queries; ++i) {
@@ -285,7 +298,8 @@ Shape ShapeOf(const Args& a) {
           a.options.mask == AttentionMask::kCausal,
           a.options.window,
           static_cast<float>(a.options.scale),
-          static_cast<float>(a.options.softcap)};
+          static_cast<float>(a.options.softcap),
+          false};
 }
 Segments SegmentsOf(const AttentionSegments& s) {
   return {Data<const int32_t>(s.num_segments), Data<const int32_t>(s.q_begin),
@@ -310,7 +324,8 @@ unsigned Blocks(int64_t warps) {
 }  // namespace
 
 void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
-  const Shape shape = ShapeOf(a);
+  Shape shape = ShapeOf(a);
+  shape.packed = Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v});
   if (shape.tq == 0) return;
   DispatchHead(a.q, a.v, [&]<typename T, int kParts>() {
     const Forward<T> args{shape,
@@ -327,7 +342,8 @@ void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
 }
 
 void AttentionBackwardCuda(const Exec& exec, const AttentionBackwardArgs& a) {
-  const Shape shape = ShapeOf(a);
+  Shape shape = ShapeOf(a);
+  shape.packed = Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v, &a.d_o});
   const cudaStream_t stream = StreamOf(exec.stream);
   DispatchHead(a.q, a.v, [&]<typename T, int kParts>() {
     const Backward<T> args{shape,

@@ -51,8 +51,7 @@ Loaded<CublasLtApi> LoadCublasLt() {
   const std::string soname = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
   void* library = Open(soname, RTLD_NOW | RTLD_LOCAL, &out.error);
   if (library == nullptr) {
-    out.error = "cannot load " + soname +
-                ", which matrix products on a GPU need. Install CUDA " +
+    out.error = "cannot load " + soname + ", which matrix products on a GPU need. Install CUDA " +
                 std::to_string(CUBLAS_VER_MAJOR) +
                 "'s cuBLAS, or name the directory that holds it. Tried:" + out.error;
     return out;

@@ -106,8 +106,8 @@ __global__ __launch_bounds__(kThreads) void CrossEntropyKernel(Args<T> a) {
     const float z = inside ? Capped(ToFloat(x[target]), a.softcap) : __int_as_float(0x7fffffff);
     a.loss[row] = lse - z;
     if (a.correct != nullptr) {
-      const bool all_hidden = inside && target == 0 && peak.place == 0x7fffffff &&
-                              ToFloat(x[0]) == -Infinity();
+      const bool all_hidden =
+          inside && target == 0 && peak.place == 0x7fffffff && ToFloat(x[0]) == -Infinity();
       a.correct[row] = peak.place == target || all_hidden ? 1 : 0;
     }
   }

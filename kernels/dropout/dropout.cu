@@ -60,12 +60,11 @@ void DropoutCuda(const Exec& exec, const DropoutArgs& a) {
       static_cast<uint32_t>(std::min(std::round(a.p * 4294967296.0), 4294967295.0));
   DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
     const auto run = [&]<int N>() {
-      ForEachPack(
-          Drop<T, N>{RowsOf<const T>(a.x), RowsOf<T>(a.y), Data<const int32_t>(a.step_pack),
-                     a.first_row, a.x.dim(1), static_cast<uint32_t>(a.seed),
-                     static_cast<uint32_t>(a.seed >> 32), a.layer << 16 | a.module << 8, threshold,
-                     static_cast<float>(1.0 / (1.0 - a.p)), a.accumulate},
-          a.x.dim(0), a.x.dim(1), exec.stream);
+      ForEachPack(Drop<T, N>{RowsOf<const T>(a.x), RowsOf<T>(a.y), Data<const int32_t>(a.step_pack),
+                             a.first_row, a.x.dim(1), static_cast<uint32_t>(a.seed),
+                             static_cast<uint32_t>(a.seed >> 32), a.layer << 16 | a.module << 8,
+                             threshold, static_cast<float>(1.0 / (1.0 - a.p)), a.accumulate},
+                  a.x.dim(0), a.x.dim(1), exec.stream);
     };
     if (Packable(kPackSize<T>, {&a.x, &a.y})) return run.template operator()<kPackSize<T>>();
     run.template operator()<1>();

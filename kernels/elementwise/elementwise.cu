@@ -101,7 +101,8 @@ struct AddPack {
     const Pack<X, N> in = Pack<X, N>::Load(x(row, c));
     Pack<Y, N> out = Pack<Y, N>::Load(y(row, c));
     for (int i = 0; i < N; ++i) {
-      out.v[i] = Narrow<Y>(static_cast<A>(Widen(out.v[i])) + alpha * static_cast<A>(Widen(in.v[i])));
+      out.v[i] =
+          Narrow<Y>(static_cast<A>(Widen(out.v[i])) + alpha * static_cast<A>(Widen(in.v[i])));
     }
     out.Store(y(row, c));
   }
@@ -164,7 +165,7 @@ void FillWith(const Exec& exec, const TensorView& x, T value) {
 template <typename X, typename Y>
 void CopyTo(const Exec& exec, const CopyArgs& a) {
   const Extents extents = ExtentsOf({&a.x, &a.y});
-  constexpr int kMost = kPackSize<X> > kPackSize<Y> ? kPackSize<X> : kPackSize<Y>;
+  constexpr int kMost = kPackSize < X >> kPackSize<Y> ? kPackSize<X> : kPackSize<Y>;
   DispatchPack<kMost>(extents, {&a.x, &a.y}, [&]<int N>() {
     ForEachPack(CopyPack<X, Y, N>{RowsIn<const X>(a.x, extents), RowsIn<Y>(a.y, extents)},
                 extents.rows, extents.columns, exec.stream);
@@ -218,7 +219,7 @@ void AddCuda(const Exec& exec, const AddArgs& a) {
   const Extents extents = ExtentsOf({&a.x, &a.y});
   DispatchCudaFloat64(a.x.dtype, [&]<typename X>() {
     DispatchCudaFloat64(a.y.dtype, [&]<typename Y>() {
-      constexpr int kMost = kPackSize<X> > kPackSize<Y> ? kPackSize<X> : kPackSize<Y>;
+      constexpr int kMost = kPackSize < X >> kPackSize<Y> ? kPackSize<X> : kPackSize<Y>;
       DispatchPack<kMost>(extents, {&a.x, &a.y}, [&]<int N>() {
         ForEachPack(AddPack<X, Y, N>{RowsIn<const X>(a.x, extents), RowsIn<Y>(a.y, extents),
                                      static_cast<WiderOf<X, Y>>(a.alpha)},

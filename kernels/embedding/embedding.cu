@@ -30,10 +30,10 @@ struct Forward {
 void EmbeddingForwardCuda(const Exec& exec, const EmbeddingForwardArgs& a) {
   DispatchCudaFloat(a.table.dtype, [&]<typename T>() {
     const auto run = [&]<int N>() {
-      ForEachPack(Forward<T, N>{Data<const int32_t>(a.ids), Data<const T>(a.table),
-                                a.table.stride(0), a.table.dim(0), RowsOf<T>(a.y),
-                                static_cast<float>(a.scale)},
-                  a.y.dim(0), a.y.dim(1), exec.stream);
+      ForEachPack(
+          Forward<T, N>{Data<const int32_t>(a.ids), Data<const T>(a.table), a.table.stride(0),
+                        a.table.dim(0), RowsOf<T>(a.y), static_cast<float>(a.scale)},
+          a.y.dim(0), a.y.dim(1), exec.stream);
     };
     if (Packable(kPackSize<T>, {&a.table, &a.y})) return run.template operator()<kPackSize<T>>();
     run.template operator()<1>();

@@ -52,15 +52,15 @@ uint32_t Alignment(const TensorView& x) {
 
 cublasLtMatrixLayout_t Layout(const TensorView& x) {
   cublasLtMatrixLayout_t out = nullptr;
-  CUBLAS_CHECK(CublasLt().LayoutCreate(
-      &out, x.dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F, static_cast<uint64_t>(x.dim(1)),
-      static_cast<uint64_t>(x.dim(0)), LeadingDimension(x)));
+  CUBLAS_CHECK(CublasLt().LayoutCreate(&out, x.dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F,
+                                       static_cast<uint64_t>(x.dim(1)),
+                                       static_cast<uint64_t>(x.dim(0)), LeadingDimension(x)));
   return out;
 }
 
 template <typename T>
-void SetPreference(cublasLtMatmulPreference_t preference,
-                   cublasLtMatmulPreferenceAttributes_t name, T value) {
+void SetPreference(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t name,
+                   T value) {
   CUBLAS_CHECK(CublasLt().PreferenceSetAttribute(preference, name, &value, sizeof(value)));
 }
 
@@ -87,9 +87,8 @@ std::shared_ptr<const Product> MakeProduct(const MatMulArgs& x, int64_t workspac
   SetPreference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, Alignment(x.d));
   cublasLtMatmulHeuristicResult_t result{};
   int count = 0;
-  const cublasStatus_t status =
-      lt.AlgoGetHeuristic(Handle(), out->desc, out->a, out->b, out->d, out->d, preference, 1,
-                          &result, &count);
+  const cublasStatus_t status = lt.AlgoGetHeuristic(Handle(), out->desc, out->a, out->b, out->d,
+                                                    out->d, preference, 1, &result, &count);
   CUBLAS_CHECK(lt.PreferenceDestroy(preference));
   out->found = status == CUBLAS_STATUS_SUCCESS && count > 0;
   if (!out->found && status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
@@ -144,16 +143,11 @@ struct PlainProduct {
 template <typename T, typename Out>
 void RunPlain(const Exec& exec, const MatMulArgs& x) {
   const int64_t lda = LeadingDimension(x.a), ldb = LeadingDimension(x.b);
-  const PlainProduct<T, Out> op{Data<const T>(x.a),
-                                Data<const T>(x.b),
-                                x.trans_a ? 1 : lda,
-                                x.trans_a ? lda : 1,
-                                x.trans_b ? 1 : ldb,
-                                x.trans_b ? ldb : 1,
-                                x.a.dim(x.trans_a ? 0 : 1),
-                                RowsOf<Out>(x.d),
-                                static_cast<float>(x.alpha),
-                                x.beta != 0.0};
+  const PlainProduct<T, Out> op{Data<const T>(x.a),          Data<const T>(x.b),
+                                x.trans_a ? 1 : lda,         x.trans_a ? lda : 1,
+                                x.trans_b ? 1 : ldb,         x.trans_b ? ldb : 1,
+                                x.a.dim(x.trans_a ? 0 : 1),  RowsOf<Out>(x.d),
+                                static_cast<float>(x.alpha), x.beta != 0.0};
   ForEachPack(op, x.d.dim(0), x.d.dim(1), exec.stream);
 }
 
@@ -178,10 +172,10 @@ void MatMulCuda(const Exec& exec, const MatMulArgs& x) {
     return RunPlain<Bf16, Bf16>(exec, x);
   }
   const float alpha = static_cast<float>(x.alpha), beta = static_cast<float>(x.beta);
-  CUBLAS_CHECK(CublasLt().Matmul(
-      Handle(), product->desc, &alpha, x.b.data, product->a, x.a.data, product->b, &beta, x.d.data,
-      product->d, x.d.data, product->d, &product->algorithm, x.workspace.data,
-      static_cast<size_t>(workspace_bytes), StreamOf(exec.stream)));
+  CUBLAS_CHECK(CublasLt().Matmul(Handle(), product->desc, &alpha, x.b.data, product->a, x.a.data,
+                                 product->b, &beta, x.d.data, product->d, x.d.data, product->d,
+                                 &product->algorithm, x.workspace.data,
+                                 static_cast<size_t>(workspace_bytes), StreamOf(exec.stream)));
 }
 
 }  // namespace attune

@@ -13,11 +13,14 @@ constexpr float kMinAbsMax = 1e-38f;
 // Passed by value, so that a captured graph needs nothing else.
 struct Tables {
   float nf4[16];
+  float borders[16];  // between codes i and i + 1; the last is not used
   float map[256];
 };
 Tables MakeTables() {
   Tables out;
   std::memcpy(out.nf4, Nf4Values(), sizeof(out.nf4));
+  for (int i = 0; i < 15; ++i) out.borders[i] = (out.nf4[i] + out.nf4[i + 1]) / 2.0f;
+  out.borders[15] = out.nf4[15];
   std::memcpy(out.map, Nf4DynamicMap(), sizeof(out.map));
   return out;
 }
@@ -47,8 +50,8 @@ constexpr int kUnroll = 4;  // loads in flight per thread
 template <typename T>
 __global__ __launch_bounds__(kThreads) void DequantizeKernel(const __grid_constant__ Tables tables,
                                                              Source source, int64_t first_element,
-                                                             T* out, int64_t stride,
-                                                             uint32_t packs, uint32_t total) {
+                                                             T* out, int64_t stride, uint32_t packs,
+                                                             uint32_t total) {
   __shared__ float nf4[16];
   __shared__ float map[256];
   if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
@@ -126,11 +129,12 @@ void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
 
 // ---- Quantise: a warp per block of 64, two elements per lane ----
 
-__device__ int Nf4Code(const float* nf4, float scaled) {
+// How many borders lie below `scaled`: they ascend.
+__device__ int Nf4Code(const float* borders, float scaled) {
   int code = 0;
 #pragma unroll
-  for (int b = 0; b < 15; ++b) {
-    code += scaled > __fmul_rn(__fadd_rn(nf4[b], nf4[b + 1]), 0.5f) ? 1 : 0;
+  for (int step = 8; step > 0; step /= 2) {
+    if (scaled > borders[code + step - 1]) code += step;
   }
   return code;
 }
@@ -140,6 +144,9 @@ __global__ __launch_bounds__(kThreads) void QuantizeKernel(const __grid_constant
                                                            const T* w, uint8_t* packed,
                                                            float* absmax_out, int64_t size,
                                                            int64_t blocks) {
+  __shared__ float borders[16];
+  if (threadIdx.x < 16) borders[threadIdx.x] = tables.borders[threadIdx.x];
+  __syncthreads();
   const int64_t block = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
   if (block >= blocks) return;
   const int64_t e = block * kNf4Block + 2 * (threadIdx.x % 32);
@@ -157,7 +164,7 @@ __global__ __launch_bounds__(kThreads) void QuantizeKernel(const __grid_constant
   };
   if (threadIdx.x % 32 == 0) absmax_out[block] = absmax;
   if (e < size) {
-    const int high = Nf4Code(tables.nf4, scaled(first)), low = Nf4Code(tables.nf4, scaled(second));
+    const int high = Nf4Code(borders, scaled(first)), low = Nf4Code(borders, scaled(second));
     packed[e / 2] = static_cast<uint8_t>(high << 4 | low);
   }
 }
@@ -231,8 +238,8 @@ void Nf4DoubleQuantizeCuda(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
   }
   if (blocks == 0) return;
   DoubleQuantizeKernel<<<static_cast<unsigned>(Nf4Groups(blocks)), kNf4Group, 0, stream>>>(
-      MakeTables(), Data<const float>(a.absmax), Data<const float>(a.offset), Data<uint8_t>(a.codes),
-      Data<float>(a.absmax2), blocks);
+      MakeTables(), Data<const float>(a.absmax), Data<const float>(a.offset),
+      Data<uint8_t>(a.codes), Data<float>(a.absmax2), blocks);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -1,5 +1,5 @@
-// AdamW and the gradient norm on CUDA: one launch for up to kBatch tensors, whose pointers travel as
-// kernel parameters. A block of threads takes a piece of one tensor.
+// AdamW and the gradient norm on CUDA: one launch for up to kBatch tensors, whose pointers travel
+// as kernel parameters. A block of threads takes a piece of one tensor.
 #include <cmath>
 
 #include "kernels/core/cuda.cuh"
@@ -67,8 +67,8 @@ __device__ void Update(const AdamWBatch& b, float decay, float grad_scale, float
   const float difference = __fsub_rn(g, *m);
   const float m_new = b.lerp_from_end ? __fsub_rn(g, __fmul_rn(difference, b.beta1))
                                       : __fadd_rn(*m, __fmul_rn(b.one_minus_beta1, difference));
-  const float v_new = __fadd_rn(__fmul_rn(*v, b.beta2),
-                                __fmul_rn(__fmul_rn(b.one_minus_beta2, g), g));
+  const float v_new =
+      __fadd_rn(__fmul_rn(*v, b.beta2), __fmul_rn(__fmul_rn(b.one_minus_beta2, g), g));
   const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v_new), b.sqrt_correction2), b.eps);
   *m = m_new;
   *v = v_new;

@@ -175,11 +175,11 @@ void RunForward(const Exec& exec, const RmsNormForwardArgs& a) {
                            a.x.dim(1),
                            static_cast<float>(a.eps),
                            static_cast<float>(a.weight_offset)};
-  DispatchRows<T>(args.rows, args.columns,
-                  Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
-                  [&]<int N, int kThreads>(unsigned grid, dim3 block) {
-                    ForwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
-                  });
+  DispatchRows<T>(
+      args.rows, args.columns, Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
+      [&]<int N, int kThreads>(unsigned grid, dim3 block) {
+        ForwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
+      });
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -220,12 +220,11 @@ void RunBackward(const Exec& exec, const RmsNormBackwardArgs& a) {
                             a.x.dim(0),
                             a.x.dim(1),
                             static_cast<float>(a.weight_offset)};
-  DispatchRows<T>(args.rows, args.columns,
-                  Packable(kPackSize<T>, {&a.dy, &a.x, &a.dresidual, &a.dx, &a.w}),
-                  [&]<int N, int kThreads>(unsigned grid, dim3 block) {
-                    BackwardKernel<T, W, N, kThreads>
-                        <<<grid, block, 0, StreamOf(exec.stream)>>>(args);
-                  });
+  DispatchRows<T>(
+      args.rows, args.columns, Packable(kPackSize<T>, {&a.dy, &a.x, &a.dresidual, &a.dx, &a.w}),
+      [&]<int N, int kThreads>(unsigned grid, dim3 block) {
+        BackwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
+      });
   CUDA_CHECK(cudaGetLastError());
 }
 

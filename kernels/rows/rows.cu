@@ -56,8 +56,8 @@ void ScatterRowsCuda(const Exec& exec, const ScatterRowsArgs& a) {
   if (a.x.size() == 0) return;
   const size_t width = static_cast<size_t>(DTypeBytes(a.x.dtype));
   const size_t pitch = (a.x.dim(0) > 1 ? a.x.stride(0) : a.x.dim(1)) * width;
-  CUDA_CHECK(cudaMemset2DAsync(a.x.data, pitch, 0, a.x.dim(1) * width, a.x.dim(0),
-                               StreamOf(exec.stream)));
+  CUDA_CHECK(
+      cudaMemset2DAsync(a.x.data, pitch, 0, a.x.dim(1) * width, a.x.dim(0), StreamOf(exec.stream)));
   Move<false>(exec, a.x, a.index, a.y);
 }
 
