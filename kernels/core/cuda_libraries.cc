@@ -80,37 +80,6 @@ const Loaded<CublasLtApi>& LoadedCublasLt() {
   return *loaded;
 }
 
-#ifdef ATTUNE_HAS_CUDNN
-Loaded<CudnnApi> LoadCudnn() {
-  Loaded<CudnnApi> out;
-  // cuDNN compiles its engines with NVRTC, which it opens by soname: make sure that it is found in
-  // the directories that were given, too.
-  std::string ignored;
-  Open("libnvrtc.so." + std::to_string(CUBLAS_VER_MAJOR), RTLD_NOW | RTLD_GLOBAL, &ignored);
-  const std::string soname = "libcudnn.so." + std::to_string(CUDNN_MAJOR);
-  void* library = Open(soname, RTLD_NOW | RTLD_GLOBAL, &out.error);
-  if (library == nullptr) {
-    out.error = "cannot load " + soname + ". Tried:" + out.error;
-    return out;
-  }
-  out.error.clear();
-  Symbols symbols{library, ""};
-  symbols.Find("cudnnCreate", &out.api.Create);
-  symbols.Find("cudnnSetStream", &out.api.SetStream);
-  symbols.Find("cudnnGetVersion", &out.api.GetVersion);
-  symbols.Find("cudnnGetErrorString", &out.api.GetErrorString);
-  symbols.Find("cudnnGetLastErrorString", &out.api.GetLastErrorString);
-  symbols.Find("cudnnBackendCreateDescriptor", &out.api.BackendCreateDescriptor);
-  symbols.Find("cudnnBackendDestroyDescriptor", &out.api.BackendDestroyDescriptor);
-  symbols.Find("cudnnBackendFinalize", &out.api.BackendFinalize);
-  symbols.Find("cudnnBackendSetAttribute", &out.api.BackendSetAttribute);
-  symbols.Find("cudnnBackendGetAttribute", &out.api.BackendGetAttribute);
-  symbols.Find("cudnnBackendExecute", &out.api.BackendExecute);
-  if (!symbols.missing.empty()) out.error = soname + " has no " + symbols.missing;
-  return out;
-}
-#endif
-
 }  // namespace
 
 void CudaFailed(const char* file, int line, const char* what, const char* why) {
@@ -133,12 +102,5 @@ const CublasLtApi& CublasLt() {
   if (!loaded.error.empty()) CudaFailed(__FILE__, __LINE__, "cuBLASLt", loaded.error.c_str());
   return loaded.api;
 }
-
-#ifdef ATTUNE_HAS_CUDNN
-const CudnnApi* Cudnn() {
-  static const auto* loaded = new Loaded<CudnnApi>(LoadCudnn());
-  return loaded->error.empty() ? &loaded->api : nullptr;
-}
-#endif
 
 }  // namespace attune

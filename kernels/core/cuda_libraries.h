@@ -1,14 +1,11 @@
-// cuBLASLt and cuDNN, found at run time: the program starts on machines without any NVIDIA library,
-// and uses those of the machine's CUDA toolkit or Python environment.
+// cuBLASLt, found at run time: the program starts on machines without any NVIDIA library,
+// and uses that of the machine's CUDA toolkit or Python environment.
 //
 // Each library is looked for by its plain soname (LD_LIBRARY_PATH, ldconfig, RUNPATH), then in the
 // directories that were given, then in /usr/local/cuda/lib64.
 #pragma once
 
 #include <cublasLt.h>
-#ifdef ATTUNE_HAS_CUDNN
-#include <cudnn.h>
-#endif
 
 #include <string>
 #include <vector>
@@ -31,22 +28,6 @@ struct CublasLtApi {
   decltype(&cublasLtGetVersion) GetVersion;
 };
 
-#ifdef ATTUNE_HAS_CUDNN
-struct CudnnApi {
-  decltype(&cudnnCreate) Create;
-  decltype(&cudnnSetStream) SetStream;
-  decltype(&cudnnGetVersion) GetVersion;
-  decltype(&cudnnGetErrorString) GetErrorString;
-  decltype(&cudnnGetLastErrorString) GetLastErrorString;
-  decltype(&cudnnBackendCreateDescriptor) BackendCreateDescriptor;
-  decltype(&cudnnBackendDestroyDescriptor) BackendDestroyDescriptor;
-  decltype(&cudnnBackendFinalize) BackendFinalize;
-  decltype(&cudnnBackendSetAttribute) BackendSetAttribute;
-  decltype(&cudnnBackendGetAttribute) BackendGetAttribute;
-  decltype(&cudnnBackendExecute) BackendExecute;
-};
-#endif
-
 // Where else to look, in this order: call before the first op runs.
 void SetCudaLibraryDirectories(std::vector<std::string> directories);
 
@@ -57,10 +38,5 @@ std::string LoadCudaLibraries();
 
 // The loaded library. Ends the process (CudaFailed) where it cannot be loaded.
 const CublasLtApi& CublasLt();
-
-#ifdef ATTUNE_HAS_CUDNN
-// Null where cuDNN is not found: ops then use their own kernels.
-const CudnnApi* Cudnn();
-#endif
 
 }  // namespace attune
