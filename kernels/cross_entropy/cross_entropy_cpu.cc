@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/cross_entropy/cross_entropy.h"
 
@@ -113,7 +114,7 @@ void Row(const CrossEntropyArgs& a, int64_t r) {
 void CrossEntropyCpu(const Exec& exec, const CrossEntropyArgs& a) {
   DispatchFloat(a.logits.dtype, [&]<typename T>() {
     const int64_t rows = a.logits.dim(0);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(a.logits.size()))
     for (int64_t r = 0; r < rows; ++r) Row<T>(a, r);
   });
 }

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/philox.h"
 #include "kernels/core/simd.h"
 #include "kernels/dropout/dropout.h"
@@ -66,7 +67,7 @@ void Run(const DropoutArgs& a) {
   const uint32_t threshold =
       static_cast<uint32_t>(std::min(std::round(a.p * 4294967296.0), 4294967295.0));
   const A scale = static_cast<A>(1.0 / (1.0 - a.p));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * N))
   for (int64_t m = 0; m < M; ++m) {
     const T* x = a.x.As<T>() + m * a.x.stride(0);
     T* y = a.y.As<T>() + m * a.y.stride(0);

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/elementwise/elementwise.h"
 
@@ -36,7 +37,7 @@ template <typename T, typename F>
 void ForEachRun(const TensorView& x, F&& f) {
   const bool contiguous = x.contiguous();
   const Runs runs = RunsOf(x, contiguous);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(runs.total))
   for (int64_t run = 0; run < runs.count; ++run) {
     f(RunBegin<T>(x, runs, contiguous, run), runs.LengthOf(run));
   }
@@ -48,7 +49,7 @@ void ForEachRunOfTwo(const TensorView& x, const TensorView& y, F&& f) {
   const bool contiguous = x.contiguous() && y.contiguous();
   const Runs runs = RunsOf(x, contiguous);
   // A contiguous rank 1 or higher view beside a strided one is rank 2 as well: rows of both.
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(runs.total))
   for (int64_t run = 0; run < runs.count; ++run) {
     f(RunBegin<X>(x, runs, contiguous, run), RunBegin<Y>(y, runs, contiguous, run),
       runs.LengthOf(run));

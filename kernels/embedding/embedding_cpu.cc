@@ -1,4 +1,5 @@
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/embedding/embedding.h"
 
@@ -15,7 +16,7 @@ template <typename T>
 void Forward(const EmbeddingForwardArgs& a) {
   const int64_t tokens = a.y.dim(0), V = a.table.dim(0), C = a.table.dim(1);
   const int32_t* ids = a.ids.As<int32_t>();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(tokens * C))
   for (int64_t t = 0; t < tokens; ++t) {
     CHECK(0 <= ids[t] && ids[t] < V);
     ScaleRow(a.table.As<T>() + ids[t] * a.table.stride(0), static_cast<AccumulatorOf<T>>(a.scale),

@@ -1,4 +1,5 @@
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/gated_activation/gated_activation.h"
 
@@ -78,7 +79,7 @@ T* Row(const TensorView& x, int64_t m) {
 template <Activation kActivation, typename T>
 void Forward(const GatedActivationForwardArgs& a) {
   const int64_t M = a.gate.dim(0), F = a.gate.dim(1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * F))
   for (int64_t m = 0; m < M; ++m) {
     ForwardRow<kActivation>(Row<T>(a.gate, m), Row<T>(a.up, m), Row<T>(a.h, m), F);
   }
@@ -87,7 +88,7 @@ void Forward(const GatedActivationForwardArgs& a) {
 template <Activation kActivation, typename T>
 void Backward(const GatedActivationBackwardArgs& a) {
   const int64_t M = a.gate.dim(0), F = a.gate.dim(1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * F))
   for (int64_t m = 0; m < M; ++m) {
     const T *dh = Row<T>(a.dh, m), *gate = Row<T>(a.gate, m), *up = Row<T>(a.up, m);
     T *dgate = Row<T>(a.dgate, m), *dup = Row<T>(a.dup, m);

@@ -13,6 +13,7 @@
 
 #include "kernels/core/dispatch.h"
 #include "kernels/core/gemm_block.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/matmul/matmul.h"
@@ -172,7 +173,7 @@ void RunPlain(const MatMulArgs& a) {
   const auto [m, n, k] = ShapeOf(a);
   const int64_t tiles_n = (n + kTileN - 1) / kTileN;
   const int64_t tiles = (m + kTileM - 1) / kTileM * tiles_n;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(m * n * k / 16))
   for (int64_t tile = 0; tile < tiles; ++tile) {
     PlainTile<T, Out>(a, tile / tiles_n * kTileM, tile % tiles_n * kTileN);
   }
@@ -192,6 +193,7 @@ void SetCpuMatMulPlain(bool plain) {
 int64_t MatMulWorkspaceBytesCpu(const Exec& exec, const MatMulArgs& a) {
   const auto [m, n, k] = ShapeOf(a);
   if (m == 0 || n == 0 || k == 0 || !UsesOneDnn(a)) return 0;
+  const ThreadsForWork threads(m * n * k / 16);
   return static_cast<int64_t>(FindPrimitive(a)->scratchpad.get_size());
 }
 
@@ -202,6 +204,7 @@ void MatMulCpu(const Exec& exec, const MatMulArgs& a) {
     if (a.beta == 0.0) Fill(exec, {.x = a.d, .value = 0.0});
     return;
   }
+  const ThreadsForWork threads(m * n * k / 16);
   if (UsesOneDnn(a)) return RunOneDnn(a);
   if (a.a.dtype == DType::kF64) return RunPlain<double, double>(a);
   if (a.a.dtype == DType::kF32) return RunPlain<float, float>(a);

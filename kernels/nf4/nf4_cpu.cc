@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/nf4/nf4.h"
 
@@ -53,7 +54,7 @@ void Quantize(const Nf4QuantizeArgs& a) {
   const int64_t size = a.w.size(), blocks = Nf4Blocks(size);
   const T* w = a.w.As<T>();
   uint8_t* packed = a.packed.As<uint8_t>();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(size))
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = b * kNf4Block, n = std::min(kNf4Block, size - begin);
     float absmax = LargestMagnitude(w + begin, n);
@@ -147,7 +148,7 @@ void Dequantize(const Nf4DequantizeArgs& a) {
                       single ? 0.0f : *a.offset.As<float>(),
                       a.first_block};
   const int64_t N = a.out.dim(0), K = a.out.dim(1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(N * K))
   for (int64_t n = 0; n < N; ++n) {
     const int64_t begin = a.first_element + n * K;
     DequantizeRow(source, pairs.data(), begin, begin + K, a.out.As<T>() + n * a.out.stride(0));
@@ -171,7 +172,7 @@ void Nf4DoubleQuantizeCpu(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
     *offset = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;
   }
   const float* map = Nf4DynamicMap();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(blocks))
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = g * kNf4Group, end = std::min(begin + kNf4Group, blocks);
     float absmax2 = 0.0f;

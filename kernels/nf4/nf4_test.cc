@@ -122,6 +122,35 @@ TEST(Nf4GoldenTest, CodesAndMaximaAreBitEqual) {
   }
 }
 
+// Every border of the map, and its two neighbours; of two equally near values the even code wins.
+TEST(Nf4Test, SecondLevelTakesTheNearestCode) {
+  const float* map = Nf4DynamicMap();
+  std::vector<double> values, want;
+  for (int below = 0; below < 255; ++below) {
+    const float middle = (map[below] + map[below + 1]) * 0.5f;
+    values.insert(values.end(),
+                  {std::nextafter(middle, -2.0f), middle, std::nextafter(middle, 2.0f)});
+    const double even = below % 2 == 0 ? below : below + 1;
+    want.insert(want.end(), {static_cast<double>(below), even, below + 1.0});
+  }
+  // In groups of 255 with a 1, so that each group's scale is 1.
+  for (size_t begin = 0; begin < values.size(); begin += 255) {
+    std::vector<double> group(values.begin() + begin, values.begin() + begin + 255);
+    group.push_back(1.0);
+    Tensor absmax(DType::kF32, {256}), codes = op_testing::Bytes(256), absmax2(DType::kF32, {1}),
+                                       offset(DType::kF32, {1});
+    absmax.Assign(group), offset.Constant(0.0);
+    Nf4DoubleQuantize(CpuExec(), {.absmax = absmax,
+                                  .codes = codes,
+                                  .absmax2 = absmax2,
+                                  .offset = offset,
+                                  .offset_given = true});
+    EXPECT_EQ(absmax2[0], 1.0);
+    for (int64_t i = 0; i < 255; ++i) EXPECT_EQ(codes[i], want[begin + i]) << values[begin + i];
+    EXPECT_EQ(codes[255], 255.0);
+  }
+}
+
 TEST(Nf4Test, RestoresWithinHalfAStep) {
   std::mt19937_64 rng(1);
   Tensor w(DType::kF32, {50, 130});

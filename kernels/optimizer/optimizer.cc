@@ -1,6 +1,7 @@
 #include "kernels/optimizer/optimizer.h"
 
 #include "kernels/core/dispatch.h"
+#include "kernels/optimizer/pieces.h"
 
 namespace attune {
 
@@ -8,7 +9,6 @@ ATTUNE_BACKENDS(AdamW);
 ATTUNE_BACKENDS(GradNorm);
 ATTUNE_BACKENDS(ClipScale);
 int64_t GradNormWorkspaceBytesCpu(const Exec& exec, const GradNormArgs& a);
-int64_t GradNormWorkspaceBytesCuda(const Exec& exec, const GradNormArgs& a);
 
 namespace {
 
@@ -39,11 +39,10 @@ int64_t GradNormWorkspaceBytes(const Exec& exec, const GradNormArgs& args) {
     CHECK(IsSingleOrDouble(grad.dtype) && grad.contiguous());
   }
   if (exec.device == DeviceKind::kCpu) return GradNormWorkspaceBytesCpu(exec, args);
-#ifdef ATTUNE_HAS_CUDA
-  return GradNormWorkspaceBytesCuda(exec, args);
-#else
-  CHECK(false && "GradNorm: built without the CUDA backend");
-#endif
+  // A partial sum per piece of kCudaPiece elements.
+  int64_t pieces = 0;
+  for (const TensorView& grad : args.grads) pieces += (grad.size() + kCudaPiece - 1) / kCudaPiece;
+  return pieces * static_cast<int64_t>(sizeof(double));
 }
 
 void GradNorm(const Exec& exec, const GradNormArgs& args) {

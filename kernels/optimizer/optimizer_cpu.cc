@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/optimizer/optimizer.h"
 
@@ -74,7 +75,7 @@ template <typename A>
 void Update(const AdamWArgs& a, const AdamWTensor& t) {
   const Coefficients<A> c = CoefficientsOf<A>(a, t.weight_decay);
   const int64_t size = t.param.size(), pieces = Pieces(t.param);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(size))
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = piece * kPiece;
     UpdateRun(c, t.param.As<A>() + begin, t.grad.As<A>() + begin, t.m.As<A>() + begin,
@@ -104,7 +105,7 @@ ATTUNE_CLONES double SumOfSquares(const A* x, int64_t n) {
 template <typename A>
 void PartialSums(const TensorView& grad, double* partial) {
   const int64_t size = grad.size(), pieces = Pieces(grad);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(size))
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = piece * kPiece;
     partial[piece] = SumOfSquares(grad.As<A>() + begin, std::min(kPiece, size - begin));

@@ -1,5 +1,7 @@
 #include "kernels/rms_norm/rms_norm.h"
 
+#include <algorithm>
+
 #include "kernels/core/dispatch.h"
 
 namespace attune {
@@ -7,7 +9,10 @@ namespace attune {
 ATTUNE_BACKENDS(RmsNormForward);
 ATTUNE_BACKENDS(RmsNormRebuild);
 ATTUNE_BACKENDS(RmsNormBackward);
-int64_t RmsNormBackwardWorkspaceBytesCuda(const Exec& exec, const RmsNormBackwardArgs& a);
+// Runs of rows that the CUDA backend first sums the gradient of w over, in fixed order.
+int64_t RmsNormWeightRuns(int64_t rows) {
+  return std::clamp<int64_t>(rows / 32, 1, 256);
+}
 
 namespace {
 
@@ -54,10 +59,8 @@ void RmsNormRebuild(const Exec& exec, const RmsNormRebuildArgs& args) {
 
 int64_t RmsNormBackwardWorkspaceBytes(const Exec& exec, const RmsNormBackwardArgs& args) {
   CheckArgs(args);
-#ifdef ATTUNE_HAS_CUDA
-  if (exec.device == DeviceKind::kCuda) return RmsNormBackwardWorkspaceBytesCuda(exec, args);
-#endif
-  return 0;
+  if (exec.device == DeviceKind::kCpu || !args.dw.defined()) return 0;
+  return RmsNormWeightRuns(args.x.dim(0)) * args.x.dim(1) * static_cast<int64_t>(sizeof(float));
 }
 
 void RmsNormBackward(const Exec& exec, const RmsNormBackwardArgs& args) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/rms_norm/rms_norm.h"
 
@@ -102,7 +103,7 @@ template <typename T, typename W>
 void Forward(const RmsNormForwardArgs& a) {
   using A = AccumulatorOf<T>;
   const int64_t M = a.x.dim(0), C = a.x.dim(1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * C))
   for (int64_t m = 0; m < M; ++m) {
     const T* x = Row<T>(a.x, m);
     if (a.delta.defined()) {
@@ -119,7 +120,7 @@ template <typename T, typename W>
 void Rebuild(const RmsNormRebuildArgs& a) {
   using A = AccumulatorOf<T>;
   const int64_t M = a.x.dim(0), C = a.x.dim(1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * C))
   for (int64_t m = 0; m < M; ++m) {
     NormalizeRow(Row<T>(a.x, m), a.w.As<W>(), a.rstd.As<A>()[m], static_cast<A>(a.weight_offset),
                  Row<T>(a.y, m), C);
@@ -134,7 +135,7 @@ void Backward(const RmsNormBackwardArgs& a) {
   if (a.dw.defined()) {
     // A thread owns columns, and walks the rows in order.
     constexpr int64_t kColumns = 256;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * C))
     for (int64_t c = 0; c < C; c += kColumns) {
       for (int64_t m = 0; m < M; ++m) {
         AccumulateWeightRow(Row<T>(a.dy, m) + c, Row<T>(a.x, m) + c, a.rstd.As<A>()[m],
@@ -142,7 +143,7 @@ void Backward(const RmsNormBackwardArgs& a) {
       }
     }
   }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(M * C))
   for (int64_t m = 0; m < M; ++m) {
     const T* dy = Row<T>(a.dy, m);
     const T* x = Row<T>(a.x, m);

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/rope/rope.h"
 
@@ -15,7 +16,7 @@ void Table(const RopeTableArgs& a) {
   const double scaling = a.attention_scaling;
   A* cos = a.cos.As<A>();
   A* sin = a.sin.As<A>();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(T * half))
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t i = 0; i < half; ++i) {
       // The product in f32, whatever A is: the frequencies of the model are defined so.
@@ -44,7 +45,7 @@ void Rotate(const RopeArgs& a) {
   using A = AccumulatorOf<T>;
   const int64_t tokens = a.x.dim(0), heads = a.x.dim(1), half = a.rotary_dim / 2;
   const A sign = a.inverse ? A(-1) : A(1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(tokens * heads * half))
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t h = 0; h < heads; ++h) {
       RotateHead(a.x.As<T>() + t * a.x.stride(0) + h * a.x.stride(1),

@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/rows/rows.h"
 
 namespace attune {
@@ -17,7 +18,7 @@ void GatherRowsCpu(const Exec& exec, const GatherRowsArgs& a) {
   const size_t bytes = static_cast<size_t>(a.x.dim(1) * DTypeBytes(a.x.dtype));
   if (bytes == 0) return;
   const int32_t* index = a.index.As<int32_t>();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(a.y.size()))
   for (int64_t r = 0; r < R; ++r) {
     CHECK(index[r] < T);
     if (index[r] < 0) {
@@ -33,9 +34,9 @@ void ScatterRowsCpu(const Exec& exec, const ScatterRowsArgs& a) {
   const size_t bytes = static_cast<size_t>(a.x.dim(1) * DTypeBytes(a.x.dtype));
   if (bytes == 0) return;
   const int32_t* index = a.index.As<int32_t>();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(a.x.size()))
   for (int64_t t = 0; t < T; ++t) std::memset(Row(a.x, t), 0, bytes);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WorthThreads(a.y.size()))
   for (int64_t r = 0; r < R; ++r) {
     CHECK(index[r] < T);
     if (index[r] >= 0) std::memcpy(Row(a.x, index[r]), Row(a.y, r), bytes);

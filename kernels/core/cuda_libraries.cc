@@ -1,0 +1,106 @@
+#include "kernels/core/cuda_libraries.h"
+
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "kernels/core/cuda_error.h"
+
+namespace attune {
+namespace {
+
+std::vector<std::string>& Directories() {
+  static auto* directories = new std::vector<std::string>();
+  return *directories;
+}
+
+// The handle of `soname`, or null with the reasons added to `*error`.
+void* Open(const std::string& soname, int flags, std::string* error) {
+  std::vector<std::string> paths{soname};
+  for (const std::string& directory : Directories()) paths.push_back(directory + "/" + soname);
+  paths.push_back("/usr/local/cuda/lib64/" + soname);
+  for (const std::string& path : paths) {
+    if (void* handle = dlopen(path.c_str(), flags)) return handle;
+    const char* reason = dlerror();
+    *error += std::string("\n  ") + (reason != nullptr ? reason : path.c_str());
+  }
+  return nullptr;
+}
+
+// Looks symbols up; remembers the first that is missing.
+struct Symbols {
+  void* library;
+  std::string missing;
+
+  template <typename F>
+  void Find(const char* name, F* function) {
+    *function = reinterpret_cast<F>(dlsym(library, name));
+    if (*function == nullptr && missing.empty()) missing = name;
+  }
+};
+
+template <typename Api>
+struct Loaded {
+  Api api{};
+  std::string error;  // empty: loaded
+};
+
+Loaded<CublasLtApi> LoadCublasLt() {
+  Loaded<CublasLtApi> out;
+  const std::string soname = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
+  void* library = Open(soname, RTLD_NOW | RTLD_LOCAL, &out.error);
+  if (library == nullptr) {
+    out.error = "cannot load " + soname + ", which matrix products on a GPU need. Install CUDA " +
+                std::to_string(CUBLAS_VER_MAJOR) +
+                "'s cuBLAS, or name the directory that holds it. Tried:" + out.error;
+    return out;
+  }
+  out.error.clear();
+  Symbols symbols{library, ""};
+  symbols.Find("cublasLtCreate", &out.api.Create);
+  symbols.Find("cublasLtMatmul", &out.api.Matmul);
+  symbols.Find("cublasLtMatmulAlgoGetHeuristic", &out.api.AlgoGetHeuristic);
+  symbols.Find("cublasLtMatmulDescCreate", &out.api.DescCreate);
+  symbols.Find("cublasLtMatmulDescSetAttribute", &out.api.DescSetAttribute);
+  symbols.Find("cublasLtMatmulDescDestroy", &out.api.DescDestroy);
+  symbols.Find("cublasLtMatrixLayoutCreate", &out.api.LayoutCreate);
+  symbols.Find("cublasLtMatrixLayoutDestroy", &out.api.LayoutDestroy);
+  symbols.Find("cublasLtMatmulPreferenceCreate", &out.api.PreferenceCreate);
+  symbols.Find("cublasLtMatmulPreferenceSetAttribute", &out.api.PreferenceSetAttribute);
+  symbols.Find("cublasLtMatmulPreferenceDestroy", &out.api.PreferenceDestroy);
+  symbols.Find("cublasLtGetStatusString", &out.api.GetStatusString);
+  symbols.Find("cublasLtGetVersion", &out.api.GetVersion);
+  if (!symbols.missing.empty()) out.error = soname + " has no " + symbols.missing;
+  return out;
+}
+
+const Loaded<CublasLtApi>& LoadedCublasLt() {
+  static const auto* loaded = new Loaded<CublasLtApi>(LoadCublasLt());
+  return *loaded;
+}
+
+}  // namespace
+
+void CudaFailed(const char* file, int line, const char* what, const char* why) {
+  std::fprintf(stderr, "%s:%d: %s: %s\n", file, line, what, why);
+  std::fflush(stderr);
+  // No destructors: they would wait for a device that is gone.
+  std::_Exit(kCudaFailedExitCode);
+}
+
+void SetCudaLibraryDirectories(std::vector<std::string> directories) {
+  Directories() = std::move(directories);
+}
+
+std::string LoadCudaLibraries() {
+  return LoadedCublasLt().error;
+}
+
+const CublasLtApi& CublasLt() {
+  const Loaded<CublasLtApi>& loaded = LoadedCublasLt();
+  if (!loaded.error.empty()) CudaFailed(__FILE__, __LINE__, "cuBLASLt", loaded.error.c_str());
+  return loaded.api;
+}
+
+}  // namespace attune

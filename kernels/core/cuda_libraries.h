@@ -1,0 +1,42 @@
+// cuBLASLt, found at run time: the program starts on machines without any NVIDIA library,
+// and uses that of the machine's CUDA toolkit or Python environment.
+//
+// Each library is looked for by its plain soname (LD_LIBRARY_PATH, ldconfig, RUNPATH), then in the
+// directories that were given, then in /usr/local/cuda/lib64.
+#pragma once
+
+#include <cublasLt.h>
+
+#include <string>
+#include <vector>
+
+namespace attune {
+
+struct CublasLtApi {
+  decltype(&cublasLtCreate) Create;
+  decltype(&cublasLtMatmul) Matmul;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) AlgoGetHeuristic;
+  decltype(&cublasLtMatmulDescCreate) DescCreate;
+  decltype(&cublasLtMatmulDescSetAttribute) DescSetAttribute;
+  decltype(&cublasLtMatmulDescDestroy) DescDestroy;
+  decltype(&cublasLtMatrixLayoutCreate) LayoutCreate;
+  decltype(&cublasLtMatrixLayoutDestroy) LayoutDestroy;
+  decltype(&cublasLtMatmulPreferenceCreate) PreferenceCreate;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) PreferenceSetAttribute;
+  decltype(&cublasLtMatmulPreferenceDestroy) PreferenceDestroy;
+  decltype(&cublasLtGetStatusString) GetStatusString;
+  decltype(&cublasLtGetVersion) GetVersion;
+};
+
+// Where else to look, in this order: call before the first op runs.
+void SetCudaLibraryDirectories(std::vector<std::string> directories);
+
+// Empty if the libraries that ops need (cuBLASLt) could be loaded, else what was looked for, where,
+// and what to do. Call it at start, so that a missing library is an error of the environment and
+// not the end of the process.
+std::string LoadCudaLibraries();
+
+// The loaded library. Ends the process (CudaFailed) where it cannot be loaded.
+const CublasLtApi& CublasLt();
+
+}  // namespace attune

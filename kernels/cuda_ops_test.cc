@@ -1,0 +1,484 @@
+// Every CUDA op against the CPU op on the same random inputs: dtypes, odd and packable shapes,
+// strided views, poisoned outputs. Skipped, saying so, where there is no GPU.
+#include "kernels/attention/attention.h"
+#include "kernels/core/op_testing_cuda.h"
+#include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/dropout/dropout.h"
+#include "kernels/elementwise/elementwise.h"
+#include "kernels/embedding/embedding.h"
+#include "kernels/gated_activation/gated_activation.h"
+#include "kernels/matmul/matmul.h"
+#include "kernels/nf4/nf4.h"
+#include "kernels/optimizer/optimizer.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/rope/rope.h"
+#include "kernels/rows/rows.h"
+
+namespace attune {
+namespace {
+
+using namespace op_testing;  // NOLINT: the scaffolding of this file
+using Views = std::vector<TensorView>;
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16};
+
+// (columns, padding between rows): packs of 16 bytes, and what forbids them.
+struct Width {
+  int64_t columns, padding;
+};
+constexpr Width kWidths[] = {{64, 0}, {1280, 8}, {37, 0}, {2051, 3}};
+
+class CudaOps : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!HasGpu()) GTEST_SKIP() << "no GPU";
+  }
+  Tensor Random(DType dtype, std::initializer_list<int64_t> shape, int64_t padding = 0,
+                double deviation = 1.0) {
+    Tensor out(dtype, shape, padding);
+    return out.Random(&rng_, deviation);
+  }
+  std::string Name(DType dtype, const Width& w) {
+    return std::string(DTypeName(dtype)) + " x" + std::to_string(w.columns) + "+" +
+           std::to_string(w.padding);
+  }
+  std::mt19937_64 rng_{7};
+};
+
+double Loose(DType dtype) {
+  return dtype == DType::kF32 ? 2e-5 : 1e-2;
+}
+
+TEST_F(CudaOps, MatMul) {
+  struct Case {
+    int64_t m, n, k, pad;
+  };
+  for (const Case& c : {Case{64, 96, 128, 0}, Case{33, 17, 65, 3}, Case{1, 8, 5, 0},
+                        Case{128, 64, 72, 8}, Case{7, 5, 0, 0}, Case{300, 16, 512, 0}}) {
+    for (int mode = 0; mode < 3 * 8; ++mode) {
+      const bool ta = mode & 1, tb = mode & 2, add = mode & 4;
+      const DType in = mode / 8 == 0 ? DType::kF32 : DType::kBF16;
+      const DType out = mode / 8 == 2 ? DType::kBF16 : DType::kF32;
+      const Tensor a = ta ? Random(in, {c.k, c.m}, c.pad) : Random(in, {c.m, c.k}, c.pad);
+      const Tensor b = tb ? Random(in, {c.n, c.k}, c.pad) : Random(in, {c.k, c.n}, c.pad);
+      Tensor d = Random(out, {c.m, c.n}, c.pad);
+      if (!add) d.Poison();
+      ExpectGpuAsCpu("matmul mode " + std::to_string(mode) + " m " + std::to_string(c.m),
+                     {{a}, {b}, {d, out == DType::kF32 ? 1e-5 : 1e-2}},
+                     [&](const Exec& exec, const Views& v, Scratch& scratch) {
+                       MatMulArgs args{.a = v[0],
+                                       .b = v[1],
+                                       .d = v[2],
+                                       .trans_a = ta,
+                                       .trans_b = tb,
+                                       .alpha = 0.5,
+                                       .beta = add ? 1.0 : 0.0};
+                       args.workspace = scratch(MatMulWorkspaceBytes(exec, args));
+                       MatMul(exec, args);
+                     });
+    }
+  }
+}
+
+TEST_F(CudaOps, Nf4) {
+  for (int64_t size : {64, 4096, 64 * 256 * 3 + 128, 1000, 77}) {
+    for (DType dtype : kDTypes) {
+      ExpectGpuAsCpu("quantize " + std::to_string(size),
+                     {{Random(dtype, {size})},
+                      {Tensor(DType::kU8, {Nf4PackedBytes(size)})},
+                      {Tensor(DType::kF32, {Nf4Blocks(size)})}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       Nf4Quantize(exec, {.w = v[0], .packed = v[1], .absmax = v[2]});
+                     });
+    }
+    const int64_t blocks = Nf4Blocks(size);
+    Tensor absmax = Random(DType::kF32, {blocks});
+    for (int64_t i = 0; i < blocks; ++i) absmax.Set(i, std::abs(absmax[i]) + 0.5);
+    ExpectGpuAsCpu("double quantize " + std::to_string(size),
+                   {{absmax},
+                    {Tensor(DType::kU8, {blocks})},
+                    {Tensor(DType::kF32, {Nf4Groups(blocks)})},
+                    {Tensor(DType::kF32, {1})}},
+                   [](const Exec& exec, const Views& v, Scratch&) {
+                     Nf4DoubleQuantize(
+                         exec, {.absmax = v[0], .codes = v[1], .absmax2 = v[2], .offset = v[3]});
+                   });
+  }
+}
+
+TEST_F(CudaOps, Nf4Dequantize) {
+  struct Case {
+    int64_t n, k, pad, first_element, first_block;
+  };
+  for (const Case& c : {Case{16, 256, 0, 0, 0}, Case{40, 512, 16, 64, 300}, Case{7, 100, 0, 0, 0},
+                        Case{5, 37, 1, 13, 255}, Case{64, 4096, 0, 0, 0}}) {
+    for (DType dtype : kDTypes) {
+      const int64_t end = c.first_element + c.n * c.k, blocks = Nf4Blocks(end);
+      Tensor packed(DType::kU8, {Nf4PackedBytes(end)}), codes(DType::kU8, {blocks});
+      for (int64_t i = 0; i < packed.size(); ++i) packed.Set(i, static_cast<double>(rng_() % 256));
+      for (int64_t i = 0; i < blocks; ++i) codes.Set(i, static_cast<double>(rng_() % 256));
+      const Tensor absmax2 = Random(DType::kF32, {Nf4Groups(c.first_block % kNf4Group + blocks)});
+      ExpectGpuAsCpu("dequantize",
+                     {{packed},
+                      {codes},
+                      {absmax2},
+                      {Random(DType::kF32, {1})},
+                      {Tensor(dtype, {c.n, c.k}, c.pad)}},
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       Nf4Dequantize(exec, {.packed = v[0],
+                                            .codes = v[1],
+                                            .absmax2 = v[2],
+                                            .offset = v[3],
+                                            .out = v[4],
+                                            .first_block = c.first_block,
+                                            .first_element = c.first_element});
+                     });
+      ExpectGpuAsCpu(
+          "dequantize once",
+          {{packed}, {Random(DType::kF32, {blocks})}, {Tensor(dtype, {c.n, c.k}, c.pad)}},
+          [&](const Exec& exec, const Views& v, Scratch&) {
+            Nf4Dequantize(
+                exec,
+                {.packed = v[0], .absmax = v[1], .out = v[2], .first_element = c.first_element});
+          });
+    }
+  }
+}
+
+TEST_F(CudaOps, RmsNorm) {
+  constexpr int64_t kM = 67;
+  for (DType dtype : kDTypes) {
+    for (DType weights : {dtype, DType::kF32}) {
+      for (const Width& w : kWidths) {
+        const auto x = [&] { return Random(dtype, {kM, w.columns}, w.padding); };
+        const auto out = [&] { return Tensor(dtype, {kM, w.columns}, w.padding); };
+        const double tolerance = Loose(dtype);
+        for (const bool add : {false, true}) {
+          ExpectGpuAsCpu("rms_norm forward " + Name(dtype, w),
+                         {{x()},
+                          {x()},
+                          {out()},
+                          {Random(weights, {w.columns})},
+                          {out(), tolerance},
+                          {Tensor(DType::kF32, {kM}), 2e-5}},
+                         [&](const Exec& exec, const Views& v, Scratch&) {
+                           RmsNormForwardArgs args{
+                               .x = v[0], .w = v[3], .y = v[4], .rstd = v[5], .weight_offset = 1.0};
+                           if (add) args.delta = v[1], args.sum = v[2];
+                           RmsNormForward(exec, args);
+                         });
+        }
+        ExpectGpuAsCpu("rms_norm rebuild " + Name(dtype, w),
+                       {{x()},
+                        {Random(DType::kF32, {kM})},
+                        {Random(weights, {w.columns})},
+                        {out(), tolerance}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         RmsNormRebuild(exec, {.x = v[0], .rstd = v[1], .w = v[2], .y = v[3]});
+                       });
+        ExpectGpuAsCpu("rms_norm backward " + Name(dtype, w),
+                       {{x()},
+                        {x()},
+                        {Random(DType::kF32, {kM})},
+                        {Random(weights, {w.columns})},
+                        {x()},
+                        {out(), tolerance},
+                        {Random(DType::kF32, {w.columns}), 2e-5}},
+                       [&](const Exec& exec, const Views& v, Scratch& scratch) {
+                         RmsNormBackwardArgs args{.dy = v[0],
+                                                  .x = v[1],
+                                                  .rstd = v[2],
+                                                  .w = v[3],
+                                                  .dresidual = v[4],
+                                                  .dx = v[5],
+                                                  .dw = v[6]};
+                         args.workspace = scratch(RmsNormBackwardWorkspaceBytes(exec, args));
+                         RmsNormBackward(exec, args);
+                       });
+      }
+    }
+  }
+}
+
+TEST_F(CudaOps, Rope) {
+  constexpr int64_t kT = 45, kH = 3;
+  Tensor positions(DType::kI32, {kT});
+  for (int64_t t = 0; t < kT; ++t) positions.Set(t, static_cast<double>(t * 997));
+  for (int64_t rotary : {64, 20}) {
+    Tensor inv_freq(DType::kF32, {rotary / 2});
+    for (int64_t i = 0; i < rotary / 2; ++i) {
+      inv_freq.Set(i, std::pow(10000.0, -2.0 * static_cast<double>(i) / rotary));
+    }
+    ExpectGpuAsCpu("rope table",
+                   {{positions},
+                    {inv_freq},
+                    {Tensor(DType::kF32, {kT, rotary / 2}), 1e-6},
+                    {Tensor(DType::kF32, {kT, rotary / 2}), 1e-6}},
+                   [](const Exec& exec, const Views& v, Scratch&) {
+                     RopeTable(exec, {.positions = v[0],
+                                      .inv_freq = v[1],
+                                      .cos = v[2],
+                                      .sin = v[3],
+                                      .attention_scaling = 1.1});
+                   });
+    for (DType dtype : kDTypes) {
+      for (const bool inverse : {false, true}) {
+        for (int64_t pad : {0, 3, 8}) {
+          ExpectGpuAsCpu("rope",
+                         {{Random(dtype, {kT, kH, 64}, pad), Loose(dtype)},
+                          {Random(DType::kF32, {kT, rotary / 2})},
+                          {Random(DType::kF32, {kT, rotary / 2})}},
+                         [&](const Exec& exec, const Views& v, Scratch&) {
+                           Rope(exec, {.x = v[0],
+                                       .cos = v[1],
+                                       .sin = v[2],
+                                       .rotary_dim = rotary,
+                                       .inverse = inverse});
+                         });
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaOps, GatedActivation) {
+  for (DType dtype : kDTypes) {
+    for (Activation act : {Activation::kSilu, Activation::kGeluTanh, Activation::kGeluErf}) {
+      for (const Width& w : kWidths) {
+        const auto x = [&] { return Random(dtype, {19, w.columns}, w.padding, 2.0); };
+        const auto out = [&] { return Tensor(dtype, {19, w.columns}, w.padding); };
+        const double tolerance = Loose(dtype);
+        ExpectGpuAsCpu("gated forward " + Name(dtype, w), {{x()}, {x()}, {out(), tolerance}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         GatedActivationForward(
+                             exec, {.gate = v[0], .up = v[1], .h = v[2], .activation = act});
+                       });
+        ExpectGpuAsCpu(
+            "gated backward " + Name(dtype, w),
+            {{x()}, {x()}, {x()}, {out(), tolerance}, {out(), tolerance}, {out(), tolerance}},
+            [&](const Exec& exec, const Views& v, Scratch&) {
+              GatedActivationBackward(exec, {.dh = v[0],
+                                             .gate = v[1],
+                                             .up = v[2],
+                                             .dgate = v[3],
+                                             .dup = v[4],
+                                             .h = v[5],
+                                             .activation = act});
+            });
+      }
+    }
+  }
+}
+
+TEST_F(CudaOps, EmbeddingAndRows) {
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) {
+      const auto x = [&](int64_t rows) { return Random(dtype, {rows, w.columns}, w.padding); };
+      const auto out = [&](int64_t rows) { return Tensor(dtype, {rows, w.columns}, w.padding); };
+      ExpectGpuAsCpu("embedding " + Name(dtype, w), {{Ints({3, 0, 10, 3, 7})}, {x(11)}, {out(5)}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       EmbeddingForward(exec,
+                                        {.ids = v[0], .table = v[1], .y = v[2], .scale = 1.5});
+                     });
+      const Tensor index = Ints({3, -1, 8, 0, -1, 5});
+      ExpectGpuAsCpu("gather " + Name(dtype, w), {{x(9)}, {index}, {out(6)}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       GatherRows(exec, {.x = v[0], .index = v[1], .y = v[2]});
+                     });
+      ExpectGpuAsCpu("scatter " + Name(dtype, w), {{x(6)}, {index}, {out(9)}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       ScatterRows(exec, {.y = v[0], .index = v[1], .x = v[2]});
+                     });
+    }
+  }
+}
+
+TEST_F(CudaOps, CrossEntropy) {
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) {
+      for (const double softcap : {0.0, 5.0}) {
+        Tensor logits = Random(dtype, {6, w.columns}, w.padding, 3.0);
+        logits.Set(2 * w.columns + 5, -HUGE_VAL);
+        logits.Set(3 * w.columns + 1, 50.0);  // the target, twice the maximum
+        logits.Set(3 * w.columns + 9, 50.0);
+        logits.Set(4 * w.columns + 4, NAN);
+        const Tensor targets = Ints({0, -1, 36, 9, 2, static_cast<int32_t>(w.columns) - 1});
+        ExpectGpuAsCpu("cross entropy " + Name(dtype, w),
+                       {{logits, Loose(dtype)},
+                        {targets},
+                        {Tensor(DType::kF32, {6}), 2e-5},
+                        {Tensor(DType::kU8, {6})},
+                        {Tensor(DType::kF32, {1}).Constant(0.25)}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         CrossEntropy(exec, {.logits = v[0],
+                                             .targets = v[1],
+                                             .loss = v[2],
+                                             .correct = v[3],
+                                             .grad_scale = v[4],
+                                             .softcap = softcap});
+                       });
+      }
+    }
+  }
+}
+
+TEST_F(CudaOps, Elementwise) {
+  for (const Width& w : kWidths) {
+    const auto x = [&](DType dtype) { return Random(dtype, {13, w.columns}, w.padding); };
+    for (DType from : {DType::kF64, DType::kF32, DType::kBF16}) {
+      for (DType to : {DType::kF64, DType::kF32, DType::kBF16}) {
+        ExpectGpuAsCpu(
+            "copy " + Name(from, w), {{x(from)}, {x(to).Poison()}},
+            [](const Exec& exec, const Views& v, Scratch&) { Copy(exec, {.x = v[0], .y = v[1]}); });
+        ExpectGpuAsCpu("add " + Name(from, w), {{x(from)}, {x(to), 1e-2}},
+                       [](const Exec& exec, const Views& v, Scratch&) {
+                         Add(exec, {.x = v[0], .y = v[1], .alpha = 0.3});
+                       });
+      }
+      ExpectGpuAsCpu("scale " + Name(from, w), {{x(from)}, {Random(DType::kF64, {1})}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       Scale(exec, {.x = v[0], .alpha_device = v[1], .alpha = 0.7});
+                     });
+      ExpectGpuAsCpu("sum " + Name(from, w), {{x(from)}, {Random(DType::kF64, {1}), 1e-11}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       SumToScalar(exec, {.x = v[0], .out = v[1], .accumulate = true});
+                     });
+      ExpectGpuAsCpu("fill " + Name(from, w), {{x(from)}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       Fill(exec, {.x = v[0], .value = 0.3});
+                     });
+    }
+  }
+}
+
+TEST_F(CudaOps, DropoutDrawsTheSameMask) {
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) {
+      for (const bool accumulate : {false, true}) {
+        ExpectGpuAsCpu("dropout " + Name(dtype, w),
+                       {{Random(dtype, {21, w.columns}, w.padding)},
+                        {Random(dtype, {21, w.columns}, w.padding)},
+                        {Ints({17, 3})}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         Dropout(exec, {.x = v[0],
+                                        .y = v[1],
+                                        .step_pack = v[2],
+                                        .p = 0.3,
+                                        .seed = 0x123456789abcdefULL,
+                                        .layer = 5,
+                                        .module = 2,
+                                        .first_row = 1000003,
+                                        .accumulate = accumulate});
+                       });
+      }
+    }
+  }
+}
+
+TEST_F(CudaOps, Optimizer) {
+  constexpr int64_t kSizes[] = {1, 37, 8192, 20001};
+  std::vector<Operand> operands;
+  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
+  for (int i = 0; i < 60; ++i) {  // more than one launch takes
+    const int64_t n = kSizes[i % 4];
+    for (int k = 0; k < 3; ++k) operands.push_back({Random(DType::kF32, {n})});
+    Tensor v = Random(DType::kF32, {n});
+    for (int64_t e = 0; e < n; ++e) v.Set(e, std::abs(v[e]));
+    operands.push_back({v});
+  }
+  ExpectGpuAsCpu("adamw", operands, [](const Exec& exec, const Views& v, Scratch&) {
+    std::vector<AdamWTensor> tensors;
+    for (size_t i = 1; i < v.size(); i += 4) {
+      tensors.push_back({v[i], v[i + 1], v[i + 2], v[i + 3], i % 8 == 1 ? 0.1 : 0.0});
+    }
+    AdamW(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
+  });
+  operands[0] = {Tensor(DType::kF64, {1}), 1e-12};
+  operands.push_back({Tensor(DType::kF32, {1}), 1e-6});
+  operands.push_back({Tensor(DType::kF64, {1}), 1e-12});
+  ExpectGpuAsCpu("norm", operands, [](const Exec& exec, const Views& v, Scratch& scratch) {
+    const std::vector<TensorView> grads(v.begin() + 1, v.end() - 2);
+    GradNormArgs args{.grads = grads, .norm_sq = v[0]};
+    args.workspace = scratch(GradNormWorkspaceBytes(exec, args));
+    GradNorm(exec, args);
+    ClipScale(
+        exec,
+        {.norm_sq = v[0], .scale = v[v.size() - 2], .norm = v[v.size() - 1], .max_norm = 1.0});
+  });
+}
+
+struct AttentionCase {
+  int64_t hq, hk, dqk, dv;
+  AttentionMask mask;
+  int64_t window;
+  double softcap;
+};
+
+TEST_F(CudaOps, Attention) {
+  constexpr int64_t kT = 150;
+  // Unowned rows before and after, an empty segment, a chunk with keys before it.
+  const Tensor count = Ints({4}), q_begin = Ints({2, 60, 60, 61, 140, 0}),
+               k_begin = Ints({2, 60, 60, 61, 0}), k_length = Ints({58, 0, 1, 85, 0}),
+               q_offset = Ints({0, 0, 0, 6, 0});
+  for (const AttentionCase& c :
+       {AttentionCase{4, 2, 64, 64, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{4, 1, 40, 24, AttentionMask::kBidirectional, 0, 0.0},
+        AttentionCase{3, 3, 128, 128, AttentionMask::kCausal, 17, 0.0},
+        AttentionCase{2, 1, 192, 128, AttentionMask::kCausal, 0, 3.0},
+        AttentionCase{2, 2, 33, 33, AttentionMask::kBidirectional, 9, 0.0}}) {
+    for (DType dtype : kDTypes) {
+      const double tolerance = dtype == DType::kF32 ? 3e-5 : 2e-2;
+      const auto random = [&](int64_t h, int64_t d) { return Random(dtype, {kT, h, d}, 16); };
+      const auto out = [&](int64_t h, int64_t d) { return Tensor(dtype, {kT, h, d}, 16); };
+      const AttentionOptions options{c.mask, c.window, 1.0 / std::sqrt(c.dqk), c.softcap};
+      const std::vector<Operand> forward{{count},
+                                         {q_begin},
+                                         {k_begin},
+                                         {k_length},
+                                         {q_offset},
+                                         {random(c.hq, c.dqk)},
+                                         {random(c.hk, c.dqk)},
+                                         {random(c.hk, c.dv)},
+                                         {out(c.hq, c.dv), tolerance},
+                                         {Tensor(DType::kF32, {c.hq, kT}), 2e-5}};
+      const OpCall run_forward = [&](const Exec& exec, const Views& v, Scratch& scratch) {
+        AttentionForwardArgs args{.q = v[5],
+                                  .k = v[6],
+                                  .v = v[7],
+                                  .o = v[8],
+                                  .lse = v[9],
+                                  .segments = {v[0], v[1], v[2], v[3], v[4]},
+                                  .options = options};
+        args.workspace = scratch(AttentionForwardWorkspaceBytes(exec, args));
+        AttentionForward(exec, args);
+      };
+      ExpectGpuAsCpu("attention forward", forward, run_forward);
+      const std::vector<Tensor> saved = RunOnCpu(forward, run_forward);
+      std::vector<Operand> backward;
+      for (const Tensor& t : saved) backward.push_back({t});
+      backward.push_back({random(c.hq, c.dv)});
+      backward.push_back({out(c.hq, c.dqk), tolerance});
+      backward.push_back({out(c.hk, c.dqk), tolerance});
+      backward.push_back({out(c.hk, c.dv), tolerance});
+      ExpectGpuAsCpu("attention backward", backward,
+                     [&](const Exec& exec, const Views& v, Scratch& scratch) {
+                       AttentionBackwardArgs args{.q = v[5],
+                                                  .k = v[6],
+                                                  .v = v[7],
+                                                  .o = v[8],
+                                                  .lse = v[9],
+                                                  .d_o = v[10],
+                                                  .dq = v[11],
+                                                  .dk = v[12],
+                                                  .dv = v[13],
+                                                  .segments = {v[0], v[1], v[2], v[3], v[4]},
+                                                  .options = options};
+                       args.workspace = scratch(AttentionBackwardWorkspaceBytes(exec, args));
+                       AttentionBackward(exec, args);
+                     });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attune

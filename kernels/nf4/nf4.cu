@@ -1,0 +1,250 @@
+// NF4 on CUDA. Every product and sum is rounded on its own (no fused multiply-add), as on the CPU:
+// the bits are the same.
+#include <cstring>
+
+#include "kernels/core/cuda.cuh"
+#include "kernels/nf4/nf4.h"
+
+namespace attune {
+namespace {
+
+constexpr float kMinAbsMax = 1e-38f;
+
+// Passed by value, so that a captured graph needs nothing else.
+struct Tables {
+  float nf4[16];
+  float borders[16];  // between codes i and i + 1; the last is not used
+  float map[256];
+};
+Tables MakeTables() {
+  Tables out;
+  std::memcpy(out.nf4, Nf4Values(), sizeof(out.nf4));
+  for (int i = 0; i < 15; ++i) out.borders[i] = (out.nf4[i] + out.nf4[i + 1]) / 2.0f;
+  out.borders[15] = out.nf4[15];
+  std::memcpy(out.map, Nf4DynamicMap(), sizeof(out.map));
+  return out;
+}
+
+// ---- Dequantise ----
+
+struct Source {
+  const uint8_t* packed;
+  const uint8_t* codes;
+  const float* absmax;
+  const float* absmax2;
+  const float* offset;
+  int64_t first_block;
+
+  __device__ float AbsMax(const float* map, int64_t block) const {
+    if (absmax != nullptr) return absmax[block];
+    const int64_t group = (first_block + block) / kNf4Group - first_block / kNf4Group;
+    return __fadd_rn(__fmul_rn(map[codes[block]], absmax2[group]), *offset);
+  }
+};
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;  // loads in flight per thread
+
+// 8 elements, which one 4-byte load brings, per step: `packs` of them in a row. Rows are flattened
+// where they are contiguous.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void DequantizeKernel(const __grid_constant__ Tables tables,
+                                                             Source source, int64_t first_element,
+                                                             T* out, int64_t stride, uint32_t packs,
+                                                             uint32_t total) {
+  __shared__ float nf4[16];
+  __shared__ float map[256];
+  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
+  map[threadIdx.x] = tables.map[threadIdx.x];
+  __syncthreads();
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(source.packed + first_element / 2);
+  const uint32_t base = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+  uint32_t bytes[kUnroll];
+  float absmax[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const uint32_t i = base + u * kThreads;
+    if (i >= total) continue;
+    bytes[u] = __ldg(packed + i);
+    absmax[u] = source.AbsMax(map, (first_element + 8 * static_cast<int64_t>(i)) / kNf4Block);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const uint32_t i = base + u * kThreads;
+    if (i >= total) continue;
+    const uint32_t row = i / packs;
+    Pack<T, 8> y;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t byte = bytes[u] >> (8 * j);
+      y.Set(2 * j, __fmul_rn(nf4[(byte >> 4) & 15], absmax[u]));
+      y.Set(2 * j + 1, __fmul_rn(nf4[byte & 15], absmax[u]));
+    }
+    y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
+  }
+}
+
+// Any range, an element at a time.
+template <typename T>
+struct DequantizeElement {
+  static constexpr int kPack = 1;
+  Tables tables;
+  Source source;
+  int64_t first_element, columns;
+  Rows<T> out;
+  __device__ void operator()(int64_t row, int64_t column) const {
+    const int64_t e = first_element + row * columns + column;
+    const int byte = source.packed[e / 2];
+    const float value = tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4];
+    *out(row, column) = FromFloat<T>(__fmul_rn(value, source.AbsMax(tables.map, e / kNf4Block)));
+  }
+};
+
+template <typename T>
+void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
+  const bool single = a.absmax.defined();
+  const Source source{Data<const uint8_t>(a.packed),
+                      single ? nullptr : Data<const uint8_t>(a.codes),
+                      single ? Data<const float>(a.absmax) : nullptr,
+                      single ? nullptr : Data<const float>(a.absmax2),
+                      single ? nullptr : Data<const float>(a.offset),
+                      a.first_block};
+  const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
+  if (size == 0) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(source.packed) + a.first_element / 2;
+  const bool packable = a.first_element % 8 == 0 && start % 4 == 0 && Packable(8, {&a.out}) &&
+                        size / 8 < (int64_t{1} << 32) - kThreads * kUnroll;
+  if (!packable) {
+    ForEachPack(DequantizeElement<T>{MakeTables(), source, a.first_element, K, RowsOf<T>(a.out)}, N,
+                K, exec.stream);
+    return;
+  }
+  const uint32_t total = static_cast<uint32_t>(size / 8);
+  const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
+  const uint32_t blocks = (total + kThreads * kUnroll - 1) / (kThreads * kUnroll);
+  DequantizeKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(
+      MakeTables(), source, a.first_element, Data<T>(a.out), a.out.stride(0), packs, total);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ---- Quantise: a warp per block of 64, two elements per lane ----
+
+// How many borders lie below `scaled`: they ascend.
+__device__ int Nf4Code(const float* borders, float scaled) {
+  int code = 0;
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) {
+    if (scaled > borders[code + step - 1]) code += step;
+  }
+  return code;
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void QuantizeKernel(const __grid_constant__ Tables tables,
+                                                           const T* w, uint8_t* packed,
+                                                           float* absmax_out, int64_t size,
+                                                           int64_t blocks) {
+  __shared__ float borders[16];
+  if (threadIdx.x < 16) borders[threadIdx.x] = tables.borders[threadIdx.x];
+  __syncthreads();
+  const int64_t block = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
+  if (block >= blocks) return;
+  const int64_t e = block * kNf4Block + 2 * (threadIdx.x % 32);
+  const float first = e < size ? ToFloat(w[e]) : 0.0f;
+  const float second = e + 1 < size ? ToFloat(w[e + 1]) : 0.0f;
+  float absmax = WarpMax(fmaxf(fabsf(first), fabsf(second)));
+  // A short last block keeps the raised maximum and is divided; a whole one is multiplied by the
+  // reciprocal. The bits of bitsandbytes hang on it.
+  const bool tail = (block + 1) * kNf4Block > size;
+  if (tail) absmax = fmaxf(absmax, kMinAbsMax);
+  const float reciprocal = __frcp_rn(fmaxf(absmax, kMinAbsMax));
+  const auto scaled = [&](float value) {
+    const float ratio = tail ? __fdiv_rn(value, absmax) : __fmul_rn(value, reciprocal);
+    return fminf(fmaxf(ratio, -1.0f), 1.0f);
+  };
+  if (threadIdx.x % 32 == 0) absmax_out[block] = absmax;
+  if (e < size) {
+    const int high = Nf4Code(borders, scaled(first)), low = Nf4Code(borders, scaled(second));
+    packed[e / 2] = static_cast<uint8_t>(high << 4 | low);
+  }
+}
+
+// ---- Quantise the block maxima ----
+
+__global__ __launch_bounds__(1024) void MeanKernel(const float* absmax, int64_t blocks,
+                                                   float* offset) {
+  double sum = 0.0;
+  for (int64_t b = threadIdx.x; b < blocks; b += 1024) sum += static_cast<double>(absmax[b]);
+  sum = BlockSum<1024>(sum);
+  if (threadIdx.x == 0) {
+    *offset = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;
+  }
+}
+
+// The nearest value of the map; of two equally near ones the one with the even code.
+__device__ uint8_t NearestCode(const float* map, float x) {
+  int above = 0;  // how many values are below x
+  for (int step = 256; step > 0; step /= 2) {
+    if (above + step <= 256 && map[above + step - 1] < x) above += step;
+  }
+  if (above == 0) return 0;
+  if (above == 256) return 255;
+  const int below = above - 1;
+  const float middle = __fmul_rn(__fadd_rn(map[below], map[above]), 0.5f);
+  if (x < middle) return static_cast<uint8_t>(below);
+  if (x > middle) return static_cast<uint8_t>(above);
+  return static_cast<uint8_t>(below % 2 == 0 ? below : above);
+}
+
+// A block of threads per group.
+__global__ __launch_bounds__(kNf4Group) void DoubleQuantizeKernel(
+    const __grid_constant__ Tables tables, const float* absmax, const float* offset, uint8_t* codes,
+    float* absmax2, int64_t blocks) {
+  __shared__ float map[256];
+  __shared__ float largest[kNf4Group / 32];
+  map[threadIdx.x] = tables.map[threadIdx.x];
+  const int64_t b = blockIdx.x * kNf4Group + threadIdx.x;
+  const float centred = b < blocks ? __fsub_rn(absmax[b], *offset) : 0.0f;
+  const float warp = WarpMax(fabsf(centred));
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = warp;
+  __syncthreads();
+  float group = 0.0f;
+  for (int w = 0; w < kNf4Group / 32; ++w) group = fmaxf(group, largest[w]);
+  if (threadIdx.x == 0) absmax2[blockIdx.x] = group;
+  const float reciprocal = group > 0.0f ? __frcp_rn(group) : 0.0f;
+  if (b < blocks) codes[b] = NearestCode(map, __fmul_rn(centred, reciprocal));
+}
+
+}  // namespace
+
+void Nf4QuantizeCuda(const Exec& exec, const Nf4QuantizeArgs& a) {
+  const int64_t size = a.w.size(), blocks = Nf4Blocks(size);
+  if (size == 0) return;
+  const unsigned grid = static_cast<unsigned>((blocks + kThreads / 32 - 1) / (kThreads / 32));
+  DispatchCudaFloat(a.w.dtype, [&]<typename T>() {
+    QuantizeKernel<T><<<grid, kThreads, 0, StreamOf(exec.stream)>>>(
+        MakeTables(), Data<const T>(a.w), Data<uint8_t>(a.packed), Data<float>(a.absmax), size,
+        blocks);
+  });
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void Nf4DoubleQuantizeCuda(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
+  const int64_t blocks = a.absmax.dim(0);
+  const cudaStream_t stream = StreamOf(exec.stream);
+  if (!a.offset_given) {
+    MeanKernel<<<1, 1024, 0, stream>>>(Data<const float>(a.absmax), blocks, Data<float>(a.offset));
+    CUDA_CHECK(cudaGetLastError());
+  }
+  if (blocks == 0) return;
+  DoubleQuantizeKernel<<<static_cast<unsigned>(Nf4Groups(blocks)), kNf4Group, 0, stream>>>(
+      MakeTables(), Data<const float>(a.absmax), Data<const float>(a.offset),
+      Data<uint8_t>(a.codes), Data<float>(a.absmax2), blocks);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void Nf4DequantizeCuda(const Exec& exec, const Nf4DequantizeArgs& a) {
+  DispatchCudaFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(exec, a); });
+}
+
+}  // namespace attune

@@ -1,0 +1,232 @@
+// AdamW and the gradient norm on CUDA: one launch for up to kBatch tensors, whose pointers travel
+// as kernel parameters. A block of threads takes a piece of one tensor.
+#include <cmath>
+
+#include "kernels/core/cuda.cuh"
+#include "kernels/optimizer/optimizer.h"
+#include "kernels/optimizer/pieces.h"
+
+namespace attune {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBatch = 48;
+
+int64_t Pieces(const TensorView& x) {
+  return (x.size() + kCudaPiece - 1) / kCudaPiece;
+}
+
+struct DeviceScalar {
+  const void* data = nullptr;
+  bool is_double = false;
+  __device__ double Read(double otherwise) const {
+    if (data == nullptr) return otherwise;
+    return is_double ? *static_cast<const double*>(data)
+                     : static_cast<double>(*static_cast<const float*>(data));
+  }
+};
+struct DeviceOutput {
+  void* data;
+  bool is_double;
+  __device__ void Write(double value) const {
+    if (is_double) {
+      *static_cast<double*>(data) = value;
+    } else {
+      *static_cast<float*>(data) = static_cast<float>(value);
+    }
+  }
+};
+
+// Which tensor of the batch piece `block` belongs to; first_piece ascends.
+template <typename Batch>
+__device__ int TensorOf(const Batch& batch, int64_t block) {
+  int t = 0;
+  while (t + 1 < batch.count && batch.first_piece[t + 1] <= block) ++t;
+  return t;
+}
+
+struct AdamWBatch {
+  float* param[kBatch];
+  const float* grad[kBatch];
+  float* m[kBatch];
+  float* v[kBatch];
+  int64_t size[kBatch];
+  float decay[kBatch];
+  int32_t first_piece[kBatch];
+  int count = 0;
+  // Common to all; rounded from f64 once.
+  float one_minus_beta1, beta1, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size;
+  bool lerp_from_end;  // torch's lerp starts at the nearer end
+  DeviceScalar grad_scale;
+};
+
+// Every product and sum rounded on its own, as on the CPU: the parameters are the same bits.
+__device__ void Update(const AdamWBatch& b, float decay, float grad_scale, float grad, float* param,
+                       float* m, float* v) {
+  const float g = __fmul_rn(grad, grad_scale);
+  const float difference = __fsub_rn(g, *m);
+  const float m_new = b.lerp_from_end ? __fsub_rn(g, __fmul_rn(difference, b.beta1))
+                                      : __fadd_rn(*m, __fmul_rn(b.one_minus_beta1, difference));
+  const float v_new =
+      __fadd_rn(__fmul_rn(*v, b.beta2), __fmul_rn(__fmul_rn(b.one_minus_beta2, g), g));
+  const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v_new), b.sqrt_correction2), b.eps);
+  *m = m_new;
+  *v = v_new;
+  *param = __fadd_rn(__fmul_rn(*param, decay),
+                     __fdiv_rn(__fmul_rn(b.minus_step_size, m_new), denominator));
+}
+
+__global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
+  const int t = TensorOf(b, blockIdx.x);
+  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
+  const int64_t end = min(begin + kCudaPiece, b.size[t]);
+  float* param = b.param[t];
+  const float* grad = b.grad[t];
+  float *m = b.m[t], *v = b.v[t];
+  const float decay = b.decay[t], grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
+  using P = Pack<float, 4>;
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(m) |
+                              reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(v);
+  const int64_t packed_end = addresses % 16 == 0 ? begin + (end - begin) / 4 * 4 : begin;
+  for (int64_t i = begin + threadIdx.x * 4; i < packed_end; i += kThreads * 4) {
+    const P g = P::Load(grad + i);
+    P p = P::Load(param + i), first = P::Load(m + i), second = P::Load(v + i);
+    for (int k = 0; k < 4; ++k) {
+      Update(b, decay, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k]);
+    }
+    p.Store(param + i);
+    first.Store(m + i);
+    second.Store(v + i);
+  }
+  for (int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
+    Update(b, decay, grad_scale, grad[i], &param[i], &m[i], &v[i]);
+  }
+}
+
+AdamWBatch NewBatch(const AdamWArgs& a) {
+  AdamWBatch b{};
+  const double correction1 = 1.0 - std::pow(a.beta1, static_cast<double>(a.step));
+  const double correction2 = 1.0 - std::pow(a.beta2, static_cast<double>(a.step));
+  b.one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
+  b.beta1 = 1.0f - b.one_minus_beta1;
+  b.beta2 = static_cast<float>(a.beta2);
+  b.one_minus_beta2 = static_cast<float>(1.0 - a.beta2);
+  b.sqrt_correction2 = static_cast<float>(std::sqrt(correction2));
+  b.eps = static_cast<float>(a.eps);
+  b.minus_step_size = static_cast<float>(-(a.lr / correction1));
+  b.lerp_from_end = b.one_minus_beta1 >= 0.5f;
+  if (a.grad_scale.defined()) {
+    b.grad_scale = {a.grad_scale.data, a.grad_scale.dtype == DType::kF64};
+  }
+  return b;
+}
+
+struct NormBatch {
+  const float* grad[kBatch];
+  int64_t size[kBatch];
+  int32_t first_piece[kBatch];
+  int count = 0;
+};
+
+// In f64: the square of an f32 does not overflow.
+__global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_constant__ NormBatch b,
+                                                              double* partial) {
+  const int t = TensorOf(b, blockIdx.x);
+  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
+  const int64_t end = min(begin + kCudaPiece, b.size[t]);
+  double sum = 0.0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    const double value = static_cast<double>(b.grad[t][i]);
+    sum += value * value;
+  }
+  sum = BlockSum<kThreads>(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+__global__ __launch_bounds__(1024) void TotalKernel(const double* partial, int64_t pieces,
+                                                    double* out) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < pieces; i += 1024) sum += partial[i];
+  sum = BlockSum<1024>(sum);
+  if (threadIdx.x == 0) *out = sum;
+}
+
+__global__ void ClipKernel(const double* norm_sq, DeviceOutput scale_out, DeviceOutput norm_out,
+                           double max_norm) {
+  const double norm = sqrt(*norm_sq);
+  double scale = 1.0;
+  if (max_norm > 0.0) {
+    const double ratio = max_norm / (norm + 1e-6);
+    scale = ratio > 1.0 ? 1.0 : ratio;  // NaN stays
+  } else if (isnan(norm)) {
+    scale = norm;
+  }
+  norm_out.Write(norm);
+  scale_out.Write(scale);
+}
+
+}  // namespace
+
+void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
+  AdamWBatch b = NewBatch(a);
+  int64_t pieces = 0;
+  const auto launch = [&] {
+    if (pieces == 0) return;
+    AdamWKernel<<<static_cast<unsigned>(pieces), kThreads, 0, StreamOf(exec.stream)>>>(b);
+    CUDA_CHECK(cudaGetLastError());
+    b.count = 0;
+    pieces = 0;
+  };
+  for (const AdamWTensor& t : a.tensors) {
+    CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
+    if (t.param.size() == 0) continue;
+    const int i = b.count++;
+    b.param[i] = Data<float>(t.param);
+    b.grad[i] = Data<const float>(t.grad);
+    b.m[i] = Data<float>(t.m);
+    b.v[i] = Data<float>(t.v);
+    b.size[i] = t.param.size();
+    b.decay[i] = static_cast<float>(1.0 - a.lr * t.weight_decay);
+    b.first_piece[i] = static_cast<int32_t>(pieces);
+    pieces += Pieces(t.param);
+    if (b.count == kBatch) launch();
+  }
+  launch();
+}
+
+void GradNormCuda(const Exec& exec, const GradNormArgs& a) {
+  NormBatch b{};
+  double* partial = static_cast<double*>(a.workspace.data);
+  int64_t pieces = 0, total = 0;
+  const auto launch = [&] {
+    if (pieces == 0) return;
+    PartialNormKernel<<<static_cast<unsigned>(pieces), kThreads, 0, StreamOf(exec.stream)>>>(
+        b, partial + total);
+    CUDA_CHECK(cudaGetLastError());
+    total += pieces;
+    b.count = 0;
+    pieces = 0;
+  };
+  for (const TensorView& grad : a.grads) {
+    CHECK(grad.dtype == DType::kF32 && "the CUDA backend keeps gradients in f32");
+    if (grad.size() == 0) continue;
+    const int i = b.count++;
+    b.grad[i] = Data<const float>(grad);
+    b.size[i] = grad.size();
+    b.first_piece[i] = static_cast<int32_t>(pieces);
+    pieces += Pieces(grad);
+    if (b.count == kBatch) launch();
+  }
+  launch();
+  TotalKernel<<<1, 1024, 0, StreamOf(exec.stream)>>>(partial, total, Data<double>(a.norm_sq));
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void ClipScaleCuda(const Exec& exec, const ClipScaleArgs& a) {
+  ClipKernel<<<1, 1, 0, StreamOf(exec.stream)>>>(
+      Data<const double>(a.norm_sq), DeviceOutput{a.scale.data, a.scale.dtype == DType::kF64},
+      DeviceOutput{a.norm.data, a.norm.dtype == DType::kF64}, a.max_norm);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace attune

@@ -1,0 +1,81 @@
+// A plan for a GPU is made on any machine: shapes are checked and workspaces sized without the CUDA
+// backend, and nothing is read or written.
+#include <gtest/gtest.h>
+
+#include "kernels/attention/attention.h"
+#include "kernels/core/op_testing.h"
+#include "kernels/matmul/matmul.h"
+#include "kernels/optimizer/optimizer.h"
+#include "kernels/rms_norm/rms_norm.h"
+
+namespace attune {
+namespace {
+
+Exec CudaPlan() {
+  Exec exec;
+  exec.device = DeviceKind::kCuda;
+  exec.plan = true;
+  return exec;
+}
+TensorView Planned(DType dtype, std::initializer_list<int64_t> shape) {
+  return TensorView(nullptr, dtype, shape);
+}
+
+TEST(CudaPlan, MatMulWantsOneFixedPool) {
+  MatMulArgs args{.a = Planned(DType::kBF16, {8, 16}),
+                  .b = Planned(DType::kBF16, {4, 16}),
+                  .d = Planned(DType::kBF16, {8, 4}),
+                  .trans_b = true};
+  args.workspace = Planned(DType::kU8, {MatMulWorkspaceBytes(CudaPlan(), args)});
+  EXPECT_EQ(args.workspace.bytes(), int64_t{32} << 20);
+  MatMul(CudaPlan(), args);
+}
+
+TEST(CudaPlan, RmsNormSumsTheWeightGradientOverRuns) {
+  RmsNormBackwardArgs args{.dy = Planned(DType::kBF16, {64, 48}),
+                           .x = Planned(DType::kBF16, {64, 48}),
+                           .rstd = Planned(DType::kF32, {64}),
+                           .w = Planned(DType::kBF16, {48}),
+                           .dx = Planned(DType::kBF16, {64, 48})};
+  EXPECT_EQ(RmsNormBackwardWorkspaceBytes(CudaPlan(), args), 0);
+  args.dw = Planned(DType::kF32, {48});
+  args.workspace = Planned(DType::kU8, {RmsNormBackwardWorkspaceBytes(CudaPlan(), args)});
+  EXPECT_EQ(args.workspace.bytes(), 2 * 48 * 4);
+  RmsNormBackward(CudaPlan(), args);
+}
+
+TEST(CudaPlan, GradNormKeepsASumPerPiece) {
+  const TensorView grads[] = {Planned(DType::kF32, {8193}), Planned(DType::kF32, {5})};
+  GradNormArgs args{.grads = grads, .norm_sq = Planned(DType::kF64, {1})};
+  args.workspace = Planned(DType::kU8, {GradNormWorkspaceBytes(CudaPlan(), args)});
+  EXPECT_EQ(args.workspace.bytes(), 3 * 8);
+  GradNorm(CudaPlan(), args);
+}
+
+TEST(CudaPlan, AttentionBackwardKeepsARowOfSums) {
+  const TensorView q = Planned(DType::kBF16, {20, 4, 32}), k = Planned(DType::kBF16, {20, 2, 32});
+  const TensorView lse = Planned(DType::kF32, {4, 20}), ints = Planned(DType::kI32, {3});
+  const AttentionSegments segments{Planned(DType::kI32, {1}), Planned(DType::kI32, {4}), ints, ints,
+                                   ints};
+  AttentionForwardArgs forward{
+      .q = q, .k = k, .v = k, .o = q, .lse = lse, .segments = segments, .options = {}};
+  EXPECT_EQ(AttentionForwardWorkspaceBytes(CudaPlan(), forward), 0);
+  AttentionForward(CudaPlan(), forward);
+  AttentionBackwardArgs backward{.q = q,
+                                 .k = k,
+                                 .v = k,
+                                 .o = q,
+                                 .lse = lse,
+                                 .d_o = q,
+                                 .dq = q,
+                                 .dk = k,
+                                 .dv = k,
+                                 .segments = segments,
+                                 .options = {}};
+  backward.workspace = Planned(DType::kU8, {AttentionBackwardWorkspaceBytes(CudaPlan(), backward)});
+  EXPECT_EQ(backward.workspace.bytes(), 4 * 20 * 4);
+  AttentionBackward(CudaPlan(), backward);
+}
+
+}  // namespace
+}  // namespace attune

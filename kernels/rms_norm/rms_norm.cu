@@ -1,0 +1,247 @@
+// RMSNorm on CUDA: a warp owns a short row, a block a long one, so every sum has a fixed order. The
+// gradient of w goes through partial sums of fixed runs of rows (workspace), added up in order.
+#include "kernels/core/cuda.cuh"
+#include "kernels/rms_norm/rms_norm.h"
+
+namespace attune {
+
+// Runs of rows that the gradient of w is first summed over.
+int64_t RmsNormWeightRuns(int64_t rows);
+
+namespace {
+
+constexpr int64_t kShortRow = 1024;  // elements; longer rows get a block
+constexpr int kBlockThreads = 256;
+
+// The row of this thread: blockDim is (threads per row, rows).
+__device__ int64_t OwnRow() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+}
+
+// The sum over the threads of one row. In a block with several rows a row is one warp.
+template <int kThreads>
+__device__ float RowSum(float x) {
+  if constexpr (kThreads == 32) return WarpSum(x);
+  return BlockSum<kThreads>(x);
+}
+
+template <typename T, typename W>
+struct Forward {
+  Rows<const T> x, delta;
+  Rows<T> sum, y;
+  const W* w;
+  float* rstd;
+  int64_t rows, columns;
+  float eps, offset;
+};
+
+template <typename T, typename W, int N, int kThreads>
+__global__ __launch_bounds__(kBlockThreads) void ForwardKernel(Forward<T, W> a) {
+  const int64_t row = OwnRow();
+  if (row >= a.rows) return;
+  float squares = 0.0f;
+  const bool add = a.delta.data != nullptr;
+  for (int64_t c = threadIdx.x * N; c < a.columns; c += kThreads * N) {
+    Pack<T, N> x = Pack<T, N>::Load(a.x(row, c));
+    if (add) {
+      const Pack<T, N> delta = Pack<T, N>::Load(a.delta(row, c));
+      for (int i = 0; i < N; ++i) x.Set(i, x[i] + delta[i]);
+      x.Store(a.sum(row, c));
+    }
+    for (int i = 0; i < N; ++i) squares += x[i] * x[i];
+  }
+  const float mean = RowSum<kThreads>(squares) / static_cast<float>(a.columns);
+  const float rstd = 1.0f / sqrtf(mean + a.eps);
+  if (threadIdx.x == 0) a.rstd[row] = rstd;
+  for (int64_t c = threadIdx.x * N; c < a.columns; c += kThreads * N) {
+    // This thread wrote these elements of the sum.
+    Pack<T, N> x = Pack<T, N>::Load(add ? a.sum(row, c) : a.x(row, c));
+    const Pack<W, N> w = Pack<W, N>::Load(a.w + c);
+    for (int i = 0; i < N; ++i) x.Set(i, x[i] * rstd * (w[i] + a.offset));
+    x.Store(a.y(row, c));
+  }
+}
+
+template <typename T, typename W, int N>
+struct Rebuild {
+  static constexpr int kPack = N;
+  Rows<const T> x;
+  Rows<T> y;
+  const W* w;
+  const float* rstd;
+  float offset;
+  __device__ void operator()(int64_t row, int64_t c) const {
+    Pack<T, N> v = Pack<T, N>::Load(x(row, c));
+    const Pack<W, N> g = Pack<W, N>::Load(w + c);
+    const float r = rstd[row];
+    for (int i = 0; i < N; ++i) v.Set(i, v[i] * r * (g[i] + offset));
+    v.Store(y(row, c));
+  }
+};
+
+template <typename T, typename W>
+struct Backward {
+  Rows<const T> dy, x, dresidual;
+  Rows<T> dx;
+  const W* w;
+  const float* rstd;
+  int64_t rows, columns;
+  float offset;
+};
+
+template <typename T, typename W, int N, int kThreads>
+__global__ __launch_bounds__(kBlockThreads) void BackwardKernel(Backward<T, W> a) {
+  const int64_t row = OwnRow();
+  if (row >= a.rows) return;
+  float products = 0.0f;
+  for (int64_t c = threadIdx.x * N; c < a.columns; c += kThreads * N) {
+    const Pack<T, N> dy = Pack<T, N>::Load(a.dy(row, c)), x = Pack<T, N>::Load(a.x(row, c));
+    const Pack<W, N> w = Pack<W, N>::Load(a.w + c);
+    for (int i = 0; i < N; ++i) products += dy[i] * (w[i] + a.offset) * x[i];
+  }
+  const float rstd = a.rstd[row];
+  const float mean = rstd * rstd * (RowSum<kThreads>(products) / static_cast<float>(a.columns));
+  const bool residual = a.dresidual.data != nullptr;
+  for (int64_t c = threadIdx.x * N; c < a.columns; c += kThreads * N) {
+    const Pack<T, N> dy = Pack<T, N>::Load(a.dy(row, c)), x = Pack<T, N>::Load(a.x(row, c));
+    const Pack<W, N> w = Pack<W, N>::Load(a.w + c);
+    Pack<T, N> dx = residual ? Pack<T, N>::Load(a.dresidual(row, c)) : Pack<T, N>{};
+    for (int i = 0; i < N; ++i) {
+      const float norm = rstd * (dy[i] * (w[i] + a.offset) - x[i] * mean);
+      dx.Set(i, residual ? norm + dx[i] : norm);
+    }
+    dx.Store(a.dx(row, c));
+  }
+}
+
+// partial[run][c] = sum over the rows of a run, in ascending order.
+template <typename T>
+__global__ __launch_bounds__(kBlockThreads) void WeightRunsKernel(Rows<const T> dy, Rows<const T> x,
+                                                                  const float* rstd, int64_t rows,
+                                                                  int64_t columns, float* partial) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (c >= columns) return;
+  const int64_t length = (rows + gridDim.y - 1) / gridDim.y;
+  const int64_t end = min((blockIdx.y + 1) * length, rows);
+  float sum = 0.0f;
+  for (int64_t m = blockIdx.y * length; m < end; ++m) {
+    sum += ToFloat(*dy(m, c)) * (ToFloat(*x(m, c)) * rstd[m]);
+  }
+  partial[blockIdx.y * columns + c] = sum;
+}
+
+__global__ __launch_bounds__(kBlockThreads) void AddRunsKernel(const float* partial, int64_t runs,
+                                                               int64_t columns, float* dw) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (c >= columns) return;
+  float sum = 0.0f;
+  for (int64_t run = 0; run < runs; ++run) sum += partial[run * columns + c];
+  dw[c] += sum;
+}
+
+// Calls f.operator()<T, W>() with the device types of x and w.
+template <typename F>
+void DispatchNorm(const TensorView& x, const TensorView& w, F&& f) {
+  DispatchCudaFloat(x.dtype, [&]<typename T>() {
+    if (w.dtype == x.dtype) return f.template operator()<T, T>();
+    f.template operator()<T, float>();
+  });
+}
+
+// Calls f.operator()<N, threads per row>(grid, block).
+template <typename T, typename F>
+void DispatchRows(int64_t rows, int64_t columns, bool packable, F&& f) {
+  const auto shaped = [&]<int N>() {
+    if (columns <= kShortRow) {
+      const dim3 block(32, kBlockThreads / 32);
+      f.template operator()<N, 32>(static_cast<unsigned>((rows + block.y - 1) / block.y), block);
+    } else {
+      f.template operator()<N, kBlockThreads>(static_cast<unsigned>(rows), dim3(kBlockThreads));
+    }
+  };
+  if (packable) return shaped.template operator()<kPackSize<T>>();
+  shaped.template operator()<1>();
+}
+
+template <typename T, typename W>
+void RunForward(const Exec& exec, const RmsNormForwardArgs& a) {
+  const Forward<T, W> args{RowsOf<const T>(a.x),
+                           RowsOf<const T>(a.delta),
+                           RowsOf<T>(a.sum),
+                           RowsOf<T>(a.y),
+                           Data<const W>(a.w),
+                           Data<float>(a.rstd),
+                           a.x.dim(0),
+                           a.x.dim(1),
+                           static_cast<float>(a.eps),
+                           static_cast<float>(a.weight_offset)};
+  DispatchRows<T>(
+      args.rows, args.columns, Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
+      [&]<int N, int kThreads>(unsigned grid, dim3 block) {
+        ForwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
+      });
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename T, typename W>
+void RunRebuild(const Exec& exec, const RmsNormRebuildArgs& a) {
+  const auto run = [&]<int N>() {
+    ForEachPack(Rebuild<T, W, N>{RowsOf<const T>(a.x), RowsOf<T>(a.y), Data<const W>(a.w),
+                                 Data<const float>(a.rstd), static_cast<float>(a.weight_offset)},
+                a.x.dim(0), a.x.dim(1), exec.stream);
+  };
+  if (Packable(kPackSize<T>, {&a.x, &a.y, &a.w})) return run.template operator()<kPackSize<T>>();
+  run.template operator()<1>();
+}
+
+template <typename T>
+void RunWeightGradient(const Exec& exec, const RmsNormBackwardArgs& a) {
+  const int64_t M = a.x.dim(0), C = a.x.dim(1), runs = RmsNormWeightRuns(M);
+  const unsigned width = static_cast<unsigned>((C + kBlockThreads - 1) / kBlockThreads);
+  float* partial = static_cast<float*>(a.workspace.data);
+  WeightRunsKernel<T>
+      <<<dim3(width, static_cast<unsigned>(runs)), kBlockThreads, 0, StreamOf(exec.stream)>>>(
+          RowsOf<const T>(a.dy), RowsOf<const T>(a.x), Data<const float>(a.rstd), M, C, partial);
+  CUDA_CHECK(cudaGetLastError());
+  AddRunsKernel<<<width, kBlockThreads, 0, StreamOf(exec.stream)>>>(partial, runs, C,
+                                                                    Data<float>(a.dw));
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename T, typename W>
+void RunBackward(const Exec& exec, const RmsNormBackwardArgs& a) {
+  if (a.dw.defined()) RunWeightGradient<T>(exec, a);
+  const Backward<T, W> args{RowsOf<const T>(a.dy),
+                            RowsOf<const T>(a.x),
+                            RowsOf<const T>(a.dresidual),
+                            RowsOf<T>(a.dx),
+                            Data<const W>(a.w),
+                            Data<const float>(a.rstd),
+                            a.x.dim(0),
+                            a.x.dim(1),
+                            static_cast<float>(a.weight_offset)};
+  DispatchRows<T>(
+      args.rows, args.columns, Packable(kPackSize<T>, {&a.dy, &a.x, &a.dresidual, &a.dx, &a.w}),
+      [&]<int N, int kThreads>(unsigned grid, dim3 block) {
+        BackwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
+      });
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace
+
+void RmsNormForwardCuda(const Exec& exec, const RmsNormForwardArgs& a) {
+  if (a.x.size() == 0) return;
+  DispatchNorm(a.x, a.w, [&]<typename T, typename W>() { RunForward<T, W>(exec, a); });
+}
+
+void RmsNormRebuildCuda(const Exec& exec, const RmsNormRebuildArgs& a) {
+  DispatchNorm(a.x, a.w, [&]<typename T, typename W>() { RunRebuild<T, W>(exec, a); });
+}
+
+void RmsNormBackwardCuda(const Exec& exec, const RmsNormBackwardArgs& a) {
+  if (a.x.size() == 0) return;
+  DispatchNorm(a.x, a.w, [&]<typename T, typename W>() { RunBackward<T, W>(exec, a); });
+}
+
+}  // namespace attune

@@ -1,0 +1,282 @@
+// Speed of the CUDA ops at the shapes of an 8B model and a pack of 8192 tokens, against the roofs
+// measured in the same run: the copy bandwidth of the device, and cuBLASLt's bf16 rate at 8192^3.
+// One JSON object per row: op, median microseconds, GB/s or TFLOP/s, and the part of the roof.
+//
+// Inputs are random (zeros run faster), and larger than the cache or rotated through it.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "kernels/attention/attention.h"
+#include "kernels/core/cuda_error.h"
+#include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/dropout/dropout.h"
+#include "kernels/elementwise/elementwise.h"
+#include "kernels/embedding/embedding.h"
+#include "kernels/gated_activation/gated_activation.h"
+#include "kernels/matmul/matmul.h"
+#include "kernels/nf4/nf4.h"
+#include "kernels/optimizer/optimizer.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/rope/rope.h"
+
+namespace attune {
+namespace {
+
+constexpr int64_t kT = 8192, kC = 4096, kF = 14336, kV = 128256;
+
+// Device memory for the life of the process, filled with small random values of its dtype.
+TensorView Device(DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView out(nullptr, dtype, shape);
+  CUDA_CHECK(cudaMalloc(&out.data, static_cast<size_t>(out.bytes())));
+  std::vector<uint8_t> host(static_cast<size_t>(std::min<int64_t>(out.bytes(), 64 << 20)));
+  static std::mt19937_64 rng(1);
+  std::normal_distribution<float> normal;
+  const size_t n = host.size() / static_cast<size_t>(DTypeBytes(dtype));
+  for (size_t i = 0; i < n; ++i) {
+    // A few thousand draws, at a stride that no power of two divides.
+    static const std::vector<float> draws = [&] {
+      std::vector<float> d(65537);
+      for (float& x : d) x = normal(rng);
+      return d;
+    }();
+    const float x = draws[i % draws.size()];
+    if (dtype == DType::kBF16) reinterpret_cast<BFloat16*>(host.data())[i] = BFloat16(x);
+    if (dtype == DType::kF32) reinterpret_cast<float*>(host.data())[i] = x;
+    if (dtype == DType::kU8) host[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    if (dtype == DType::kI32)
+      reinterpret_cast<int32_t*>(host.data())[i] = static_cast<int>(i % 1000);
+  }
+  for (int64_t at = 0; at < out.bytes(); at += static_cast<int64_t>(host.size())) {
+    const size_t bytes =
+        static_cast<size_t>(std::min<int64_t>(out.bytes() - at, static_cast<int64_t>(host.size())));
+    CUDA_CHECK(
+        cudaMemcpy(static_cast<char*>(out.data) + at, host.data(), bytes, cudaMemcpyHostToDevice));
+  }
+  return out;
+}
+
+// The median over `repeats` of the time of one call in a run of calls, so that the gap at the
+// events does not count.
+double MedianSeconds(const std::function<void()>& f, int repeats = 20) {
+  const int calls = repeats >= 20 ? 10 : 1;
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<float> ms;
+  for (int i = 0; i < repeats + 3; ++i) {
+    CUDA_CHECK(cudaEventRecord(begin, nullptr));
+    for (int call = 0; call < calls; ++call) f();
+    CUDA_CHECK(cudaEventRecord(end, nullptr));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float elapsed = 0.0f;
+    CUDA_CHECK(cudaEventElapsedTime(&elapsed, begin, end));
+    if (i >= 3) ms.push_back(elapsed / static_cast<float>(calls));
+  }
+  std::nth_element(ms.begin(), ms.begin() + ms.size() / 2, ms.end());
+  return ms[ms.size() / 2] * 1e-3;
+}
+
+struct Bench {
+  Exec exec;
+  TensorView workspace;
+  double copy_rate = 0.0, product_rate = 0.0;
+
+  void Bytes(const char* op, double bytes, const std::function<void()>& f) {
+    const double s = MedianSeconds(f);
+    std::printf("{\"op\": \"%s\", \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.3f}\n", op,
+                s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
+  }
+  void Flops(const char* op, double flops, int repeats, const std::function<void()>& f) {
+    const double s = MedianSeconds(f, repeats);
+    std::printf("{\"op\": \"%s\", \"us\": %.1f, \"tflop_per_s\": %.1f, \"of_product\": %.3f}\n", op,
+                s * 1e6, flops / s * 1e-12, product_rate > 0.0 ? flops / s / product_rate : 1.0);
+  }
+};
+
+void MeasureRoofs(Bench* b) {
+  const TensorView x = Device(DType::kU8, {int64_t{1} << 30}),
+                   y = Device(DType::kU8, {int64_t{1} << 30});
+  const auto copy = [&] {
+    CUDA_CHECK(cudaMemcpyAsync(y.data, x.data, 1 << 30, cudaMemcpyDeviceToDevice, nullptr));
+  };
+  b->Bytes("roof: copy 1 GiB", 2.0 * (1 << 30), copy);
+  b->copy_rate = 2.0 * (1 << 30) / MedianSeconds(copy);
+  b->Bytes("Copy 1 GiB", 2.0 * (1 << 30), [&] { Copy(b->exec, {.x = x, .y = y}); });
+  CUDA_CHECK(cudaFree(x.data));
+  CUDA_CHECK(cudaFree(y.data));
+  constexpr int64_t n = 8192;
+  const TensorView a = Device(DType::kBF16, {n, n}), c = Device(DType::kBF16, {n, n});
+  const TensorView d = Device(DType::kBF16, {n, n});
+  b->workspace = Device(DType::kU8, {int64_t{32} << 20});
+  const auto product = [&] {
+    MatMul(b->exec, {.a = a, .b = c, .d = d, .trans_b = true, .workspace = b->workspace});
+  };
+  b->Flops("roof: MatMul bf16 8192^3 NT", 2.0 * n * n * n, 20, product);
+  b->product_rate = 2.0 * n * n * n / MedianSeconds(product);
+}
+
+void BenchProducts(Bench* b) {
+  const TensorView x = Device(DType::kBF16, {kT, kC + 16}), w = Device(DType::kBF16, {kF, kC + 16});
+  const TensorView y = Device(DType::kBF16, {kT, kF}), dx = Device(DType::kBF16, {kT, kC + 16});
+  const double flops = 2.0 * kT * (kC + 16) * kF;
+  b->Flops("MatMul bf16 8192x4112x14336 NT", flops, 20, [&] {
+    MatMul(b->exec, {.a = x, .b = w, .d = y, .trans_b = true, .workspace = b->workspace});
+  });
+  b->Flops("MatMul bf16 8192x14336x4112 NN", flops, 20,
+           [&] { MatMul(b->exec, {.a = y, .b = w, .d = dx, .workspace = b->workspace}); });
+  const TensorView da = Device(DType::kF32, {16, kC});
+  const TensorView s = Device(DType::kBF16, {kT, 16});
+  b->Bytes("MatMul bf16 TN 16x4096, k 8192, += f32", 2.0 * kT * (kC + 16), [&] {
+    MatMul(b->exec, {.a = s,
+                     .b = x.Slice(1, 0, kC),
+                     .d = da,
+                     .trans_a = true,
+                     .beta = 1.0,
+                     .workspace = b->workspace});
+  });
+}
+
+void BenchNf4(Bench* b) {
+  const int64_t size = kF * kC, blocks = Nf4Blocks(size);
+  const TensorView packed = Device(DType::kU8, {Nf4PackedBytes(size)});
+  const TensorView codes = Device(DType::kU8, {blocks}), offset = Device(DType::kF32, {1});
+  const TensorView absmax2 = Device(DType::kF32, {Nf4Groups(blocks)});
+  const TensorView absmax = Device(DType::kF32, {blocks});
+  const TensorView wide = Device(DType::kBF16, {kF, kC + 16}), w = Device(DType::kBF16, {kF, kC});
+  const double bytes = size * 2.5 + blocks;
+  for (const TensorView& out : {w, wide.Slice(1, 0, kC)}) {
+    b->Bytes(
+        out.contiguous() ? "Nf4Dequantize 14336x4096" : "Nf4Dequantize 14336x4096 in 4112", bytes,
+        [&] {
+          Nf4Dequantize(
+              b->exec,
+              {.packed = packed, .codes = codes, .absmax2 = absmax2, .offset = offset, .out = out});
+        });
+  }
+  b->Bytes("Nf4Quantize 14336x4096", size * 2.5 + blocks * 4.0,
+           [&] { Nf4Quantize(b->exec, {.w = w, .packed = packed, .absmax = absmax}); });
+}
+
+void BenchNormAndRope(Bench* b) {
+  const TensorView x = Device(DType::kBF16, {kT, kC}), y = Device(DType::kBF16, {kT, kC});
+  const TensorView delta = Device(DType::kBF16, {kT, kC}), sum = Device(DType::kBF16, {kT, kC});
+  const TensorView w = Device(DType::kBF16, {kC}), rstd = Device(DType::kF32, {kT});
+  const double pass = 2.0 * kT * kC;
+  b->Bytes("RmsNormForward + residual 8192x4096", 4 * pass, [&] {
+    RmsNormForward(b->exec, {.x = x, .delta = delta, .sum = sum, .w = w, .y = y, .rstd = rstd});
+  });
+  b->Bytes("RmsNormBackward + residual 8192x4096", 4 * pass, [&] {
+    RmsNormBackward(b->exec,
+                    {.dy = y, .x = sum, .rstd = rstd, .w = w, .dresidual = delta, .dx = x});
+  });
+  const TensorView q = Device(DType::kBF16, {kT, 40, 128});
+  const TensorView cos = Device(DType::kF32, {kT, 64}), sin = Device(DType::kF32, {kT, 64});
+  b->Bytes("Rope 8192x40x128", 2.0 * q.bytes() + 2.0 * cos.bytes(),
+           [&] { Rope(b->exec, {.x = q, .cos = cos, .sin = sin, .rotary_dim = 128}); });
+  const TensorView table = Device(DType::kBF16, {32000, kC}), ids = Device(DType::kI32, {kT});
+  b->Bytes("EmbeddingForward 8192x4096", pass + 2.0 * 1000 * kC,
+           [&] { EmbeddingForward(b->exec, {.ids = ids, .table = table, .y = y}); });
+  const TensorView step = Device(DType::kI32, {2});
+  b->Bytes("Dropout 8192x4096", 2 * pass,
+           [&] { Dropout(b->exec, {.x = x, .y = y, .step_pack = step, .p = 0.1}); });
+}
+
+void BenchMlpAndLoss(Bench* b) {
+  const TensorView gate_up = Device(DType::kBF16, {kT, 2 * kF}), h = Device(DType::kBF16, {kT, kF});
+  const TensorView gate = gate_up.Slice(1, 0, kF), up = gate_up.Slice(1, kF, 2 * kF);
+  const double pass = 2.0 * kT * kF;
+  b->Bytes("GatedActivationForward silu 8192x14336", 3 * pass,
+           [&] { GatedActivationForward(b->exec, {.gate = gate, .up = up, .h = h}); });
+  b->Bytes("GatedActivationBackward silu 8192x14336", 5 * pass, [&] {
+    GatedActivationBackward(b->exec, {.dh = h, .gate = gate, .up = up, .dgate = gate, .dup = up});
+  });
+  const TensorView logits = Device(DType::kBF16, {2048, kV}), targets = Device(DType::kI32, {2048});
+  const TensorView loss = Device(DType::kF32, {2048}), scale = Device(DType::kF32, {1});
+  b->Bytes("CrossEntropy 2048x128256", 3.0 * logits.bytes(), [&] {
+    CrossEntropy(b->exec,
+                 {.logits = logits, .targets = targets, .loss = loss, .grad_scale = scale});
+  });
+}
+
+void BenchOptimizer(Bench* b) {
+  std::vector<AdamWTensor> tensors;
+  std::vector<TensorView> grads;
+  double elements = 0;
+  for (int i = 0; i < 448; ++i) {  // rank 16 on seven matrices of 32 blocks
+    const auto x = [] { return Device(DType::kF32, {16, 5851}); };
+    tensors.push_back({x(), x(), x(), Device(DType::kF32, {16, 5851})});
+    Fill(b->exec, {.x = tensors.back().v, .value = 1.0});
+    grads.push_back(tensors.back().grad);
+    elements += 16 * 5851;
+  }
+  const TensorView norm = Device(DType::kF64, {1});
+  b->Bytes("AdamW 448 tensors, 42 M elements", elements * 28,
+           [&] { AdamW(b->exec, {.tensors = tensors, .lr = 1e-5}); });
+  GradNormArgs args{.grads = grads, .norm_sq = norm};
+  args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
+  b->Bytes("GradNorm 448 tensors, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
+}
+
+void BenchAttention(Bench* b) {
+  constexpr int64_t kTokens = 4096, kHeads = 32, kKeyHeads = 8, kD = 128, kLength = 2048;
+  const auto heads = [](int64_t h) { return Device(DType::kBF16, {kTokens, h, kD}); };
+  const auto ints = [](std::vector<int32_t> values) {
+    const TensorView out = Device(DType::kI32, {static_cast<int64_t>(values.size())});
+    CUDA_CHECK(cudaMemcpy(out.data, values.data(), values.size() * 4, cudaMemcpyHostToDevice));
+    return out;
+  };
+  const AttentionSegments segments{ints({2}), ints({0, kLength, kTokens}), ints({0, kLength}),
+                                   ints({kLength, kLength}), ints({0, 0})};
+  AttentionForwardArgs f{.q = heads(kHeads),
+                         .k = heads(kKeyHeads),
+                         .v = heads(kKeyHeads),
+                         .o = heads(kHeads),
+                         .lse = Device(DType::kF32, {kHeads, kTokens}),
+                         .segments = segments,
+                         .options = {.scale = 0.088388}};
+  const double flops = 4.0 * kD * kHeads * kTokens * kLength / 2;
+  b->Flops("AttentionForward 2x2048 causal 32/8x128", flops, 3,
+           [&] { AttentionForward(b->exec, f); });
+  AttentionBackwardArgs g{.q = f.q,
+                          .k = f.k,
+                          .v = f.v,
+                          .o = f.o,
+                          .lse = f.lse,
+                          .d_o = heads(kHeads),
+                          .dq = heads(kHeads),
+                          .dk = heads(kKeyHeads),
+                          .dv = heads(kKeyHeads),
+                          .segments = segments,
+                          .options = f.options};
+  g.workspace = Device(DType::kU8, {AttentionBackwardWorkspaceBytes(b->exec, g)});
+  b->Flops("AttentionBackward 2x2048 causal 32/8x128", 2.5 * flops, 3,
+           [&] { AttentionBackward(b->exec, g); });
+}
+
+}  // namespace
+}  // namespace attune
+
+int main() {
+  using namespace attune;  // NOLINT: a program of one file
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::fprintf(stderr, "kernels_bench: no GPU\n");
+    return 1;
+  }
+  Bench bench;
+  bench.exec.device = DeviceKind::kCuda;
+  MeasureRoofs(&bench);
+  BenchProducts(&bench);
+  BenchNf4(&bench);
+  BenchNormAndRope(&bench);
+  BenchMlpAndLoss(&bench);
+  BenchOptimizer(&bench);
+  BenchAttention(&bench);
+  CUDA_CHECK(cudaDeviceSynchronize());
+  return 0;
+}
