@@ -41,7 +41,7 @@ NEVER = {"worker/train": {"worker/agent"}, "worker/trainer_main": {"worker/agent
 # what, pattern, where it may stand
 POWERS = [
     ("kernel launch", r"<<<", ("kernels/",)),
-    ("device allocation", r"\b(cudaMalloc\w*|cudaFree\w*|cuMemAlloc\w*)\s*\(", ("worker/memory/",)),
+    ("device allocation", r"\b(cudaMalloc\w*|cudaFree\w*|cuMemAlloc\w*)\s*\(", ("worker/memory/", "kernels/core/op_testing_cuda.h", "tests/bench/")),
     ("collective", r"\b(nccl[A-Z]\w+|gloo::)", ("worker/shard/",)),
     ("SQL", r"\bsqlite3_\w+\s*\(", ("server/store/",)),
     ("environment", r"\b(secure_)?getenv\s*\(",

@@ -15,6 +15,7 @@ enum class ExitCode : int {
   kStorage = 14,      // a checkpoint could not be written
   kAgentLost = 15,    // the agent is gone
   kInternal = 16,     // a bug
+  kCuda = 17,         // a CUDA call failed (kernels/core/cuda_error.h)
 };
 
 inline ExitCode ExitCodeOf(v1::FailureCause cause) {
