@@ -5,6 +5,7 @@
 #include <gloo/rendezvous/context.h>
 #include <gloo/rendezvous/store.h>
 #include <gloo/transport/tcp/device.h>
+#include <signal.h>
 
 #include <exception>
 #include <stdexcept>
@@ -105,6 +106,8 @@ class GlooCommunicator : public Communicator {
 
 absl::StatusOr<std::unique_ptr<Communicator>> NewGlooCommunicator(const GlooOptions& options,
                                                                   RendezvousStore* store) {
+  // Gloo writes to its sockets without MSG_NOSIGNAL: a peer's death must be an error, not ours.
+  signal(SIGPIPE, SIG_IGN);
   try {
     gloo::transport::tcp::attr attr(options.bind_address.c_str());
     auto device = gloo::transport::tcp::CreateDevice(attr);
