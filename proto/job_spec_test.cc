@@ -83,7 +83,9 @@ TEST(JobSpecTest, ErrorsNameFieldAndLine) {
   EXPECT_THAT(ParseError("name: a\nname: b\n"), HasSubstr("job.yaml:2: name: is given twice"));
   EXPECT_THAT(ParseError("model: [1, 2\n"), HasSubstr("job.yaml:"));
   EXPECT_THAT(ParseError(""), HasSubstr("one YAML document"));
-  EXPECT_THAT(ParseError("a: 1\n---\nb: 2\n"), HasSubstr("found 2"));
+  EXPECT_THAT(ParseError("a: 1\n---\nb: 2\n"), HasSubstr("found several"));
+  // yaml-cpp finds documents without end here.
+  EXPECT_THAT(ParseError(", a: 1\n"), HasSubstr("found several"));
   EXPECT_THAT(ParseError("optimizer: 3\n"), HasSubstr("must be a mapping"));
   EXPECT_THAT(ParseError("optimizer: {learning_rate: .inf}\n"), HasSubstr("number"));
 }

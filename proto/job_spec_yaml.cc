@@ -1,8 +1,10 @@
 // YAML <-> JobSpec by reflection over the proto: a field added there needs nothing here.
+#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <cmath>
 #include <limits>
+#include <sstream>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -177,6 +179,34 @@ class YamlReader {
   ParsedJobSpec* out_;
 };
 
+// Parser events, thrown away.
+class NoEvents : public YAML::EventHandler {
+ public:
+  void OnDocumentStart(const YAML::Mark&) override {}
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t,
+                const std::string&) override {}
+  void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t,
+                       YAML::EmitterStyle::value) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t,
+                  YAML::EmitterStyle::value) override {}
+  void OnMapEnd() override {}
+};
+
+// Documents in the text, counted to two. YAML::LoadAll would go on for ever over a text that
+// begins with a comma: the parser reports a document and does not advance.
+int CountDocuments(const std::string& text) {
+  std::istringstream in(text);
+  YAML::Parser parser(in);
+  NoEvents events;
+  int count = 0;
+  while (count < 2 && parser.HandleNextDocument(events)) ++count;
+  return count;
+}
+
 void EmitMessage(const Message& message, YAML::Emitter* out);
 
 void EmitScalar(const Message& message, const FieldDescriptor& field, int index,
@@ -258,13 +288,15 @@ absl::StatusOr<ParsedJobSpec> ParseJobSpecYaml(absl::string_view text, absl::str
   }
   // Aliases cannot blow up: reading follows the schema, which does not recurse.
   try {
-    const std::vector<YAML::Node> documents = YAML::LoadAll(std::string(text.data(), text.size()));
-    if (documents.size() != 1 || documents[0].IsNull()) {
+    const std::string bytes(text.data(), text.size());
+    const int documents = CountDocuments(bytes);
+    const YAML::Node root = documents == 1 ? YAML::Load(bytes) : YAML::Node();
+    if (documents != 1 || root.IsNull()) {
       return absl::InvalidArgumentError(
           absl::StrCat(file, ": expected one YAML document with a job spec, found ",
-                       documents.size() == 1 ? 0 : documents.size()));
+                       documents < 2 ? "none" : "several"));
     }
-    if (absl::Status s = YamlReader(&out).ReadMessage(documents[0], "", 0, &out.spec); !s.ok()) {
+    if (absl::Status s = YamlReader(&out).ReadMessage(root, "", 0, &out.spec); !s.ok()) {
       return s;
     }
   } catch (const YAML::Exception& e) {
