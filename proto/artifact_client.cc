@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -16,6 +15,7 @@
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "proto/crc32c.h"
+#include "proto/sha256.h"
 
 namespace attune {
 namespace {
@@ -133,21 +133,16 @@ absl::StatusOr<std::vector<LocalFile>> ListFiles(const std::string& directory) {
 absl::StatusOr<std::string> Sha256OfFile(const std::string& path) {
   File file(path, O_RDONLY);
   if (file.fd() < 0) return FileError("cannot read", path);
-  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(),
-                                                                  &EVP_MD_CTX_free);
-  EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr);
+  Sha256 sha;
   std::string buffer(kChunkBytes, '\0');
   for (;;) {
     const ssize_t n = read(file.fd(), buffer.data(), buffer.size());
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return FileError("cannot read", path);
     if (n == 0) break;
-    EVP_DigestUpdate(context.get(), buffer.data(), n);
+    sha.Update(absl::string_view(buffer.data(), n));
   }
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  EVP_DigestFinal_ex(context.get(), digest, &size);
-  return absl::BytesToHexString(absl::string_view(reinterpret_cast<char*>(digest), size));
+  return sha.HexDigest();
 }
 
 // What one Upload or Download carries along.

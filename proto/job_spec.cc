@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "proto/sha256.h"
 
 namespace attune {
 namespace {
@@ -190,8 +191,7 @@ void CheckSource(absl::string_view field, const v1::Source& source, const Valida
 void CheckInputs(const JobSpec& spec, const ValidateOptions& options, Checker* check) {
   CheckSource("model.source", spec.model().source(), options, check);
   const std::string& digest = spec.model().digest();
-  const bool hex = digest.find_first_not_of("0123456789abcdef") == std::string::npos;
-  if (!digest.empty() && (digest.size() != 64 || !hex)) {
+  if (!digest.empty() && !IsSha256Hex(digest)) {
     check->Fail("model.digest", "must be 64 lower-case hexadecimal digits");
   }
   if (spec.datasets().empty()) check->Fail("datasets", "at least one dataset is required");

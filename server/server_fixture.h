@@ -18,7 +18,7 @@
 #include "google/rpc/status.pb.h"
 #include "gtest/gtest.h"
 #include "proto/crc32c.h"
-#include "server/artifacts/sha256.h"
+#include "proto/sha256.h"
 #include "server/fake_agent.h"
 #include "server/server.h"
 

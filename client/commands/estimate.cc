@@ -4,22 +4,8 @@
 namespace attune {
 
 void AddEstimateCommand(CLI::App* app, Invocation* invocation) {
-  CLI::App* command = app->add_subcommand(
-      "estimate", "Say how much memory a job needs, before any device is touched");
-  command->footer("Further options are passed on: see `attune-trainer estimate --help`.");
-  auto file = std::make_shared<std::string>();
-  command->add_option("job", *file, "the job as YAML")->required()->type_name("JOB.yaml");
-  command->allow_extras();
-  command->callback([=] {
-    invocation->run = [=] {
-      // A spec that is wrong by itself is refused here, with file and line, as `submit` does.
-      absl::StatusOr<ParsedJobSpec> parsed = LoadJobSpec(*file);
-      if (!parsed.ok()) return Fail(parsed.status());
-      std::vector<std::string> arguments = {"estimate", "--spec", *file};
-      for (const std::string& extra : command->remaining()) arguments.push_back(extra);
-      return RunTrainer(*invocation, arguments);
-    };
-  });
+  AddSpecCommand("estimate", "Say how much memory a job needs, before any device is touched", app,
+                 invocation);
 }
 
 }  // namespace attune

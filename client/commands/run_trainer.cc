@@ -21,4 +21,22 @@ CliExit RunTrainer(const Invocation& invocation, const std::vector<std::string>&
                    ". Install attune-trainer beside attune, or name it in ATTUNE_TRAINER.")));
 }
 
+void AddSpecCommand(const std::string& mode, const std::string& description, CLI::App* app,
+                    Invocation* invocation) {
+  CLI::App* command = app->add_subcommand(mode, description);
+  command->footer("Further options are passed on: see `attune-trainer " + mode + " --help`.");
+  auto file = std::make_shared<std::string>();
+  command->add_option("job", *file, "the job as YAML")->required()->type_name("JOB.yaml");
+  command->allow_extras();
+  command->callback([=] {
+    invocation->run = [=] {
+      absl::StatusOr<ParsedJobSpec> parsed = LoadJobSpec(*file);
+      if (!parsed.ok()) return Fail(parsed.status());
+      std::vector<std::string> arguments = {mode, "--spec", *file};
+      for (const std::string& extra : command->remaining()) arguments.push_back(extra);
+      return RunTrainer(*invocation, arguments);
+    };
+  });
+}
+
 }  // namespace attune

@@ -4,22 +4,8 @@
 namespace attune {
 
 void AddValidateCommand(CLI::App* app, Invocation* invocation) {
-  CLI::App* command =
-      app->add_subcommand("validate", "Read model and data and say what is wrong with a job");
-  command->footer("Further options are passed on: see `attune-trainer validate --help`.");
-  auto file = std::make_shared<std::string>();
-  command->add_option("job", *file, "the job as YAML")->required()->type_name("JOB.yaml");
-  command->allow_extras();
-  command->callback([=] {
-    invocation->run = [=] {
-      // A spec that is wrong by itself is refused here, with file and line, as `submit` does.
-      absl::StatusOr<ParsedJobSpec> parsed = LoadJobSpec(*file);
-      if (!parsed.ok()) return Fail(parsed.status());
-      std::vector<std::string> arguments = {"validate", "--spec", *file};
-      for (const std::string& extra : command->remaining()) arguments.push_back(extra);
-      return RunTrainer(*invocation, arguments);
-    };
-  });
+  AddSpecCommand("validate", "Read model and data and say what is wrong with a job", app,
+                 invocation);
 }
 
 }  // namespace attune

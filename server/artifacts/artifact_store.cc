@@ -7,7 +7,7 @@
 #include "absl/strings/str_split.h"
 #include "proto/crc32c.h"
 #include "proto/log.h"
-#include "server/artifacts/sha256.h"
+#include "proto/sha256.h"
 #include "server/core/errors.h"
 #include "server/core/times.h"
 
@@ -63,11 +63,9 @@ absl::Status WrongOffset(int64_t offset, int64_t committed) {
 
 std::string ArtifactId(v1::ArtifactKind kind, const std::vector<v1::ArtifactFile>& files) {
   Sha256 sha;
-  const std::string head = absl::StrCat("attune artifact 1\n", static_cast<int>(kind), "\n");
-  sha.Update(head.data(), head.size());
+  sha.Update(absl::StrCat("attune artifact 1\n", static_cast<int>(kind), "\n"));
   for (const v1::ArtifactFile& file : files) {
-    const std::string line = absl::StrCat(file.sha256(), " ", file.bytes(), " ", file.path(), "\n");
-    sha.Update(line.data(), line.size());
+    sha.Update(absl::StrCat(file.sha256(), " ", file.bytes(), " ", file.path(), "\n"));
   }
   return sha.HexDigest();
 }
@@ -354,7 +352,7 @@ absl::Status ArtifactStore::FinalizeFile(const v1::Artifact& artifact, int index
   for (int64_t at = 0; at < *size; at += kHashBytes) {
     const absl::StatusOr<std::string> block = (*file)->Read(at, std::min(kHashBytes, *size - at));
     if (!block.ok()) return block.status();
-    sha.Update(block->data(), block->size());
+    sha.Update(*block);
   }
   if (sha.HexDigest() != declared.sha256()) {
     absl::Status status = (*file)->Truncate(0);

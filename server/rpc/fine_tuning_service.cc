@@ -11,7 +11,7 @@
 #include "google/protobuf/io/coded_stream.h"
 #include "google/protobuf/io/zero_copy_stream_impl_lite.h"
 #include "proto/job_spec.h"
-#include "server/artifacts/sha256.h"
+#include "proto/sha256.h"
 #include "server/core/errors.h"
 #include "server/core/names.h"
 

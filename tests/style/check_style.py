@@ -24,7 +24,7 @@ MAY_INCLUDE = {
     "client": {"client", "proto"},
     "client/commands/local": {"client", "proto", "server", "worker/agent"},
     "worker/agent": {"worker/agent", "worker/io", "proto"},
-    "worker/io": {"worker/io", "kernels/core"},
+    "worker/io": {"worker/io", "kernels/core", "proto/sha256.h"},
     "worker/data": {"worker/data", "worker/io", "kernels/core"},
     "worker/memory": {"worker/memory", "kernels/core"},
     "worker/shard": {"worker/shard", "kernels/core"},

@@ -1,6 +1,5 @@
 #include "tests/support/fake_coordinator.h"
 
-#include <openssl/evp.h>
 
 #include <algorithm>
 #include <chrono>
@@ -8,19 +7,9 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "proto/crc32c.h"
+#include "proto/sha256.h"
 
 namespace attune {
-namespace {
-
-std::string Sha256(const std::string& text) {
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  EVP_Digest(text.data(), text.size(), digest, &size, EVP_sha256(), nullptr);
-  return absl::BytesToHexString(absl::string_view(reinterpret_cast<char*>(digest), size));
-}
-
-}  // namespace
-
 class FakeCoordinator::Worker : public v1::WorkerService::Service {
  public:
   explicit Worker(std::shared_ptr<FakeStore> store) : store_(std::move(store)) {}
@@ -125,7 +114,7 @@ class FakeCoordinator::Artifacts : public v1::ArtifactService::Service {
   grpc::Status CreateArtifact(grpc::ServerContext*, const v1::CreateArtifactRequest* request,
                               v1::Artifact* response) override {
     std::lock_guard<std::mutex> lock(store_->mutex);
-    const std::string name = absl::StrCat("artifacts/", Sha256(request->SerializeAsString()));
+    const std::string name = absl::StrCat("artifacts/", Sha256Hex(request->SerializeAsString()));
     FakeStore::StoredArtifact& stored = store_->artifacts[name];
     if (stored.artifact.name().empty()) {
       stored.artifact.set_name(name);

@@ -3,7 +3,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -209,48 +208,18 @@ absl::StatusOr<int64_t> FreeBytes(const std::string& path) {
   return static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
 }
 
-struct Sha256Hasher::State {
-  EVP_MD_CTX* context = EVP_MD_CTX_new();
-  ~State() { EVP_MD_CTX_free(context); }
-};
-
-Sha256Hasher::Sha256Hasher() : state_(std::make_unique<State>()) {
-  CHECK(state_->context != nullptr);
-  CHECK(EVP_DigestInit_ex(state_->context, EVP_sha256(), nullptr) == 1);
-}
-Sha256Hasher::~Sha256Hasher() = default;
-Sha256Hasher::Sha256Hasher(Sha256Hasher&&) noexcept = default;
-Sha256Hasher& Sha256Hasher::operator=(Sha256Hasher&&) noexcept = default;
-
-void Sha256Hasher::Update(absl::string_view bytes) {
-  CHECK(EVP_DigestUpdate(state_->context, bytes.data(), bytes.size()) == 1);
-}
-
-std::string Sha256Hasher::FinishHex() {
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  CHECK(EVP_DigestFinal_ex(state_->context, digest, &size) == 1);
-  return absl::BytesToHexString(absl::string_view(reinterpret_cast<char*>(digest), size));
-}
-
-std::string Sha256Hex(absl::string_view bytes) {
-  Sha256Hasher hasher;
-  hasher.Update(bytes);
-  return hasher.FinishHex();
-}
-
 absl::StatusOr<std::string> Sha256HexOfFile(const std::string& path) {
   struct stat info;
   absl::StatusOr<int> opened = OpenRegular(path, &info);
   if (!opened.ok()) return opened.status();
   const Descriptor fd(*opened);
-  Sha256Hasher hasher;
+  Sha256 sha;
   std::vector<char> buffer(1 << 20);
   while (true) {
     absl::StatusOr<size_t> n = ReadSome(fd.get(), path, buffer.data(), buffer.size());
     if (!n.ok()) return n.status();
-    if (*n == 0) return hasher.FinishHex();
-    hasher.Update(absl::string_view(buffer.data(), *n));
+    if (*n == 0) return sha.HexDigest();
+    sha.Update(absl::string_view(buffer.data(), *n));
   }
 }
 

@@ -47,24 +47,7 @@ absl::StatusOr<int64_t> FreeBytes(const std::string& path);
 // The absl::Status of a failed system call: "<what> <path>: <strerror>".
 absl::Status FileError(int error, absl::string_view what, absl::string_view path);
 
-// SHA-256 in pieces. Hex is lower case, 64 characters.
-class Sha256Hasher {
- public:
-  Sha256Hasher();
-  ~Sha256Hasher();
-  Sha256Hasher(Sha256Hasher&&) noexcept;
-  Sha256Hasher& operator=(Sha256Hasher&&) noexcept;
-
-  void Update(absl::string_view bytes);
-  // Ends the sum; nothing may be added afterwards.
-  std::string FinishHex();
-
- private:
-  struct State;
-  std::unique_ptr<State> state_;
-};
-
-std::string Sha256Hex(absl::string_view bytes);
+// SHA-256 (proto/sha256.h) of a whole file, without holding it in memory.
 absl::StatusOr<std::string> Sha256HexOfFile(const std::string& path);
 
 // A file mapped for reading. The bytes live as long as this object. A file that is cut while it

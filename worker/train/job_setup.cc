@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/matmul/matmul.h"
 #include "proto/job_spec.h"
+#include "proto/sha256.h"
 #include "worker/io/file.h"
 #include "worker/methods/pack_batch.h"
 
@@ -206,15 +207,15 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job) {
   spec.mutable_model()->clear_source();
   for (auto& dataset : *spec.mutable_datasets()) dataset.clear_source();
   for (auto& dataset : *spec.mutable_evaluation()->mutable_datasets()) dataset.clear_source();
-  Sha256Hasher hasher;
-  hasher.Update(JobSpecToYaml(spec));
-  hasher.Update(job.report.model_digest());
+  Sha256 sha;
+  sha.Update(JobSpecToYaml(spec));
+  sha.Update(job.report.model_digest());
   for (const std::string& path : job.assignment.dataset_files()) {
     absl::StatusOr<std::string> sha256 = Sha256HexOfFile(path);
     if (!sha256.ok()) return sha256.status();
-    hasher.Update(*sha256);
+    sha.Update(*sha256);
   }
-  return hasher.FinishHex();
+  return sha.HexDigest();
 }
 
 absl::Status CheckDigest(PreparedJob* job) {
@@ -320,13 +321,13 @@ absl::StatusOr<std::string> ModelDigest(const std::string& directory) {
   }
   if (error) return FileError(error.value(), "list", directory);
   std::sort(names.begin(), names.end());
-  Sha256Hasher hasher;
+  Sha256 sha;
   for (const std::string& name : names) {
     absl::StatusOr<std::string> sha256 = Sha256HexOfFile(absl::StrCat(directory, "/", name));
     if (!sha256.ok()) return sha256.status();
-    hasher.Update(absl::StrCat(*sha256, "  ", name, "\n"));
+    sha.Update(absl::StrCat(*sha256, "  ", name, "\n"));
   }
-  return hasher.FinishHex();
+  return sha.HexDigest();
 }
 
 v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device) {
