@@ -194,7 +194,7 @@ void PrintProfile(Engine* engine, double seconds, const OpTrace& trace) {
   for (const auto& row : rows) sum += row.total_s;
   std::printf("  profile of one step, %.1f ms of ops in %.1f ms\n", sum * 1e3, seconds * 1e3);
   for (const auto& row : rows) {
-    if (row.total_s < 0.002 * sum) break;
+    if (row.total_s < 0.0015 * sum) break;
     std::printf("    %6.2f %%  %8.2f ms  %5lld x %8.1f us  %s\n", 100 * row.total_s / sum,
                 row.total_s * 1e3, static_cast<long long>(row.calls),
                 row.total_s * 1e6 / static_cast<double>(row.calls), row.name.c_str());
