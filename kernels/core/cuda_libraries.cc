@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 
 #include "kernels/core/cuda_error.h"
 
@@ -89,8 +90,22 @@ void CudaFailed(const char* file, int line, const char* what, const char* why) {
   std::_Exit(kCudaFailedExitCode);
 }
 
-void SetCudaLibraryDirectories(std::vector<std::string> directories) {
-  Directories() = std::move(directories);
+void SetCudaLibraryDirectories(const std::vector<std::string>& directories) {
+  Directories().clear();
+  for (const std::string& directory : directories) {
+    Directories().push_back(directory);
+    for (const char* prefix : {"/", "/nvidia/"}) {
+      for (const char* wheel : {"cu13", "cudnn", "nccl"}) {
+        const std::string path = directory + prefix + wheel + "/lib";
+        std::error_code error;
+        if (std::filesystem::is_directory(path, error)) Directories().push_back(path);
+      }
+    }
+  }
+}
+
+void* OpenCudaLibrary(const std::string& soname, std::string* tried) {
+  return Open(soname, RTLD_NOW | RTLD_LOCAL, tried);
 }
 
 std::string LoadCudaLibraries() {
