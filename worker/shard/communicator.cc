@@ -39,8 +39,12 @@ class SelfCommunicator : public Communicator {
     CHECK(root == 0);
     return absl::OkStatus();
   }
-  absl::Status Barrier() override { return absl::OkStatus(); }
-  absl::Status Wait() override { return absl::OkStatus(); }
+  absl::Status Barrier() override {
+    return absl::OkStatus();
+  }
+  absl::Status Wait() override {
+    return absl::OkStatus();
+  }
 };
 
 class DirectoryStore : public RendezvousStore {

@@ -268,10 +268,10 @@ INSTANTIATE_TEST_SUITE_P(Backends, CommunicatorTest,
 
 TEST(SelfCommunicatorTest, AllGatherOfOneCopies) {
   uint8_t mine[] = {1, 2, 3}, all[] = {0, 0, 0};
-  ASSERT_TRUE(NewSelfCommunicator()
-                  ->AllGather({}, TensorView(mine, DType::kU8, {3}),
-                              TensorView(all, DType::kU8, {3}))
-                  .ok());
+  ASSERT_TRUE(
+      NewSelfCommunicator()
+          ->AllGather({}, TensorView(mine, DType::kU8, {3}), TensorView(all, DType::kU8, {3}))
+          .ok());
   EXPECT_THAT(all, testing::ElementsAre(1, 2, 3));
 }
 

@@ -66,8 +66,8 @@ class NcclCommunicator : public Communicator {
   // A collective that is in a stream.
   struct Operation {
     const char* what;
-    cudaEvent_t begin;                            // its turn has come
-    cudaEvent_t end;                              // it has run
+    cudaEvent_t begin;                             // its turn has come
+    cudaEvent_t end;                               // it has run
     absl::Time deadline = absl::InfiniteFuture();  // known once its turn has come
   };
 
@@ -160,8 +160,8 @@ std::string NcclCommunicator::Describe(ncclResult_t result) const {
 
 absl::Status NcclCommunicator::Fail(absl::string_view what, absl::string_view why) {
   if (!failure_.ok()) return failure_;
-  failure_ = absl::UnavailableError(absl::StrCat(what, " on rank ", options_.rank, " of ",
-                                                 options_.size, " failed: ", why));
+  failure_ = absl::UnavailableError(
+      absl::StrCat(what, " on rank ", options_.rank, " of ", options_.size, " failed: ", why));
   if (comm_ != nullptr) nccl_->CommAbort(comm_);
   comm_ = nullptr;
   return failure_;
@@ -338,7 +338,8 @@ namespace attune {
 absl::StatusOr<std::unique_ptr<Communicator>> NewNcclCommunicator(const NcclOptions&,
                                                                   RendezvousStore*) {
   return absl::FailedPreconditionError(
-      "this attune-trainer was built without NCCL; use one GPU or the CPU, or build it where nccl.h "
+      "this attune-trainer was built without NCCL; use one GPU or the CPU, or build it where "
+      "nccl.h "
       "is");
 }
 

@@ -45,8 +45,8 @@ absl::StatusOr<const NcclApi*> Load() {
   }
   int version = 0;
   if (api.GetVersion(&version) != ncclSuccess || version < kOldestVersion) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        soname, " has version code ", version, "; at least ", kOldestVersion, " is needed"));
+    return absl::FailedPreconditionError(absl::StrCat(soname, " has version code ", version,
+                                                      "; at least ", kOldestVersion, " is needed"));
   }
   return &api;
 }
