@@ -94,11 +94,19 @@ class Bundle(unittest.TestCase):
         adapter = self.root / "work/adapter"
         self.assertTrue((adapter / "adapter_model.safetensors").exists(), list(adapter.iterdir()))
 
-    def test_without_a_gpu_the_trainer_says_so(self):
+    def test_what_cuda_needs_is_named_where_it_is_missing(self):
+        packages = self.root / "work/site-packages/nvidia/cu13/lib"
+        packages.mkdir(parents=True)
         done = self.run_inside("/attune/bin/attune-trainer", "generate", "--device", "cuda",
+                               "--cuda-library-dir", "/work/site-packages",
                                "--model", "/work/model", "--prompt", "hello")
         self.assertEqual(done.returncode, 18, done.stdout + done.stderr)
         self.assertIn("--device cpu", done.stderr)
+        if "without the CUDA backend" in done.stderr:
+            self.skipTest("a build without CUDA")
+        for text in ("libcuda.so.1", "libcublasLt.so.13", "libcudnn.so.9", "/usr/local/cuda/lib64/libcublasLt",
+                     "/work/site-packages/nvidia/cu13/lib/libcublasLt"):
+            self.assertIn(text, done.stderr)
 
 
 if __name__ == "__main__":
