@@ -17,6 +17,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/core/check.h"
+#include "proto/sha256.h"
 
 namespace attune {
 namespace {
