@@ -201,6 +201,9 @@ int RunStandalone(const StandaloneFlags& flags) {
   fs::create_directories(flags.output, error);
   if (error)
     return Report(FileError(error.value(), "mkdir", flags.output), v1::FAILURE_CAUSE_STORAGE);
+  if (flags.world_size > 1 && !fs::create_directories(flags.rendezvous, error) && error) {
+    return Report(FileError(error.value(), "mkdir", flags.rendezvous), v1::FAILURE_CAUSE_STORAGE);
+  }
   std::unique_ptr<RendezvousStore> store = NewDirectoryStore(flags.rendezvous);
   ConsoleObserver observer;
   const TrainerOutcome outcome = RunTraining(*assignment, store.get(), &observer);
