@@ -440,7 +440,7 @@ TEST_F(CudaOps, Attention) {
                                          {random(c.hk, c.dqk)},
                                          {random(c.hk, c.dv)},
                                          {out(c.hq, c.dv), tolerance},
-                                         {Tensor(DType::kF32, {c.hq, kT}), 2e-5}};
+                                         {Tensor(DType::kF32, {kT, c.hq}), 2e-5}};
       const OpCall run_forward = [&](const Exec& exec, const Views& v, Scratch& scratch) {
         AttentionForwardArgs args{.q = v[5],
                                   .k = v[6],

@@ -54,7 +54,7 @@ TEST(CudaPlan, GradNormKeepsASumPerPiece) {
 
 TEST(CudaPlan, AttentionBackwardKeepsARowOfSums) {
   const TensorView q = Planned(DType::kBF16, {20, 4, 32}), k = Planned(DType::kBF16, {20, 2, 32});
-  const TensorView lse = Planned(DType::kF32, {4, 20}), ints = Planned(DType::kI32, {3});
+  const TensorView lse = Planned(DType::kF32, {20, 4}), ints = Planned(DType::kI32, {3});
   const AttentionSegments segments{Planned(DType::kI32, {1}), Planned(DType::kI32, {4}), ints, ints,
                                    ints};
   AttentionForwardArgs forward{

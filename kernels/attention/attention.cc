@@ -1,6 +1,11 @@
 #include "kernels/attention/attention.h"
 
+#include <algorithm>
+
 #include "kernels/core/dispatch.h"
+#ifdef ATTUNE_HAS_CUDA
+#include "kernels/attention/attention_cudnn.h"
+#endif
 
 namespace attune {
 
@@ -29,7 +34,7 @@ void CheckInputs(const Args& a) {
   CheckHeads(a.k, dtype, tk, hk, dqk);
   CheckHeads(a.v, dtype, tk, hk, dv);
   CheckHeads(a.o, dtype, tq, hq, dv);
-  CheckMatrix(a.lse, AccumulatorDType(dtype), hq, tq);
+  CheckMatrix(a.lse, AccumulatorDType(dtype), tq, hq);
   CHECK(a.lse.contiguous());
   const AttentionSegments& s = a.segments;
   const int64_t capacity = s.k_begin.dim(0);
@@ -54,6 +59,9 @@ void CheckArgs(const AttentionBackwardArgs& a) {
 int64_t AttentionForwardWorkspaceBytes(const Exec& exec, const AttentionForwardArgs& args) {
   CheckInputs(args);
   if (exec.device == DeviceKind::kCpu) return AttentionForwardWorkspaceBytesCpu(exec, args);
+#ifdef ATTUNE_HAS_CUDA
+  if (CudnnTakes(args)) return CudnnForwardWorkspaceBytes(args);
+#endif
   return 0;
 }
 
@@ -65,7 +73,11 @@ void AttentionForward(const Exec& exec, const AttentionForwardArgs& args) {
 int64_t AttentionBackwardWorkspaceBytes(const Exec& exec, const AttentionBackwardArgs& args) {
   CheckArgs(args);
   if (exec.device == DeviceKind::kCpu) return AttentionBackwardWorkspaceBytesCpu(exec, args);
-  return args.lse.bytes();  // sum of o * do per head and query
+  const int64_t own_bytes = args.lse.bytes();  // sum of o * do per head and query
+#ifdef ATTUNE_HAS_CUDA
+  if (CudnnTakes(args)) return std::max(own_bytes, CudnnBackwardWorkspaceBytes(exec, args));
+#endif
+  return own_bytes;
 }
 
 void AttentionBackward(const Exec& exec, const AttentionBackwardArgs& args) {

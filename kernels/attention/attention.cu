@@ -5,6 +5,7 @@
 // dq comes from one kernel and dk, dv from another, which computes the scores once more: so no two
 // warps add to one element.
 #include "kernels/attention/attention.h"
+#include "kernels/attention/attention_cudnn.h"
 #include "kernels/core/cuda.cuh"
 
 namespace attune {
@@ -188,7 +189,7 @@ __global__ __launch_bounds__(kThreads) void ForwardKernel(Forward<T> a) {
     }
   }
   StoreRow<kParts>(o, total == 0.0f ? 0.0f : 1.0f / total, shape.dv, a.o(t, head));
-  if (lane == 0) a.lse[head * shape.tq + t] = largest + logf(total);
+  if (lane == 0) a.lse[t * shape.hq + head] = largest + logf(total);
 }
 
 template <typename T>
@@ -197,7 +198,7 @@ struct Backward {
   Segments segments;
   Heads<const T> q, k, v, o, d_o;
   const float* lse;
-  float* delta;  // (Hq, Tq)
+  float* delta;  // (Tq, Hq)
   Heads<T> dq, dk, dv;
 };
 
@@ -231,8 +232,8 @@ __global__ __launch_bounds__(kThreads) void QueryGradientKernel(Backward<T> a) {
   float product = 0.0f;
   const T* o = a.o(t, head);
   for (int c = lane; c < shape.dv; c += 32) product += d_o[c] * ToFloat(o[c]);
-  const float delta = WarpSum(product), lse = a.lse[head * shape.tq + t];
-  if (lane == 0) a.delta[head * shape.tq + t] = delta;
+  const float delta = WarpSum(product), lse = a.lse[t * shape.hq + head];
+  if (lane == 0) a.delta[t * shape.hq + head] = delta;
   float dq[kParts] = {};
   for (int64_t j0 = seen.begin; j0 < seen.end; j0 += 32) {
     const int64_t token = seg.k_begin + j0 + lane;
@@ -273,7 +274,7 @@ __global__ __launch_bounds__(kThreads) void KeyGradientKernel(Backward<T> a) {
       if (i0 + lane < seeing.end) {
         g = Differentiate(shape, Dot(k, a.q(query, head), shape.dqk, shape.packed),
                           Dot(v, a.d_o(query, head), shape.dv, shape.packed),
-                          a.lse[head * shape.tq + query], a.delta[head * shape.tq + query]);
+                          a.lse[query * shape.hq + head], a.delta[query * shape.hq + head]);
       }
       const int queries = static_cast<int>(min(int64_t{32}, seeing.end - i0));
       for (int i = 0; i < queries; ++i) {
@@ -324,6 +325,7 @@ unsigned Blocks(int64_t warps) {
 }  // namespace
 
 void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
+  if (CudnnTakes(a) && CudnnForward(exec, a)) return;
   Shape shape = ShapeOf(a);
   shape.packed = Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v});
   if (shape.tq == 0) return;
@@ -342,6 +344,7 @@ void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
 }
 
 void AttentionBackwardCuda(const Exec& exec, const AttentionBackwardArgs& a) {
+  if (CudnnTakes(a) && CudnnBackward(exec, a)) return;
   Shape shape = ShapeOf(a);
   shape.packed = Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v, &a.d_o});
   const cudaStream_t stream = StreamOf(exec.stream);

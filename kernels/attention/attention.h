@@ -36,6 +36,10 @@ struct AttentionSegments {
   TensorView k_begin;       // (S)      i32
   TensorView k_length;      // (S)      i32
   TensorView q_offset;      // (S)      i32
+  // The host's word that every segment's keys are its queries' tokens (k_begin = q_begin, as many
+  // of them, q_offset = 0), that the first segment begins at row 0, and that each begins where the
+  // one before ends. Faster backends rest on it.
+  bool whole = false;
 };
 
 struct AttentionOptions {
@@ -50,7 +54,7 @@ struct AttentionForwardArgs {
   TensorView k;    // (Tk, Hk, Dqk)  Hq a multiple of Hk
   TensorView v;    // (Tk, Hk, Dv)
   TensorView o;    // (Tq, Hq, Dv)   out, dtype of q
-  TensorView lse;  // (Hq, Tq)       out, f32 (f64 for f64), contiguous
+  TensorView lse;  // (Tq, Hq)       out, f32 (f64 for f64), contiguous
   AttentionSegments segments;
   AttentionOptions options;
   TensorView workspace;  // (>= AttentionForwardWorkspaceBytes) u8
@@ -64,7 +68,7 @@ struct AttentionBackwardArgs {
   TensorView k;    // (Tk, Hk, Dqk)
   TensorView v;    // (Tk, Hk, Dv)
   TensorView o;    // (Tq, Hq, Dv)   as forward wrote it
-  TensorView lse;  // (Hq, Tq)       as forward wrote it
+  TensorView lse;  // (Tq, Hq)       as forward wrote it
   TensorView d_o;  // (Tq, Hq, Dv)   gradient of o
   TensorView dq;   // (Tq, Hq, Dqk)  out, assigned
   TensorView dk;   // (Tk, Hk, Dqk)  out, assigned

@@ -83,7 +83,7 @@ void LoadQueries(const AttentionBackwardArgs& a, const Segment& seg, const Block
     LoadRow(q, scale, dqk, scratch.q + r * q_width, q_width);
     LoadColumn(d_o, A(1), dv, scratch.d_ot + r);
     LoadRow(d_o, A(1), dv, scratch.d_o + r * v_width, v_width);
-    scratch.lse[r] = a.lse.As<A>()[head * a.lse.dim(1) + t];
+    scratch.lse[r] = a.lse.As<A>()[t * a.lse.dim(1) + head];
     scratch.delta[r] = DotRow(d_o, At<T>(a.o, t, head), dv);
   }
   std::fill(scratch.dq, scratch.dq + block.rows() * q_width, A(0));

@@ -108,7 +108,7 @@ void ForwardBlock(const AttentionForwardArgs& a, const Segment& seg, const Block
     const int64_t t = token + r % block.queries, head = block.head + r / block.queries;
     const A sum = scratch.row_sum[r];
     StoreRow(scratch.o + r * v_width, sum == A(0) ? A(0) : A(1) / sum, dv, At<T>(a.o, t, head));
-    a.lse.As<A>()[head * a.lse.dim(1) + t] = scratch.row_max[r] + std::log(sum);
+    a.lse.As<A>()[t * a.lse.dim(1) + head] = scratch.row_max[r] + std::log(sum);
   }
 }
 
@@ -116,10 +116,8 @@ template <typename T>
 void ClearUnownedQueries(const AttentionForwardArgs& a, int64_t begin, int64_t end) {
   using A = AccumulatorOf<T>;
   ClearRows<T>(a.o, begin, end);
-  for (int64_t h = 0; h < a.lse.dim(0); ++h) {
-    std::fill(a.lse.As<A>() + h * a.lse.dim(1) + begin, a.lse.As<A>() + h * a.lse.dim(1) + end,
-              -std::numeric_limits<A>::infinity());
-  }
+  std::fill(a.lse.As<A>() + begin * a.lse.dim(1), a.lse.As<A>() + end * a.lse.dim(1),
+            -std::numeric_limits<A>::infinity());
 }
 
 template <typename T>

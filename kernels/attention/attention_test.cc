@@ -131,7 +131,7 @@ void Reference(const Problem& pr, const Tensor& q, const Tensor& k, const Tensor
           }
         }
         if (sum == 0.0) continue;
-        (*lse)[h * pr.tq + t] = std::log(sum);
+        (*lse)[t * pr.hq + h] = std::log(sum);
         for (int64_t d = 0; d < pr.dv; ++d) (*o)[(t * pr.hq + h) * pr.dv + d] = row[d] / sum;
       }
     }
@@ -146,7 +146,7 @@ struct Tensors {
         k(dtype, {p.tk, p.hk, p.dqk}, 3),
         v(dtype, {p.tk, p.hk, p.dv}, 7),
         o(dtype, {p.tq, p.hq, p.dv}, 1),
-        lse(StatisticsOf(dtype), {p.hq, p.tq}),
+        lse(StatisticsOf(dtype), {p.tq, p.hq}),
         d_o(dtype, {p.tq, p.hq, p.dv}, 2),
         dq(dtype, {p.tq, p.hq, p.dqk}, 3),
         dk(dtype, {p.tk, p.hk, p.dqk}, 4),

@@ -75,6 +75,39 @@ Loaded<CublasLtApi> LoadCublasLt() {
   return out;
 }
 
+Loaded<CudnnApi> LoadCudnn() {
+  Loaded<CudnnApi> out;
+  const std::string soname = "libcudnn.so." + std::to_string(CUDNN_MAJOR);
+  // Global: it opens its engines by name and expects to find itself.
+  void* library = Open(soname, RTLD_NOW | RTLD_GLOBAL, &out.error);
+  if (library == nullptr) {
+    out.error = "cannot load " + soname + ", which attention on a GPU needs. Install cuDNN " +
+                std::to_string(CUDNN_MAJOR) +
+                ", or name the directory that holds it. Tried:" + out.error;
+    return out;
+  }
+  out.error.clear();
+  Symbols symbols{library, ""};
+  symbols.Find("cudnnCreate", &out.api.Create);
+  symbols.Find("cudnnSetStream", &out.api.SetStream);
+  symbols.Find("cudnnGetErrorString", &out.api.GetErrorString);
+  symbols.Find("cudnnGetLastErrorString", &out.api.GetLastErrorString);
+  symbols.Find("cudnnGetVersion", &out.api.GetVersion);
+  symbols.Find("cudnnBackendCreateDescriptor", &out.api.CreateDescriptor);
+  symbols.Find("cudnnBackendDestroyDescriptor", &out.api.DestroyDescriptor);
+  symbols.Find("cudnnBackendSetAttribute", &out.api.SetAttribute);
+  symbols.Find("cudnnBackendGetAttribute", &out.api.GetAttribute);
+  symbols.Find("cudnnBackendFinalize", &out.api.Finalize);
+  symbols.Find("cudnnBackendExecute", &out.api.Execute);
+  if (!symbols.missing.empty()) out.error = soname + " has no " + symbols.missing;
+  return out;
+}
+
+const Loaded<CudnnApi>& LoadedCudnn() {
+  static const auto* loaded = new Loaded<CudnnApi>(LoadCudnn());
+  return *loaded;
+}
+
 const Loaded<CublasLtApi>& LoadedCublasLt() {
   static const auto* loaded = new Loaded<CublasLtApi>(LoadCublasLt());
   return *loaded;
@@ -94,12 +127,19 @@ void SetCudaLibraryDirectories(std::vector<std::string> directories) {
 }
 
 std::string LoadCudaLibraries() {
-  return LoadedCublasLt().error;
+  if (!LoadedCublasLt().error.empty()) return LoadedCublasLt().error;
+  return LoadedCudnn().error;
 }
 
 const CublasLtApi& CublasLt() {
   const Loaded<CublasLtApi>& loaded = LoadedCublasLt();
   if (!loaded.error.empty()) CudaFailed(__FILE__, __LINE__, "cuBLASLt", loaded.error.c_str());
+  return loaded.api;
+}
+
+const CudnnApi& Cudnn() {
+  const Loaded<CudnnApi>& loaded = LoadedCudnn();
+  if (!loaded.error.empty()) CudaFailed(__FILE__, __LINE__, "cuDNN", loaded.error.c_str());
   return loaded.api;
 }
 

@@ -1,11 +1,12 @@
-// cuBLASLt, found at run time: the program starts on machines without any NVIDIA library,
-// and uses that of the machine's CUDA toolkit or Python environment.
+// cuBLASLt and cuDNN, found at run time: the program starts on machines without any NVIDIA library,
+// and uses those of the machine's CUDA toolkit or Python environment.
 //
 // Each library is looked for by its plain soname (LD_LIBRARY_PATH, ldconfig, RUNPATH), then in the
 // directories that were given, then in /usr/local/cuda/lib64.
 #pragma once
 
 #include <cublasLt.h>
+#include <cudnn.h>
 
 #include <string>
 #include <vector>
@@ -28,15 +29,31 @@ struct CublasLtApi {
   decltype(&cublasLtGetVersion) GetVersion;
 };
 
+// The graph API of cuDNN 9, which is all that attention needs.
+struct CudnnApi {
+  decltype(&cudnnCreate) Create;
+  decltype(&cudnnSetStream) SetStream;
+  decltype(&cudnnGetErrorString) GetErrorString;
+  decltype(&cudnnGetLastErrorString) GetLastErrorString;
+  decltype(&cudnnGetVersion) GetVersion;
+  decltype(&cudnnBackendCreateDescriptor) CreateDescriptor;
+  decltype(&cudnnBackendDestroyDescriptor) DestroyDescriptor;
+  decltype(&cudnnBackendSetAttribute) SetAttribute;
+  decltype(&cudnnBackendGetAttribute) GetAttribute;
+  decltype(&cudnnBackendFinalize) Finalize;
+  decltype(&cudnnBackendExecute) Execute;
+};
+
 // Where else to look, in this order: call before the first op runs.
 void SetCudaLibraryDirectories(std::vector<std::string> directories);
 
-// Empty if the libraries that ops need (cuBLASLt) could be loaded, else what was looked for, where,
+// Empty if the libraries that ops need (cuBLASLt, cuDNN) could be loaded, else what was looked for, where,
 // and what to do. Call it at start, so that a missing library is an error of the environment and
 // not the end of the process.
 std::string LoadCudaLibraries();
 
-// The loaded library. Ends the process (CudaFailed) where it cannot be loaded.
+// The loaded libraries. Each ends the process (CudaFailed) where it cannot be loaded.
 const CublasLtApi& CublasLt();
+const CudnnApi& Cudnn();
 
 }  // namespace attune

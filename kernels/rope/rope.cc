@@ -21,6 +21,10 @@ void RopeTable(const Exec& exec, const RopeTableArgs& args) {
 void Rope(const Exec& exec, const RopeArgs& args) {
   CHECK(args.x.rank == 3 && IsFloat(args.x.dtype));
   CHECK(args.x.dim(2) <= 1 || args.x.stride(2) == 1);
+  if (args.y.defined()) {
+    CHECK(args.y.dtype == args.x.dtype && args.y.SameShape(args.x));
+    CHECK(args.y.dim(2) <= 1 || args.y.stride(2) == 1);
+  }
   CHECK(args.rotary_dim >= 0 && args.rotary_dim % 2 == 0 && args.rotary_dim <= args.x.dim(2));
   const DType table = AccumulatorDType(args.x.dtype);
   CheckMatrix(args.cos, table, args.x.dim(0), args.rotary_dim / 2);

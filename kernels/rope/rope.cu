@@ -22,44 +22,85 @@ struct Table {
   }
 };
 
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t token_stride, head_stride;
+  __device__ T* operator()(int64_t t, int64_t head, int64_t i) const {
+    return data + t * token_stride + head * head_stride + i;
+  }
+};
+template <typename T>
+Heads<T> HeadsOf(const TensorView& x) {
+  return {Data<T>(x), x.stride(0), x.stride(1)};
+}
+
 // The row is the token; the column counts through heads * half.
 template <typename T, int N>
 struct Rotate {
   static constexpr int kPack = N;
-  T* x;
-  int64_t token_stride, head_stride;
+  Heads<T> x, y;
   Rows<const float> cos, sin;
   uint32_t half;
   float sign;
   __device__ void operator()(int64_t t, int64_t column) const {
     const uint32_t head = static_cast<uint32_t>(column) / half;
     const uint32_t i = static_cast<uint32_t>(column) - head * half;
-    T* at = x + t * token_stride + head * head_stride + i;
-    Pack<T, N> first = Pack<T, N>::Load(at), second = Pack<T, N>::Load(at + half);
+    Pack<T, N> first = Pack<T, N>::Load(x(t, head, i));
+    Pack<T, N> second = Pack<T, N>::Load(x(t, head, i + half));
     const Pack<float, N> c = Pack<float, N>::Load(cos(t, i)), s = Pack<float, N>::Load(sin(t, i));
     for (int k = 0; k < N; ++k) {
       const float a = first[k], b = second[k], sine = sign * s[k];
       first.Set(k, a * c[k] - b * sine);
       second.Set(k, b * c[k] + a * sine);
     }
-    first.Store(at);
-    second.Store(at + half);
+    first.Store(y(t, head, i));
+    second.Store(y(t, head, i + half));
+  }
+};
+
+// What is not rotated, copied: the row is the token, the column counts through heads * rest.
+template <typename T, int N>
+struct CopyRest {
+  static constexpr int kPack = N;
+  Heads<T> x, y;
+  uint32_t begin, rest;
+  __device__ void operator()(int64_t t, int64_t column) const {
+    const uint32_t head = static_cast<uint32_t>(column) / rest;
+    const uint32_t i = begin + static_cast<uint32_t>(column) - head * rest;
+    Pack<T, N>::Load(x(t, head, i)).Store(y(t, head, i));
   }
 };
 
 template <typename T>
+void RunRest(const Exec& exec, const RopeArgs& a) {
+  const int64_t rest = a.x.dim(2) - a.rotary_dim, heads = a.x.dim(1);
+  if (rest == 0 || !a.y.defined()) return;
+  const auto run = [&]<int N>() {
+    ForEachPack(CopyRest<T, N>{HeadsOf<T>(a.x), HeadsOf<T>(a.y),
+                               static_cast<uint32_t>(a.rotary_dim), static_cast<uint32_t>(rest)},
+                a.x.dim(0), heads * rest, exec.stream);
+  };
+  constexpr int N = kPackSize<T>;
+  const bool packs = rest % N == 0 && a.rotary_dim % N == 0 && Packable(N, {&a.x, &a.y});
+  packs ? run.template operator()<N>() : run.template operator()<1>();
+}
+
+template <typename T>
 void Run(const Exec& exec, const RopeArgs& a) {
   const int64_t half = a.rotary_dim / 2, heads = a.x.dim(1);
+  CHECK(heads * a.x.dim(2) < (int64_t{1} << 32));
+  RunRest<T>(exec, a);
   if (half == 0) return;
-  CHECK(heads * half < (int64_t{1} << 32));
+  const TensorView& y = a.y.defined() ? a.y : a.x;
   const auto run = [&]<int N>() {
-    ForEachPack(Rotate<T, N>{Data<T>(a.x), a.x.stride(0), a.x.stride(1), RowsOf<const float>(a.cos),
+    ForEachPack(Rotate<T, N>{HeadsOf<T>(a.x), HeadsOf<T>(y), RowsOf<const float>(a.cos),
                              RowsOf<const float>(a.sin), static_cast<uint32_t>(half),
                              a.inverse ? -1.0f : 1.0f},
                 a.x.dim(0), heads * half, exec.stream);
   };
   constexpr int N = kPackSize<T>;
-  if (half % N == 0 && Packable(N, {&a.x, &a.cos, &a.sin})) return run.template operator()<N>();
+  if (half % N == 0 && Packable(N, {&a.x, &y, &a.cos, &a.sin})) return run.template operator()<N>();
   run.template operator()<1>();
 }
 

@@ -27,7 +27,9 @@ struct RopeTableArgs {
 void RopeTable(const Exec& exec, const RopeTableArgs& args);
 
 struct RopeArgs {
-  TensorView x;    // (T, H, D)  in place, f64, f32 or bf16; stride(0) and stride(1) are free
+  TensorView x;    // (T, H, D)  f64, f32 or bf16; stride(0) and stride(1) are free; in place
+                   //            unless there is a y
+  TensorView y;    // (T, H, D)  optional out, dtype of x, not overlapping x; strides as free
   TensorView cos;  // (T, R/2)   f32 (f64 for f64)
   TensorView sin;  // (T, R/2)
   int64_t rotary_dim = 0;  // R <= D, even

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/core/dispatch.h"
@@ -28,16 +29,17 @@ void Table(const RopeTableArgs& a) {
 }
 
 template <typename T>
-ATTUNE_CLONES void RotateHead(T* x, const AccumulatorOf<T>* cos, const AccumulatorOf<T>* sin,
-                              AccumulatorOf<T> sign, int64_t half) {
+ATTUNE_CLONES void RotateHead(const T* x, T* y, const AccumulatorOf<T>* cos, const AccumulatorOf<T>* sin,
+                              AccumulatorOf<T> sign, int64_t half, int64_t head_dim) {
   using A = AccumulatorOf<T>;
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     const A first = ToAccumulator(x[i]), second = ToAccumulator(x[half + i]);
     const A s = sign * sin[i];
-    StoreRounded<T>(first * cos[i] - second * s, &x[i]);
-    StoreRounded<T>(second * cos[i] + first * s, &x[half + i]);
+    StoreRounded<T>(first * cos[i] - second * s, &y[i]);
+    StoreRounded<T>(second * cos[i] + first * s, &y[half + i]);
   }
+  if (y != x) std::copy(x + 2 * half, x + head_dim, y + 2 * half);
 }
 
 template <typename T>
@@ -45,12 +47,14 @@ void Rotate(const RopeArgs& a) {
   using A = AccumulatorOf<T>;
   const int64_t tokens = a.x.dim(0), heads = a.x.dim(1), half = a.rotary_dim / 2;
   const A sign = a.inverse ? A(-1) : A(1);
-#pragma omp parallel for schedule(static) if (WorthThreads(tokens * heads * half))
+  const TensorView& y = a.y.defined() ? a.y : a.x;
+#pragma omp parallel for schedule(static) if (WorthThreads(tokens * heads * a.x.dim(2)))
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t h = 0; h < heads; ++h) {
       RotateHead(a.x.As<T>() + t * a.x.stride(0) + h * a.x.stride(1),
+                 y.As<T>() + t * y.stride(0) + h * y.stride(1),
                  a.cos.As<A>() + t * a.cos.stride(0), a.sin.As<A>() + t * a.sin.stride(0), sign,
-                 half);
+                 half, a.x.dim(2));
     }
   }
 }

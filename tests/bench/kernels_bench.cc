@@ -236,7 +236,7 @@ void BenchAttention(Bench* b) {
                          .k = heads(kKeyHeads),
                          .v = heads(kKeyHeads),
                          .o = heads(kHeads),
-                         .lse = Device(DType::kF32, {kHeads, kTokens}),
+                         .lse = Device(DType::kF32, {kTokens, kHeads}),
                          .segments = segments,
                          .options = {.scale = 0.088388}};
   const double flops = 4.0 * kD * kHeads * kTokens * kLength / 2;

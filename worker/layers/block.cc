@@ -10,9 +10,13 @@
 namespace attune {
 namespace {
 
+TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
+  return x.Slice(1, begin, begin + count);
+}
+
 // Columns [begin, begin + heads * head_dim) of (T, N) as (T, heads, head_dim).
 TensorView Heads(const TensorView& x, int64_t begin, int64_t heads, int64_t head_dim) {
-  TensorView out = x.Slice(1, begin, begin + heads * head_dim);
+  TensorView out = Columns(x, begin, heads * head_dim);
   out.rank = 3;
   out.shape[1] = heads;
   out.shape[2] = head_dim;
@@ -25,26 +29,36 @@ struct Qkv {
   TensorView q, k, v;  // (T, H, D)
 };
 
+// The heads in rows of the fused product (T, >= (Hq + 2 Hk) D).
 Qkv Split(const TensorView& qkv, const BlockShape& shape) {
   const int64_t D = shape.head_dim;
   return {Heads(qkv, 0, shape.heads, D), Heads(qkv, shape.q_size(), shape.kv_heads, D),
           Heads(qkv, shape.q_size() + shape.kv_size(), shape.kv_heads, D)};
 }
 
-void RopeQk(const LayerContext& ctx, const PackBatch& batch, const Qkv& x, int64_t head_dim,
-            bool inverse) {
-  for (const TensorView& part : {x.q, x.k}) {
-    Rope(ctx.exec, {.x = part,
-                    .cos = batch.cos,
-                    .sin = batch.sin,
-                    .rotary_dim = head_dim,
-                    .inverse = inverse});
-  }
+// The heads in buffers of their own.
+Qkv HeadsOf(const TensorView& q, const TensorView& k, const TensorView& v,
+            const BlockShape& shape) {
+  const int64_t D = shape.head_dim;
+  return {Heads(q, 0, shape.heads, D), Heads(k, 0, shape.kv_heads, D),
+          Heads(v, 0, shape.kv_heads, D)};
 }
 
-TensorView SavedS(const LayerContext& ctx, const LoraLinear& linear, int64_t tokens) {
-  if (linear.adapters.empty()) return TensorView();
-  return ctx.Saved(ctx.dtype, {tokens, linear.saved_columns()});
+// to = rope(from), v as it is.
+void MoveHeads(const LayerContext& ctx, const PackBatch& batch, const Qkv& from, const Qkv& to,
+               bool inverse) {
+  const auto move = [&](const TensorView& x, const TensorView& y, int64_t rotary_dim) {
+    const int64_t half = rotary_dim / 2;
+    Rope(ctx.exec, {.x = x,
+                    .y = y,
+                    .cos = Columns(batch.cos, 0, half),
+                    .sin = Columns(batch.sin, 0, half),
+                    .rotary_dim = rotary_dim,
+                    .inverse = inverse});
+  };
+  move(from.q, to.q, from.q.dim(2));
+  move(from.k, to.k, from.k.dim(2));
+  move(from.v, to.v, 0);
 }
 
 // (T, N) rows of a cache as (T, H * D), to copy into.
@@ -60,7 +74,76 @@ void CopyHeads(const LayerContext& ctx, const TensorView& x, const TensorView& y
   }
 }
 
+// Keeps what a linear layer put behind its rows. Nothing where there is no adapter.
+void KeepS(const LayerContext& ctx, const TensorView& x_s, const TensorView& s) {
+  if (s.dim(1) == 0) return;
+  Copy(ctx.exec, {.x = Columns(x_s, x_s.dim(1) - s.dim(1), s.dim(1)), .y = s});
+}
+
+// Views one behind the other in a piece of memory; without memory it only counts.
+class Carver {
+ public:
+  explicit Carver(const TensorView& memory) : memory_(memory) {}
+  TensorView Take(DType dtype, std::initializer_list<int64_t> shape) {
+    TensorView out(nullptr, dtype, shape);
+    const int64_t begin = bytes_;
+    bytes_ += (out.bytes() + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+    if (memory_.data != nullptr) {
+      CHECK(bytes_ <= memory_.bytes());
+      out.data = static_cast<char*>(memory_.data) + begin;
+    }
+    return out;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  TensorView memory_;
+  int64_t bytes_ = 0;
+};
+
+int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T, SavedGroup group,
+              const TensorView& memory, SavedBlock* saved) {
+  const BlockShape& shape = block.shape;
+  Carver carver(memory);
+  const auto take = [&](TensorView* view, int64_t columns) {
+    *view = carver.Take(ctx.dtype, {T, columns});
+  };
+  switch (group) {
+    case SavedGroup::kStream:
+      take(&saved->x1, shape.hidden);
+      take(&saved->q, shape.q_size());
+      take(&saved->k, shape.kv_size());
+      take(&saved->v, shape.kv_size());
+      take(&saved->o_s, shape.q_size() + block.o.extension());
+      take(&saved->x2, shape.hidden);
+      break;
+    case SavedGroup::kGateUp:
+      take(&saved->gate_up, 2 * shape.intermediate + block.gate_up.extension());
+      break;
+    case SavedGroup::kSmall:
+      saved->rstd1 = carver.Take(ctx.accumulator(), {T});
+      saved->rstd2 = carver.Take(ctx.accumulator(), {T});
+      saved->lse = carver.Take(ctx.accumulator(), {T, shape.heads});
+      take(&saved->s_qkv, block.qkv.extension());
+      take(&saved->s_gate_up, block.gate_up.extension());
+      take(&saved->s_down, block.down.extension());
+      break;
+  }
+  return carver.bytes();
+}
+
 }  // namespace
+
+int64_t TransformerBlock::SavedBytes(const LayerContext& ctx, int64_t tokens,
+                                     SavedGroup group) const {
+  SavedBlock ignored;
+  return Carve(*this, ctx, tokens, group, TensorView(), &ignored);
+}
+
+void TransformerBlock::PlaceSaved(const LayerContext& ctx, int64_t tokens, SavedGroup group,
+                                  const TensorView& memory, SavedBlock* saved) const {
+  Carve(*this, ctx, tokens, group, memory, saved);
+}
 
 AttentionOptions TransformerBlock::attention_options() const {
   return {.scale = 1.0 / std::sqrt(static_cast<double>(shape.head_dim))};
@@ -69,11 +152,11 @@ AttentionOptions TransformerBlock::attention_options() const {
 void TransformerBlock::Attend(const LayerContext& ctx, const PackBatch& batch,
                               const SavedBlock& saved, const KvCache* cache,
                               int64_t cache_begin) const {
-  const Qkv x = Split(saved.qkv, shape);
+  const Qkv x = HeadsOf(saved.q, saved.k, saved.v, shape);
   AttentionForwardArgs args = {.q = x.q,
                                .k = x.k,
                                .v = x.v,
-                               .o = Heads(saved.o, 0, shape.heads, shape.head_dim),
+                               .o = Heads(saved.o_s, 0, shape.heads, shape.head_dim),
                                .lse = saved.lse,
                                .segments = batch.segments,
                                .options = attention_options()};
@@ -94,57 +177,62 @@ TensorView TransformerBlock::Forward(const LayerContext& ctx, const PackBatch& b
                                      const TensorView& x, const TensorView& delta,
                                      const TensorView& out, SavedBlock* saved, const KvCache* cache,
                                      int64_t cache_begin) const {
-  const int64_t T = batch.tokens, C = shape.hidden;
-  const DType stats = ctx.accumulator();
-  saved->x1 = delta.defined() ? ctx.Saved(ctx.dtype, {T, C}) : x;
-  saved->rstd1 = ctx.Saved(stats, {T});
-  saved->qkv = ctx.Saved(ctx.dtype, {T, shape.qkv_size()});
-  saved->s_qkv = SavedS(ctx, qkv, T);
-  {
-    ArenaScope scope(ctx.arena);
-    const TensorView n1 = ctx.Scratch({T, C});
-    RmsNormForwardArgs norm = {.x = x,
-                               .delta = delta,
-                               .w = attention_norm,
-                               .y = n1,
-                               .rstd = saved->rstd1,
-                               .eps = shape.rms_norm_eps};
-    if (delta.defined()) norm.sum = saved->x1;
-    RmsNormForward(ctx.exec, norm);
-    qkv.Forward(ctx, n1, saved->qkv, saved->s_qkv);
-  }
-  RopeQk(ctx, batch, Split(saved->qkv, shape), shape.head_dim, /*inverse=*/false);
-  saved->o = ctx.Saved(ctx.dtype, {T, shape.q_size()});
-  saved->lse = ctx.Saved(stats, {shape.heads, T});
+  if (!delta.defined()) saved->x1 = x;
+  ForwardAttention(ctx, batch, x, delta, *saved);
   Attend(ctx, batch, *saved, cache, cache_begin);
-  saved->s_o = SavedS(ctx, o, T);
-  o.Forward(ctx, saved->o, out, saved->s_o);
+  o.Forward(ctx, saved->o_s, out);
+  ForwardMlp(ctx, out, *saved);
+  return saved->x2;
+}
 
-  saved->x2 = ctx.Saved(ctx.dtype, {T, C});
-  saved->rstd2 = ctx.Saved(stats, {T});
-  saved->gate_up = ctx.Saved(ctx.dtype, {T, 2 * shape.intermediate});
-  saved->s_gate_up = SavedS(ctx, gate_up, T);
-  saved->s_down = SavedS(ctx, down, T);
+// x1, q, k, v.
+void TransformerBlock::ForwardAttention(const LayerContext& ctx, const PackBatch& batch,
+                                        const TensorView& x, const TensorView& delta,
+                                        const SavedBlock& saved) const {
+  const int64_t T = batch.tokens, C = shape.hidden;
   ArenaScope scope(ctx.arena);
+  const TensorView raw = ctx.Scratch({T, shape.qkv_size()});
+  const TensorView n1 = ctx.Scratch({T, C + qkv.extension()});
+  RmsNormForwardArgs norm = {.x = x,
+                             .delta = delta,
+                             .w = attention_norm,
+                             .y = Columns(n1, 0, C),
+                             .rstd = saved.rstd1,
+                             .eps = shape.rms_norm_eps};
+  if (delta.defined()) norm.sum = saved.x1;
+  RmsNormForward(ctx.exec, norm);
+  qkv.Forward(ctx, n1, raw);
+  KeepS(ctx, n1, saved.s_qkv);
+  MoveHeads(ctx, batch, Split(raw, shape), HeadsOf(saved.q, saved.k, saved.v, shape),
+            /*inverse=*/false);
+}
+
+// out: in a, the attention's share; out what the MLP adds to x2 = x1 + a.
+void TransformerBlock::ForwardMlp(const LayerContext& ctx, const TensorView& out,
+                                  const SavedBlock& saved) const {
+  const int64_t T = out.dim(0), C = shape.hidden, F = shape.intermediate;
+  ArenaScope scope(ctx.arena);
+  const TensorView gate_up_rows =
+      saved.gate_up.defined() ? Columns(saved.gate_up, 0, 2 * F) : ctx.Scratch({T, 2 * F});
   {
     ArenaScope norm_scope(ctx.arena);
-    const TensorView n2 = ctx.Scratch({T, C});
-    RmsNormForward(ctx.exec, {.x = saved->x1,
+    const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
+    RmsNormForward(ctx.exec, {.x = saved.x1,
                               .delta = out,
-                              .sum = saved->x2,
+                              .sum = saved.x2,
                               .w = mlp_norm,
-                              .y = n2,
-                              .rstd = saved->rstd2,
+                              .y = Columns(n2, 0, C),
+                              .rstd = saved.rstd2,
                               .eps = shape.rms_norm_eps});
-    gate_up.Forward(ctx, n2, saved->gate_up, saved->s_gate_up);
+    gate_up.Forward(ctx, n2, gate_up_rows);
+    KeepS(ctx, n2, saved.s_gate_up);
   }
-  const int64_t F = shape.intermediate;
-  const TensorView h = ctx.Scratch({T, F});
-  GatedActivationForward(
-      ctx.exec,
-      {.gate = saved->gate_up.Slice(1, 0, F), .up = saved->gate_up.Slice(1, F, 2 * F), .h = h});
-  down.Forward(ctx, h, out, saved->s_down);
-  return saved->x2;
+  const TensorView h = ctx.Scratch({T, F + down.extension()});
+  GatedActivationForward(ctx.exec, {.gate = Columns(gate_up_rows, 0, F),
+                                    .up = Columns(gate_up_rows, F, F),
+                                    .h = Columns(h, 0, F)});
+  down.Forward(ctx, h, out);
+  KeepS(ctx, h, saved.s_down);
 }
 
 void TransformerBlock::Backward(const LayerContext& ctx, const PackBatch& batch,
@@ -154,28 +242,48 @@ void TransformerBlock::Backward(const LayerContext& ctx, const PackBatch& batch,
   BackwardAttention(ctx, batch, saved, dx, options);
 }
 
+// In scratch, as Forward had it.
+TensorView TransformerBlock::RebuildGateUp(const LayerContext& ctx, const SavedBlock& saved) const {
+  const int64_t T = saved.x2.dim(0), C = shape.hidden, F = shape.intermediate;
+  const TensorView rows = ctx.Scratch({T, 2 * F + gate_up.extension()});
+  ArenaScope scope(ctx.arena);
+  const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
+  RmsNormRebuild(ctx.exec, {.x = saved.x2,
+                            .rstd = saved.rstd2,
+                            .w = mlp_norm,
+                            .y = Columns(n2, 0, C)});
+  gate_up.Forward(ctx, n2, Columns(rows, 0, 2 * F));
+  return rows;
+}
+
 // dx: gradient of x2 + delta' -> gradient of x2 = x1 + a.
 void TransformerBlock::BackwardMlp(const LayerContext& ctx, const SavedBlock& saved,
                                    const TensorView& dx) const {
   const int64_t T = dx.dim(0), C = shape.hidden, F = shape.intermediate;
-  const TensorView gate = saved.gate_up.Slice(1, 0, F);
-  const TensorView up = saved.gate_up.Slice(1, F, 2 * F);
   ArenaScope scope(ctx.arena);
+  const TensorView rows = saved.gate_up.defined() ? saved.gate_up : RebuildGateUp(ctx, saved);
+  const TensorView gate = Columns(rows, 0, F), up = Columns(rows, F, F);
   {
     ArenaScope mlp_scope(ctx.arena);
-    const TensorView h = ctx.Scratch({T, F});
+    const TensorView dy = Columns(dx, 0, C + down.extension());
     const TensorView dh = ctx.Scratch({T, F});
-    GatedActivationForward(ctx.exec, {.gate = gate, .up = up, .h = h});
-    down.Backward(ctx, dx, h, saved.s_down, dh);
-    // The activations are not needed again: their gradients take their place.
-    GatedActivationBackward(ctx.exec, {.dh = dh, .gate = gate, .up = up, .dgate = gate, .dup = up});
+    down.BackwardInput(ctx, dy, dh);
+    // The activations are not needed again: their gradients take their place, and h that of dh.
+    GatedActivationBackward(
+        ctx.exec, {.dh = dh, .gate = gate, .up = up, .dgate = gate, .dup = up, .h = dh});
+    down.BackwardParameters(ctx, dy, dh, saved.s_down);
   }
-  const TensorView n2 = ctx.Scratch({T, C});
-  const TensorView dn2 = ctx.Scratch({T, C});
+  const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
+  gate_up.BackwardInput(ctx, rows, dn2);
   RmsNormRebuild(ctx.exec, {.x = saved.x2, .rstd = saved.rstd2, .w = mlp_norm, .y = n2});
-  gate_up.Backward(ctx, saved.gate_up, n2, saved.s_gate_up, dn2);
-  RmsNormBackwardArgs norm = {
-      .dy = dn2, .x = saved.x2, .rstd = saved.rstd2, .w = mlp_norm, .dresidual = dx, .dx = dx};
+  gate_up.BackwardParameters(ctx, rows, n2, saved.s_gate_up);
+  const TensorView residual = Columns(dx, 0, C);
+  RmsNormBackwardArgs norm = {.dy = dn2,
+                              .x = saved.x2,
+                              .rstd = saved.rstd2,
+                              .w = mlp_norm,
+                              .dresidual = residual,
+                              .dx = residual};
   norm.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
                                        RmsNormBackwardWorkspaceBytes(ctx.exec, norm));
   RmsNormBackward(ctx.exec, norm);
@@ -187,42 +295,59 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
                                          const BackwardOptions& options) const {
   const int64_t T = dx.dim(0), C = shape.hidden;
   ArenaScope scope(ctx.arena);
-  const TensorView dqkv = ctx.Scratch({T, shape.qkv_size()});
+  const TensorView dqkv = ctx.Scratch({T, shape.qkv_size() + qkv.extension()});
   {
     ArenaScope attention_scope(ctx.arena);
+    const TensorView dy = Columns(dx, 0, C + o.extension());
     const TensorView d_o = ctx.Scratch({T, shape.q_size()});
-    o.Backward(ctx, dx, saved.o, saved.s_o, d_o);
-    const Qkv x = Split(saved.qkv, shape), dx_heads = Split(dqkv, shape);
-    AttentionBackwardArgs args = {.q = x.q,
-                                  .k = x.k,
-                                  .v = x.v,
-                                  .o = Heads(saved.o, 0, shape.heads, shape.head_dim),
-                                  .lse = saved.lse,
-                                  .d_o = Heads(d_o, 0, shape.heads, shape.head_dim),
-                                  .dq = dx_heads.q,
-                                  .dk = dx_heads.k,
-                                  .dv = dx_heads.v,
-                                  .segments = batch.segments,
-                                  .options = attention_options()};
-    args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
-                                         AttentionBackwardWorkspaceBytes(ctx.exec, args));
-    AttentionBackward(ctx.exec, args);
+    o.BackwardInput(ctx, dy, d_o);
+    o.BackwardParameters(ctx, dy, SavedO(saved),
+                         Columns(saved.o_s, shape.q_size(), o.extension()));
+    BackwardHeads(ctx, batch, saved, d_o, dqkv);
   }
-  RopeQk(ctx, batch, Split(dqkv, shape), shape.head_dim, /*inverse=*/true);
   const TensorView n1 = ctx.Scratch({T, C});
-  RmsNormRebuild(ctx.exec, {.x = saved.x1, .rstd = saved.rstd1, .w = attention_norm, .y = n1});
   const TensorView dn1 = options.want_dx ? ctx.Scratch({T, C}) : TensorView();
-  qkv.Backward(ctx, dqkv, n1, saved.s_qkv, dn1);
+  qkv.BackwardInput(ctx, dqkv, dn1);
+  RmsNormRebuild(ctx.exec, {.x = saved.x1, .rstd = saved.rstd1, .w = attention_norm, .y = n1});
+  qkv.BackwardParameters(ctx, dqkv, n1, saved.s_qkv);
   if (!options.want_dx) return;
+  const TensorView residual = Columns(dx, 0, C);
   RmsNormBackwardArgs norm = {.dy = dn1,
                               .x = saved.x1,
                               .rstd = saved.rstd1,
                               .w = attention_norm,
-                              .dresidual = dx,
-                              .dx = dx};
+                              .dresidual = residual,
+                              .dx = residual};
   norm.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
                                        RmsNormBackwardWorkspaceBytes(ctx.exec, norm));
   RmsNormBackward(ctx.exec, norm);
+}
+
+void TransformerBlock::BackwardHeads(const LayerContext& ctx, const PackBatch& batch,
+                                     const SavedBlock& saved, const TensorView& d_o,
+                                     const TensorView& dqkv) const {
+  const int64_t T = d_o.dim(0);
+  const Qkv x = HeadsOf(saved.q, saved.k, saved.v, shape);
+  const Qkv dx = HeadsOf(ctx.Scratch({T, shape.q_size()}), ctx.Scratch({T, shape.kv_size()}),
+                         ctx.Scratch({T, shape.kv_size()}), shape);
+  AttentionBackwardArgs args = {.q = x.q,
+                                .k = x.k,
+                                .v = x.v,
+                                .o = Heads(saved.o_s, 0, shape.heads, shape.head_dim),
+                                .lse = saved.lse,
+                                .d_o = Heads(d_o, 0, shape.heads, shape.head_dim),
+                                .dq = dx.q,
+                                .dk = dx.k,
+                                .dv = dx.v,
+                                .segments = batch.segments,
+                                .options = attention_options()};
+  {
+    ArenaScope scope(ctx.arena);
+    args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                         AttentionBackwardWorkspaceBytes(ctx.exec, args));
+    AttentionBackward(ctx.exec, args);
+  }
+  MoveHeads(ctx, batch, dx, Split(dqkv, shape), /*inverse=*/true);
 }
 
 }  // namespace attune

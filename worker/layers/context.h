@@ -24,6 +24,8 @@ struct LayerContext {
   Arena* arena = nullptr;
   DType dtype = DType::kF32;  // of activations and products: f32, bf16; f64 in gradient checks
   DropoutStream dropout;
+  // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
+  bool fused_lora = false;
 
   // Statistics, losses and master weights: f64 for f64, else f32.
   DType accumulator() const { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }

@@ -5,38 +5,47 @@
 
 namespace attune {
 
-FrozenMatrix::FrozenMatrix(const LayerContext& ctx, WeightStorage storage,
+FrozenMatrix::FrozenMatrix(const LayerContext& ctx, const FrozenMatrixOptions& options,
                            std::vector<int64_t> part_rows, int64_t in)
-    : storage_(storage), part_rows_(std::move(part_rows)), in_(in) {
-  const auto weights = [&](DType dtype, std::initializer_list<int64_t> shape) {
-    return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, dtype, shape);
-  };
+    : options_(options), part_rows_(std::move(part_rows)), in_(in) {
+  const bool expanded = options_.storage == WeightStorage::kDense || options_.resident;
   for (int64_t rows : part_rows_) {
     row_begin_.push_back(rows_);
     rows_ += rows;
-    if (storage_ == WeightStorage::kDense) continue;
-    const int64_t elements = rows * in_;
-    const int64_t blocks = Nf4Blocks(elements);
-    Nf4Part part;
-    part.packed = weights(DType::kU8, {Nf4PackedBytes(elements)});
-    if (storage_ == WeightStorage::kNf4) {
-      part.absmax = weights(DType::kF32, {blocks});
-    } else {
-      part.codes = weights(DType::kU8, {blocks});
-      part.absmax2 = weights(DType::kF32, {Nf4Groups(blocks)});
-      part.offset = weights(DType::kF32, {1});
-    }
-    parts_.push_back(part);
+    if (!expanded) parts_.push_back(NewPart(ctx, ArenaEnd::kBottom, rows * in_));
   }
-  if (storage_ == WeightStorage::kDense) dense_ = weights(ctx.dtype, {rows_, in_});
+  if (!expanded) return;
+  const int64_t E = options_.extension;
+  dense_ =
+      ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, {rows_ + E, in_ + E});
+}
+
+FrozenMatrix::Nf4Part FrozenMatrix::NewPart(const LayerContext& ctx, ArenaEnd end,
+                                            int64_t elements) const {
+  const MemoryClass c = end == ArenaEnd::kBottom ? MemoryClass::kWeights : MemoryClass::kWorkspace;
+  const auto room = [&](DType dtype, int64_t n) { return ctx.arena->New(end, c, dtype, {n}); };
+  const int64_t blocks = Nf4Blocks(elements);
+  Nf4Part part;
+  part.packed = room(DType::kU8, Nf4PackedBytes(elements));
+  if (options_.storage == WeightStorage::kNf4) {
+    part.absmax = room(DType::kF32, blocks);
+  } else {
+    part.codes = room(DType::kU8, blocks);
+    part.absmax2 = room(DType::kF32, Nf4Groups(blocks));
+    part.offset = room(DType::kF32, 1);
+  }
+  return part;
+}
+
+TensorView FrozenMatrix::RowsOf(const TensorView& expansion, int part) const {
+  const int64_t begin = row_begin_[part];
+  return expansion.Slice(0, begin, begin + part_rows_[part]).Slice(1, 0, in_);
 }
 
 void FrozenMatrix::Load(const LayerContext& ctx, int part, const TensorView& w) {
   CHECK(w.dim(0) == part_rows_[part] && w.dim(1) == in_);
-  if (storage_ == WeightStorage::kDense) {
-    const int64_t begin = row_begin_[part];
-    Copy(ctx.exec, {.x = w, .y = dense_.Slice(0, begin, begin + part_rows_[part])});
-    return;
+  if (options_.storage == WeightStorage::kDense) {
+    return Copy(ctx.exec, {.x = w, .y = RowsOf(dense_, part)});
   }
   ArenaScope scope(ctx.arena);
   TensorView source = w;
@@ -44,28 +53,38 @@ void FrozenMatrix::Load(const LayerContext& ctx, int part, const TensorView& w) 
     source = ctx.arena->NewScratch(DType::kF32, {w.dim(0), w.dim(1)});
     Copy(ctx.exec, {.x = w, .y = source});
   }
-  const Nf4Part& q = parts_[part];
-  if (storage_ == WeightStorage::kNf4) {
-    Nf4Quantize(ctx.exec, {.w = source, .packed = q.packed, .absmax = q.absmax});
-    return;
+  if (!options_.resident) return Quantize(ctx, source, parts_[part]);
+  const Nf4Part quantized = NewPart(ctx, ArenaEnd::kTop, w.size());
+  Quantize(ctx, source, quantized);
+  Dequantize(ctx, quantized, RowsOf(dense_, part));
+}
+
+void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Part& to) const {
+  if (options_.storage == WeightStorage::kNf4) {
+    return Nf4Quantize(ctx.exec, {.w = w, .packed = to.packed, .absmax = to.absmax});
   }
-  const TensorView absmax = ctx.arena->NewScratch(DType::kF32, {q.codes.dim(0)});
-  Nf4Quantize(ctx.exec, {.w = source, .packed = q.packed, .absmax = absmax});
-  Nf4DoubleQuantize(ctx.exec,
-                    {.absmax = absmax, .codes = q.codes, .absmax2 = q.absmax2, .offset = q.offset});
+  ArenaScope scope(ctx.arena);
+  const TensorView absmax = ctx.arena->NewScratch(DType::kF32, {to.codes.dim(0)});
+  Nf4Quantize(ctx.exec, {.w = w, .packed = to.packed, .absmax = absmax});
+  Nf4DoubleQuantize(
+      ctx.exec,
+      {.absmax = absmax, .codes = to.codes, .absmax2 = to.absmax2, .offset = to.offset});
+}
+
+void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Part& from, const TensorView& to) {
+  Nf4Dequantize(ctx.exec, {.packed = from.packed,
+                           .codes = from.codes,
+                           .absmax2 = from.absmax2,
+                           .offset = from.offset,
+                           .absmax = from.absmax,
+                           .out = to});
 }
 
 TensorView FrozenMatrix::Expand(const LayerContext& ctx) const {
-  if (storage_ == WeightStorage::kDense) return dense_;
-  const TensorView w = ctx.Scratch({rows_, in_});
-  for (int i = 0; i < parts(); ++i) {
-    Nf4Dequantize(ctx.exec, {.packed = parts_[i].packed,
-                             .codes = parts_[i].codes,
-                             .absmax2 = parts_[i].absmax2,
-                             .offset = parts_[i].offset,
-                             .absmax = parts_[i].absmax,
-                             .out = w.Slice(0, row_begin_[i], row_begin_[i] + part_rows_[i])});
-  }
+  if (expanded()) return dense_;
+  const int64_t E = options_.extension;
+  const TensorView w = ctx.Scratch({rows_ + E, in_ + E});
+  for (int i = 0; i < parts(); ++i) Dequantize(ctx, parts_[i], RowsOf(w, i));
   return w;
 }
 

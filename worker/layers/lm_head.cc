@@ -8,15 +8,8 @@
 #include "kernels/rows/rows.h"
 
 namespace attune {
-namespace {
-
-// Logits are worth this much memory: long enough products, little of the whole.
-constexpr int64_t kLogitsBytes = int64_t{64} << 20;
-
-}  // namespace
-
 int64_t LmHead::ChunkRows(int64_t tokens) const {
-  const int64_t rows = kLogitsBytes / (weight.dim(0) * DTypeBytes(weight.dtype));
+  const int64_t rows = logits_bytes / (weight.dim(0) * DTypeBytes(weight.dtype));
   return std::min(tokens, std::max<int64_t>(rows / 64 * 64, 64));
 }
 

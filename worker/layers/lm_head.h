@@ -8,9 +8,13 @@
 namespace attune {
 
 struct LmHead {
+  // Long enough products on a CPU, little of the whole.
+  static constexpr int64_t kLogitsBytes = int64_t{64} << 20;
+
   TensorView norm;    // (C)
   TensorView weight;  // (V, C), the embedding table where embeddings are tied
   double rms_norm_eps = 0;
+  int64_t logits_bytes = kLogitsBytes;  // of the logits that exist at once
 
   // Rows whose logits exist at once, for T tokens.
   int64_t ChunkRows(int64_t tokens) const;

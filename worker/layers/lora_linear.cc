@@ -1,6 +1,7 @@
 #include "worker/layers/lora_linear.h"
 
 #include "kernels/dropout/dropout.h"
+#include "kernels/lora/lora.h"
 
 namespace attune {
 namespace {
@@ -29,50 +30,123 @@ TensorView Dropped(const LayerContext& ctx, const LoraPart& adapter, const Tenso
 
 }  // namespace
 
-void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x, const TensorView& y,
-                         const TensorView& s) const {
-  {
-    ArenaScope scope(ctx.arena);
-    MatMul(ctx, {.a = x, .b = w->Expand(ctx), .d = y, .trans_b = true});
+int64_t LoraLinear::extension() const {
+  return LoraExtension(static_cast<int64_t>(adapters.size()), r);
+}
+
+bool LoraLinear::Fused(const LayerContext& ctx) const {
+  return ctx.fused_lora && ctx.dropout.p == 0 && !adapters.empty();
+}
+
+void LoraLinear::Extend(const LayerContext& ctx, const TensorView& expansion) const {
+  LoraExtendPart parts[kMaxLoraParts];
+  CHECK(adapters.size() <= kMaxLoraParts);
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
+  LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
+}
+
+TensorView LoraLinear::Expand(const LayerContext& ctx) const {
+  const TensorView expansion = w->Expand(ctx);
+  if (!w->expanded() && Fused(ctx)) Extend(ctx, expansion);
+  return expansion;
+}
+
+void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
+  if (w->expanded() && ctx.fused_lora && !adapters.empty()) Extend(ctx, w->Expand(ctx));
+}
+
+void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const {
+  const int64_t K = w->in(), N = w->rows(), E = extension();
+  const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
+  ArenaScope scope(ctx.arena);
+  const TensorView expansion = Expand(ctx);
+  if (Fused(ctx)) {
+    const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
+    MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
+    MatMul(ctx, {.a = x_s, .b = expansion.Slice(0, 0, N), .d = y, .trans_b = true});
+    return;
+  }
+  MatMul(ctx, {.a = x, .b = Columns(expansion.Slice(0, 0, N), 0, K), .d = y, .trans_b = true});
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
     const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
     const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    ArenaScope scope(ctx.arena);
+    ArenaScope part_scope(ctx.arena);
     MatMul(ctx, {.a = Dropped(ctx, adapter, x), .b = adapter.a, .d = s_p, .trans_b = true});
     MatMul(ctx, {.a = s_p, .b = adapter.b, .d = y_p, .trans_b = true, .alpha = scale, .beta = 1});
   }
 }
 
-void LoraLinear::Backward(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
-                          const TensorView& s, const TensorView& dx) const {
-  const int64_t M = x.dim(0), K = x.dim(1);
+void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
+                               const TensorView& dx) const {
+  const int64_t K = w->in(), N = w->rows(), E = extension();
+  const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
+  ArenaScope scope(ctx.arena);
+  if (Fused(ctx)) {
+    const TensorView expansion = Expand(ctx);
+    MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
+    if (dx.defined()) MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx});
+    return;
+  }
   if (dx.defined()) {
-    ArenaScope scope(ctx.arena);
-    MatMul(ctx, {.a = dy, .b = w->Expand(ctx), .d = dx});
+    ArenaScope expansion_scope(ctx.arena);
+    MatMul(ctx, {.a = dy, .b = Columns(w->Expand(ctx).Slice(0, 0, N), 0, K), .d = dx});
   }
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
-    const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
     const TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
+    const TensorView ds_p = Columns(ds, static_cast<int64_t>(i) * r, r);
+    MatMul(ctx, {.a = dy_p, .b = adapter.b, .d = ds_p, .alpha = scale});
+  }
+  if (dx.defined()) AddAdapterInputGradient(ctx, ds, dx);
+}
+
+void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
+                                         const TensorView& dx) const {
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const LoraPart& adapter = adapters[i];
+    const TensorView ds_p = Columns(ds, static_cast<int64_t>(i) * r, r);
     ArenaScope scope(ctx.arena);
-    const TensorView ds = ctx.Scratch({M, r});  // carries the scale
-    MatMul(ctx, {.a = dy_p, .b = adapter.b, .d = ds, .alpha = scale});
-    MatMul(ctx, {.a = dy_p, .b = s_p, .d = adapter.db, .trans_a = true, .alpha = scale, .beta = 1});
-    MatMul(ctx,
-           {.a = ds, .b = Dropped(ctx, adapter, x), .d = adapter.da, .trans_a = true, .beta = 1});
-    if (!dx.defined()) continue;
     if (ctx.dropout.p == 0) {
-      MatMul(ctx, {.a = ds, .b = adapter.a, .d = dx, .beta = 1});
+      MatMul(ctx, {.a = ds_p, .b = adapter.a, .d = dx, .beta = 1});
       continue;
     }
     DropoutArgs args = DropoutOf(ctx, adapter);
-    args.x = ctx.Scratch({M, K});
-    MatMul(ctx, {.a = ds, .b = adapter.a, .d = args.x});
+    args.x = ctx.Scratch({dx.dim(0), dx.dim(1)});
+    MatMul(ctx, {.a = ds_p, .b = adapter.a, .d = args.x});
     args.y = dx;
     args.accumulate = true;
     Dropout(ctx.exec, args);
+  }
+}
+
+void LoraLinear::BackwardParameters(const LayerContext& ctx, const TensorView& dy_ds,
+                                    const TensorView& x, const TensorView& s) const {
+  const int64_t N = w->rows(), parts = static_cast<int64_t>(adapters.size());
+  const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, extension());
+  for (int64_t i = 0; i < parts; ++i) {
+    const LoraPart& adapter = adapters[i];
+    const TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
+    MatMul(ctx, {.a = dy_p,
+                 .b = Columns(s, i * r, r),
+                 .d = adapter.db,
+                 .trans_a = true,
+                 .alpha = scale,
+                 .beta = 1});
+  }
+  if (ctx.dropout.p == 0 && parts > 0) {
+    return MatMul(ctx,
+                  {.a = Columns(ds, 0, parts * r), .b = x, .d = da, .trans_a = true, .beta = 1});
+  }
+  for (int64_t i = 0; i < parts; ++i) {
+    ArenaScope scope(ctx.arena);
+    MatMul(ctx, {.a = Columns(ds, i * r, r),
+                 .b = Dropped(ctx, adapters[i], x),
+                 .d = adapters[i].da,
+                 .trans_a = true,
+                 .beta = 1});
   }
 }
 

@@ -1,9 +1,12 @@
 // A frozen linear layer with LoRA (Hu et al., 2021) on some or all of its stacked matrices:
 //   y_p = x W_p^T + scale * dropout_p(x) A_p^T B_p^T,   scale = alpha / r
 // for every part p; parts without an adapter have the first term only. W is frozen, so there is
-// no dW. s = dropout(x) A^T is saved: it is r wide.
+// no dW.
 //
-// This is the lowering as separate small products; it holds with dropout too.
+// Rows are extended by E = extension() columns: behind x stands s = dropout(x) A^T, behind dy
+// stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
+// [dy|ds] [W;A]; ctx.fused_lora, without dropout), or separate small ones. Equal results up to
+// rounding, the same rows either way.
 #pragma once
 
 #include <vector>
@@ -26,19 +29,33 @@ struct LoraPart {
 struct LoraLinear {
   const FrozenMatrix* w = nullptr;
   std::vector<LoraPart> adapters;
+  TensorView da;  // (parts * r, K): da of all parts, which lie one behind the other
   int64_t r = 0;
   double scale = 0;
 
-  int64_t saved_columns() const { return r * static_cast<int64_t>(adapters.size()); }
+  // E; 0 without adapters.
+  int64_t extension() const;
 
-  // x (M, K) -> y (M, N), assigned; s (M, saved_columns) out, undefined if there is no adapter.
-  void Forward(const LayerContext& ctx, const TensorView& x, const TensorView& y,
-               const TensorView& s) const;
+  // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x.
+  void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
+  // [dy | .] (M, N + E) -> dx (M, K), assigned, unless undefined; ds is put behind dy.
+  void BackwardInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& dx) const;
+  // Accumulates the gradients of A and B. x (M, K) and s (M, E) as Forward had them, dy_ds as
+  // BackwardInput left it.
+  void BackwardParameters(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
+                          const TensorView& s) const;
 
-  // dy (M, N), x and s as Forward had them -> dx (M, K), assigned, unless undefined; parameter
-  // gradients accumulate.
-  void Backward(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
-                const TensorView& s, const TensorView& dx) const;
+  // Puts the adapter into the lasting expansion, if there is one. After every change of A or B.
+  void RefreshExpansion(const LayerContext& ctx) const;
+
+ private:
+  // What BackwardInput leaves for dropout's share of dx.
+  void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
+                               const TensorView& dx) const;
+  bool Fused(const LayerContext& ctx) const;
+  // The expansion with W and, if `Fused`, the adapter.
+  TensorView Expand(const LayerContext& ctx) const;
+  void Extend(const LayerContext& ctx, const TensorView& expansion) const;
 };
 
 }  // namespace attune

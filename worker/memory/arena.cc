@@ -7,6 +7,10 @@
 
 #include "absl/strings/str_cat.h"
 
+#ifdef ATTUNE_HAS_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 namespace attune {
 namespace {
 
@@ -23,10 +27,8 @@ Arena Arena::Plan() {
 }
 
 absl::StatusOr<Arena> Arena::Allocate(DeviceKind device, int64_t bytes) {
-  if (device != DeviceKind::kCpu) {
-    return absl::UnimplementedError("the arena on CUDA devices is not built yet; use the CPU");
-  }
   if (bytes == 0) return Arena(false, device, nullptr, 0);
+  if (device == DeviceKind::kCuda) return AllocateCuda(bytes);
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) {
     return absl::ResourceExhaustedError(
@@ -36,6 +38,25 @@ absl::StatusOr<Arena> Arena::Allocate(DeviceKind device, int64_t bytes) {
   // Fewer page faults; the kernel may decline.
   if (bytes >= kHugePage) madvise(base, bytes, MADV_HUGEPAGE);
   return Arena(false, device, static_cast<char*>(base), bytes);
+}
+
+absl::StatusOr<Arena> Arena::AllocateCuda(int64_t bytes) {
+#ifdef ATTUNE_HAS_CUDA
+  void* base = nullptr;
+  const cudaError_t error = cudaMalloc(&base, bytes);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it is told here
+    const absl::StatusOr<DeviceMemory> memory = QueryDeviceMemory(DeviceKind::kCuda);
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the job needs ", bytes, " bytes of device memory; ",
+        memory.ok() ? absl::StrCat(memory->free_bytes, " of ", memory->total_bytes, " are free")
+                    : std::string(cudaGetErrorString(error)),
+        ". Lower batch.micro_batch_tokens, or use a device that is free"));
+  }
+  return Arena(false, DeviceKind::kCuda, static_cast<char*>(base), bytes);
+#else
+  return absl::UnimplementedError("built without the CUDA backend");
+#endif
 }
 
 Arena::Arena(Arena&& other) noexcept
@@ -50,7 +71,14 @@ Arena::Arena(Arena&& other) noexcept
 }
 
 Arena::~Arena() {
-  if (base_ != nullptr) munmap(base_, capacity_);
+  if (base_ == nullptr) return;
+#ifdef ATTUNE_HAS_CUDA
+  if (device_ == DeviceKind::kCuda) {
+    cudaFree(base_);
+    return;
+  }
+#endif
+  munmap(base_, capacity_);
 }
 
 TensorView Arena::New(ArenaEnd end, MemoryClass memory_class, DType dtype,
@@ -96,18 +124,6 @@ ArenaScope::ArenaScope(Arena* arena, ArenaEnd end)
 
 ArenaScope::~ArenaScope() {
   arena_->Rewind(end_, position_, by_class_);
-}
-
-void CopyToDevice(const Exec& exec, const void* host, const TensorView& view) {
-  if (exec.plan || view.size() == 0) return;
-  CHECK(view.contiguous() && exec.device == DeviceKind::kCpu);
-  std::memcpy(view.data, host, view.bytes());
-}
-
-void CopyToHost(const Exec& exec, const TensorView& view, void* host) {
-  if (exec.plan || view.size() == 0) return;
-  CHECK(view.contiguous() && exec.device == DeviceKind::kCpu);
-  std::memcpy(host, view.data, view.bytes());
 }
 
 }  // namespace attune

@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
+#include "worker/memory/device.h"
 
 namespace attune {
 
@@ -68,6 +69,7 @@ class Arena {
     int64_t top = 0;
   };
 
+  static absl::StatusOr<Arena> AllocateCuda(int64_t bytes);
   Arena(bool plan, DeviceKind device, char* base, int64_t capacity)
       : plan_(plan), device_(device), base_(base), capacity_(capacity) {}
   void Rewind(ArenaEnd end, int64_t position, const int64_t (&by_class)[kMemoryClasses]);
@@ -97,10 +99,5 @@ class ArenaScope {
   int64_t position_;
   int64_t by_class_[kMemoryClasses];
 };
-
-// Copies between host memory and a contiguous view, in the order of the stream; on return the
-// host bytes may be reused (to device) or read (to host). Nothing happens on the plan device.
-void CopyToDevice(const Exec& exec, const void* host, const TensorView& view);
-void CopyToHost(const Exec& exec, const TensorView& view, void* host);
 
 }  // namespace attune

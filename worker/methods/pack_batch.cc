@@ -46,14 +46,31 @@ void PackBuffers::Rope(const LayerContext& ctx, const PackBatch& batch,
                        .sin = batch.sin});
 }
 
+// Capacities come in few sizes, so that backends which prepare for one prepare seldom.
+AttentionSegments PackBuffers::SegmentsFor(int64_t segments) const {
+  AttentionSegments out = batch_.segments;
+  const int64_t most = out.k_begin.dim(0);
+  int64_t capacity = 32;
+  while (capacity < segments) capacity *= 4;
+  capacity = std::min(capacity, most);
+  out.q_begin = out.q_begin.Slice(0, 0, capacity + 1);
+  for (TensorView* view : {&out.k_begin, &out.k_length, &out.q_offset}) {
+    *view = view->Slice(0, 0, capacity);
+  }
+  out.whole = true;
+  return out;
+}
+
 PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack,
                               const TensorView& inverse_frequencies) const {
   PackBatch batch = batch_;
   if (ctx.exec.plan) {
+    batch.segments.whole = true;
     Rope(ctx, batch, inverse_frequencies);
     return batch;
   }
   const int32_t S = pack.num_segments;
+  batch.segments = SegmentsFor(S);
   CHECK(static_cast<int64_t>(pack.ids.size()) == batch.tokens);
   CHECK(S <= MaxSegments(batch.tokens));
   std::vector<int32_t> k_begin(pack.q_begin.begin(), pack.q_begin.begin() + S);
@@ -72,7 +89,7 @@ PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack,
   Upload32(ctx, pack.ids, batch.ids);
   Upload32(ctx, pack.positions, batch.positions);
   Upload32(ctx, {S}, batch.segments.num_segments);
-  Upload32(ctx, pack.q_begin, batch.segments.q_begin);
+  Upload32(ctx, {pack.q_begin.begin(), pack.q_begin.begin() + S + 1}, batch.segments.q_begin);
   Upload32(ctx, k_begin, batch.segments.k_begin);
   Upload32(ctx, k_length, batch.segments.k_length);
   Upload32(ctx, q_offset, batch.segments.q_offset);

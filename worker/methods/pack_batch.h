@@ -25,6 +25,7 @@ class PackBuffers {
                         const TensorView& inverse_frequencies) const;
 
  private:
+  AttentionSegments SegmentsFor(int64_t segments) const;
   void Rope(const LayerContext& ctx, const PackBatch& batch,
             const TensorView& inverse_frequencies) const;
 

@@ -13,13 +13,13 @@ class Sft : public Method {
     ArenaScope scratch_scope(ctx.arena);
     SavedModel saved;
     const Hidden hidden = model.Forward(ctx, batch, &saved);
-    const TensorView dx = ctx.Scratch({batch.tokens, model.config().hidden_size});
+    const TensorView dx = ctx.Scratch({batch.tokens, model.dx_columns()});
     model.head().Loss(ctx, batch,
                       {.x = hidden.x,
                        .delta = hidden.delta,
                        .loss = args.loss,
                        .grad_scale = args.grad_scale,
-                       .dx = dx});
+                       .dx = dx.Slice(1, 0, model.config().hidden_size)});
     model.Backward(ctx, batch, saved, dx);
   }
 

@@ -16,6 +16,25 @@ bool Matches(const std::string& module, const std::string& target) {
          absl::EndsWith(module, absl::StrCat(".", target));
 }
 
+// Offsets of A and B: entries of one layer and one product come together.
+void PlaceEntries(AdapterLayout* layout) {
+  std::vector<AdapterEntry>& entries = layout->entries;
+  for (size_t begin = 0, end = 0; begin < entries.size(); begin = end) {
+    while (end < entries.size() && entries[end].layer == entries[begin].layer &&
+           PlaceOf(entries[end].linear).matrix == PlaceOf(entries[begin].linear).matrix) {
+      ++end;
+    }
+    for (size_t i = begin; i < end; ++i) {
+      entries[i].a_offset = layout->elements;
+      layout->elements += layout->r * entries[i].shape.in;
+    }
+    for (size_t i = begin; i < end; ++i) {
+      entries[i].b_offset = layout->elements;
+      layout->elements += layout->r * entries[i].shape.out;
+    }
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
@@ -35,11 +54,10 @@ absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const We
       }
       if (!wanted) continue;
       const LinearShape shape = ShapeOf(config, linear);
-      layout.entries.push_back(
-          {layer, linear, shape, module, layout.elements, layout.elements + r * shape.in});
-      layout.elements += r * (shape.in + shape.out);
+      layout.entries.push_back({layer, linear, shape, module});
     }
   }
+  PlaceEntries(&layout);
   for (size_t t = 0; t < target_modules.size(); ++t) {
     if (used[t]) continue;
     std::vector<std::string> known;
@@ -110,6 +128,7 @@ void AdapterSet::Initialise(const LayerContext& ctx, uint64_t seed) {
 }
 
 void AdapterSet::RefreshCompute(const LayerContext& ctx) {
+  ++version_;
   if (ctx.dtype != master_.dtype) Copy(ctx.exec, {.x = master_, .y = compute_});
 }
 

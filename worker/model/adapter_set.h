@@ -2,7 +2,8 @@
 // one flat buffer per purpose (master, gradient, moments), so that zeroing, the global norm, the
 // all-reduce and the optimiser are one call each.
 //
-// Order inside a buffer: layer by layer, linear by linear (enum Linear), A (r, K) then B (N, r).
+// Order inside a buffer: layer by layer; in a layer the linears that are one product (q, k, v; o;
+// gate, up; down) together, first each one's A (r, K), then each one's B (N, r).
 // The gradient buffer has kTail extra elements for the scalars that are summed over ranks with it.
 #pragma once
 
@@ -69,11 +70,14 @@ class AdapterSet {
   void Initialise(const LayerContext& ctx, uint64_t seed);
   // Copies the master weights into the dtype of products. After every change of the master.
   void RefreshCompute(const LayerContext& ctx);
+  // Counts the calls of RefreshCompute: what is derived from the adapters is old when it has moved.
+  int64_t version() const { return version_; }
 
  private:
   AdapterLayout layout_;
   TensorView master_, grad_with_tail_, m_, v_;
   TensorView compute_;  // the master itself where the dtypes are the same
+  int64_t version_ = 0;
 };
 
 }  // namespace attune

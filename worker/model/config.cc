@@ -33,6 +33,26 @@ std::vector<float> RopeConfig::InverseFrequencies(int64_t head_dim) const {
   return frequencies;
 }
 
+LinearPlace PlaceOf(Linear linear) {
+  switch (linear) {
+    case Linear::kQ:
+      return {0, 0};
+    case Linear::kK:
+      return {0, 1};
+    case Linear::kV:
+      return {0, 2};
+    case Linear::kO:
+      return {1, 0};
+    case Linear::kGate:
+      return {2, 0};
+    case Linear::kUp:
+      return {2, 1};
+    case Linear::kDown:
+      return {3, 0};
+  }
+  return {};
+}
+
 LinearShape ShapeOf(const ModelConfig& c, Linear linear) {
   switch (linear) {
     case Linear::kQ:

@@ -49,6 +49,13 @@ struct ModelConfig {
 enum class Linear : uint8_t { kQ, kK, kV, kO, kGate, kUp, kDown };
 constexpr int kLinears = 7;
 
+// Where a Linear sits: which product of the block, and which part of its stacked rows.
+struct LinearPlace {
+  int matrix;  // 0 qkv, 1 o, 2 gate_up, 3 down
+  int part;
+};
+LinearPlace PlaceOf(Linear linear);
+
 // Names of a family's weights in its checkpoints.
 struct WeightNames {
   std::string embedding;

@@ -1,5 +1,6 @@
 #include "worker/model/model.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
@@ -9,32 +10,6 @@
 
 namespace attune {
 namespace {
-
-// Where a Linear sits: which fused matrix of the block, which part of it.
-struct Place {
-  int matrix;  // 0 qkv, 1 o, 2 gate_up, 3 down
-  int part;
-};
-
-Place PlaceOf(Linear linear) {
-  switch (linear) {
-    case Linear::kQ:
-      return {0, 0};
-    case Linear::kK:
-      return {0, 1};
-    case Linear::kV:
-      return {0, 2};
-    case Linear::kO:
-      return {1, 0};
-    case Linear::kGate:
-      return {2, 0};
-    case Linear::kUp:
-      return {2, 1};
-    case Linear::kDown:
-      return {3, 0};
-  }
-  return {};
-}
 
 std::string ShapeText(const TensorView& view) {
   std::vector<int64_t> shape(view.shape, view.shape + view.rank);
@@ -64,6 +39,15 @@ bool AllFinite(const TensorView& w) {
   }
 }
 
+// A contiguous view of host memory as scratch on the device; itself on the CPU.
+TensorView ToDevice(const LayerContext& ctx, const TensorView& w) {
+  if (ctx.exec.device == DeviceKind::kCpu) return w;
+  TensorView out = w.rank == 1 ? ctx.arena->NewScratch(w.dtype, {w.dim(0)})
+                               : ctx.arena->NewScratch(w.dtype, {w.dim(0), w.dim(1)});
+  CopyToDevice(ctx.exec, w.data, out);
+  return out;
+}
+
 // The weight `name` with the expected shape, finite, floating.
 absl::StatusOr<TensorView> Get(const LayerContext& ctx, const WeightSource& source,
                                const std::string& name, std::initializer_list<int64_t> shape) {
@@ -88,20 +72,36 @@ absl::StatusOr<TensorView> Get(const LayerContext& ctx, const WeightSource& sour
   return w;
 }
 
+// w of the host into `to` on the device, of any floating dtypes. In pieces, so that the scratch of a
+// conversion stays small.
+void CopyWeight(const LayerContext& ctx, const TensorView& w, const TensorView& to) {
+  if (ctx.exec.device == DeviceKind::kCpu) return Copy(ctx.exec, {.x = w, .y = to});
+  if (w.dtype == to.dtype && to.contiguous()) return CopyToDevice(ctx.exec, w.data, to);
+  constexpr int64_t kPieceBytes = int64_t{32} << 20;
+  const int64_t rows = w.dim(0), row_bytes = w.bytes() / std::max<int64_t>(rows, 1);
+  const int64_t piece = std::clamp<int64_t>(kPieceBytes / row_bytes, 1, rows);
+  for (int64_t begin = 0; begin < rows; begin += piece) {
+    const int64_t end = std::min(begin + piece, rows);
+    ArenaScope scope(ctx.arena);
+    const TensorView from = ToDevice(ctx, w.Slice(0, begin, end));
+    Copy(ctx.exec, {.x = from, .y = to.Slice(0, begin, end)});
+  }
+}
+
 absl::Status LoadDense(const LayerContext& ctx, const WeightSource& source, const std::string& name,
                        const TensorView& to) {
   absl::StatusOr<TensorView> w = to.rank == 1 ? Get(ctx, source, name, {to.dim(0)})
                                               : Get(ctx, source, name, {to.dim(0), to.dim(1)});
   if (!w.ok()) return w.status();
-  Copy(ctx.exec, {.x = *w, .y = to});
+  CopyWeight(ctx, *w, to);
   return absl::OkStatus();
 }
 
 }  // namespace
 
-Model::Model(const LayerContext& ctx, const ModelConfig& config, WeightStorage storage,
+Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
              const AdapterSet* adapters)
-    : config_(config) {
+    : config_(config), policy_(options.activations), adapters_(adapters) {
   const auto dense = [&](std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
   };
@@ -119,10 +119,17 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, WeightStorage s
                    .rms_norm_eps = config.rms_norm_eps};
     block.attention_norm = dense({C});
     block.mlp_norm = dense({C});
+    if (adapters != nullptr) Adapt(*adapters, i);
     const int64_t q = config.q_size(), kv = config.kv_size(), F = config.intermediate_size;
-    weights_.push_back({FrozenMatrix(ctx, storage, {q, kv, kv}, C),
-                        FrozenMatrix(ctx, storage, {C}, q), FrozenMatrix(ctx, storage, {F, F}, C),
-                        FrozenMatrix(ctx, storage, {C}, F)});
+    const auto frozen = [&](const LoraLinear& linear, std::vector<int64_t> rows, int64_t in) {
+      return FrozenMatrix(ctx,
+                          {.storage = options.storage,
+                           .resident = options.resident,
+                           .extension = ctx.fused_lora ? linear.extension() : 0},
+                          std::move(rows), in);
+    };
+    weights_.push_back({frozen(block.qkv, {q, kv, kv}, C), frozen(block.o, {C}, q),
+                        frozen(block.gate_up, {F, F}, C), frozen(block.down, {C}, F)});
     BlockWeights& w = weights_.back();
     block.qkv.w = &w.qkv;
     block.o.w = &w.o;
@@ -131,17 +138,20 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, WeightStorage s
   }
   head_ = {.norm = dense({C}),
            .weight = config.tied_embeddings ? embedding_ : dense({config.vocab_size, C}),
-           .rms_norm_eps = config.rms_norm_eps};
+           .rms_norm_eps = config.rms_norm_eps,
+           .logits_bytes = options.logits_bytes};
   inverse_frequencies_ =
       ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, DType::kF32, {config.head_dim / 2});
-  if (adapters != nullptr) Adapt(*adapters);
 }
 
-void Model::Adapt(const AdapterSet& adapters) {
+// Gives the linears of a block their adapters.
+void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
   const AdapterLayout& layout = adapters.layout();
+  const bool train = adapters.grad_with_tail().defined();
+  TransformerBlock& block = blocks_[layer];
   for (const AdapterEntry& entry : layout.entries) {
-    TransformerBlock& block = blocks_[entry.layer];
-    const Place place = PlaceOf(entry.linear);
+    if (entry.layer != layer) continue;
+    const LinearPlace place = PlaceOf(entry.linear);
     LoraLinear* const matrices[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
     LoraLinear* linear = matrices[place.matrix];
     linear->r = layout.r;
@@ -151,9 +161,14 @@ void Model::Adapt(const AdapterSet& adapters) {
                      .module = static_cast<uint32_t>(entry.linear),
                      .a = adapters.A(entry, adapters.compute()),
                      .b = adapters.B(entry, adapters.compute())};
-    if (adapters.grad_with_tail().defined()) {
+    if (train) {
       part.da = adapters.A(entry, adapters.grad());
       part.db = adapters.B(entry, adapters.grad());
+      const int64_t first = linear->da.defined() ? linear->da.dim(0) : 0;
+      const int64_t begin = entry.a_offset - first * entry.shape.in, rows = first + layout.r;
+      linear->da = adapters.grad()
+                       .Slice(0, begin, begin + rows * entry.shape.in)
+                       .Reshape({rows, entry.shape.in});
     }
     linear->adapters.push_back(part);
   }
@@ -191,20 +206,101 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
     if (!w.ok()) return w.status();
     BlockWeights& weights = weights_[layer];
     FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
-    const Place place = PlaceOf(linear);
-    matrices[place.matrix]->Load(ctx, place.part, *w);
+    const LinearPlace place = PlaceOf(linear);
+    ArenaScope scope(ctx.arena);
+    matrices[place.matrix]->Load(ctx, place.part, ToDevice(ctx, *w));
   }
   return absl::OkStatus();
 }
 
+absl::Status Model::PrepareTravel(const LayerContext& ctx, int64_t tokens) {
+  const TransformerBlock& block = blocks_[0];
+  const auto prepare = [&](TravellingBuffers* travel, int64_t pieces, SavedGroup group) {
+    return travel->Prepare(ctx.exec, pieces, block.SavedBytes(ctx, tokens, group));
+  };
+  absl::Status status = prepare(&streams_, policy_.streams_on_host, SavedGroup::kStream);
+  if (!status.ok()) return status;
+  return prepare(&gate_ups_, policy_.gate_ups_on_host, SavedGroup::kGateUp);
+}
+
+int64_t Model::HostBytes(const LayerContext& ctx, int64_t tokens) const {
+  const TransformerBlock& block = blocks_[0];
+  return TravellingBuffers::HostBytes(policy_.streams_on_host,
+                                      block.SavedBytes(ctx, tokens, SavedGroup::kStream)) +
+         TravellingBuffers::HostBytes(policy_.gate_ups_on_host,
+                                      block.SavedBytes(ctx, tokens, SavedGroup::kGateUp));
+}
+
+void Model::RefreshExpansions(const LayerContext& ctx) const {
+  if (adapters_ == nullptr || adapters_->version() == expanded_version_) return;
+  for (const TransformerBlock& block : blocks_) {
+    for (const LoraLinear* linear : {&block.qkv, &block.o, &block.gate_up, &block.down}) {
+      linear->RefreshExpansion(ctx);
+    }
+  }
+  expanded_version_ = adapters_->version();
+}
+
+Model::Places Model::PlacesOf(int64_t layer) const {
+  const int64_t L = config_.num_layers;
+  // Layer i is the k-th of n that are spread evenly over L, if it is one.
+  const auto among = [&](int64_t n, int64_t* k) {
+    *k = layer * n / L;
+    return (layer + 1) * n / L > *k;
+  };
+  Places places;
+  int64_t away = 0;
+  places.stream_travels = among(policy_.streams_on_host, &places.stream);
+  if (among(policy_.gate_ups_on_host + policy_.gate_ups_rebuilt, &away)) {
+    const int64_t n = policy_.gate_ups_on_host, all = n + policy_.gate_ups_rebuilt;
+    places.gate_up = away * n / all;
+    const bool travels = (away + 1) * n / all > places.gate_up;
+    places.gate_up_place = travels ? GateUpPlace::kHost : GateUpPlace::kRebuilt;
+  }
+  return places;
+}
+
+// Room for what block `layer` saves, in the order of the layers.
+void Model::PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens,
+                       SavedBlock* saved) const {
+  const TransformerBlock& block = blocks_[layer];
+  const Places places = PlacesOf(layer);
+  const auto keep = [&](SavedGroup group) {
+    return ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
+                               block.SavedBytes(ctx, tokens, group));
+  };
+  block.PlaceSaved(ctx, tokens, SavedGroup::kSmall, keep(SavedGroup::kSmall), saved);
+  block.PlaceSaved(ctx, tokens, SavedGroup::kStream,
+                   places.stream_travels ? streams_.BeginWrite(ctx.exec, places.stream)
+                                         : keep(SavedGroup::kStream),
+                   saved);
+  if (places.gate_up_place == GateUpPlace::kRebuilt) return;
+  block.PlaceSaved(ctx, tokens, SavedGroup::kGateUp,
+                   places.gate_up_place == GateUpPlace::kHost
+                       ? gate_ups_.BeginWrite(ctx.exec, places.gate_up)
+                       : keep(SavedGroup::kGateUp),
+                   saved);
+}
+
 Hidden Model::Forward(const LayerContext& ctx, const PackBatch& batch, SavedModel* saved) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
-  TensorView x = ctx.Saved(ctx.dtype, {T, C});
+  RefreshExpansions(ctx);
+  streams_.BeginPass(ctx.arena, ctx.exec);
+  gate_ups_.BeginPass(ctx.arena, ctx.exec);
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
-  EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
   saved->blocks.resize(blocks_.size());
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    x = blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, &saved->blocks[i]);
+  TensorView x;
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    SavedBlock* block = &saved->blocks[i];
+    PlaceSaved(ctx, i, T, block);
+    if (i == 0) {
+      x = block->x1;
+      EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
+    }
+    x = blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, block);
+    const Places places = PlacesOf(i);
+    if (places.stream_travels) streams_.EndWrite(ctx.exec, places.stream);
+    if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.EndWrite(ctx.exec, places.gate_up);
   }
   return {x, delta};
 }
@@ -212,12 +308,19 @@ Hidden Model::Forward(const LayerContext& ctx, const PackBatch& batch, SavedMode
 Hidden Model::Infer(const LayerContext& ctx, const PackBatch& batch,
                     const std::vector<KvCache>* caches, int64_t cache_begin) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
+  RefreshExpansions(ctx);
   const TensorView x = ctx.Saved(ctx.dtype, {T, C});
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
   EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
   for (size_t i = 0; i < blocks_.size(); ++i) {
     ArenaScope scope(ctx.arena, ArenaEnd::kBottom);
     SavedBlock saved;
+    for (SavedGroup group : {SavedGroup::kSmall, SavedGroup::kStream}) {
+      const TensorView memory =
+          ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
+                              blocks_[i].SavedBytes(ctx, T, group));
+      blocks_[i].PlaceSaved(ctx, T, group, memory, &saved);
+    }
     const TensorView x2 =
         blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, &saved,
                            caches == nullptr ? nullptr : &(*caches)[i], cache_begin);
@@ -226,10 +329,20 @@ Hidden Model::Infer(const LayerContext& ctx, const PackBatch& batch,
   return {x, delta};
 }
 
+int64_t Model::dx_columns() const {
+  return config_.hidden_size + blocks_[0].dx_extension();
+}
+
 void Model::Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
                      const TensorView& dx) const {
-  for (int64_t i = static_cast<int64_t>(blocks_.size()) - 1; i >= 0; --i) {
+  for (int64_t i = config_.num_layers - 1; i >= 0; --i) {
+    const Places places = PlacesOf(i);
+    // The slots are those of the forward pass, so the views still hold.
+    if (places.stream_travels) streams_.BeginRead(ctx.exec, places.stream);
+    if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.BeginRead(ctx.exec, places.gate_up);
     blocks_[i].Backward(ctx, batch, saved.blocks[i], dx, {.want_dx = i > 0});
+    if (places.stream_travels) streams_.EndRead(ctx.exec, places.stream);
+    if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.EndRead(ctx.exec, places.gate_up);
   }
 }
 

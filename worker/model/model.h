@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "worker/layers/block.h"
 #include "worker/layers/lm_head.h"
+#include "worker/memory/travel.h"
 #include "worker/model/adapter_set.h"
 #include "worker/model/config.h"
 
@@ -37,10 +38,25 @@ struct Hidden {
   TensorView delta;
 };
 
+// What becomes of the activations that each layer saves. Layers are chosen spread evenly; what is
+// not named stays on the device.
+struct ActivationPolicy {
+  int64_t streams_on_host = 0;   // layers whose stream group travels
+  int64_t gate_ups_on_host = 0;  // layers whose gate and up travel
+  int64_t gate_ups_rebuilt = 0;  // other layers, whose gate and up are computed again
+};
+
+struct ModelOptions {
+  WeightStorage storage = WeightStorage::kDense;
+  bool resident = false;  // see FrozenMatrixOptions
+  ActivationPolicy activations;
+  int64_t logits_bytes = LmHead::kLogitsBytes;
+};
+
 class Model {
  public:
   // `adapters` may be null: the base model alone. Both outlive the model.
-  Model(const LayerContext& ctx, const ModelConfig& config, WeightStorage storage,
+  Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
         const AdapterSet* adapters);
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
@@ -51,13 +67,20 @@ class Model {
   absl::Status Load(const LayerContext& ctx, const WeightNames& names, const WeightSource& source,
                     const std::function<void()>& progress);
 
+  // Takes the host memory that the policy wants for packs of `tokens` tokens, once, before Forward.
+  absl::Status PrepareTravel(const LayerContext& ctx, int64_t tokens);
+  int64_t HostBytes(const LayerContext& ctx, int64_t tokens) const;
+
   // Keeps activations on the arena's bottom for Backward; the caller releases them.
   Hidden Forward(const LayerContext& ctx, const PackBatch& batch, SavedModel* saved) const;
   // The same without keeping more than one block's activations. With `caches` (one per block)
   // the chunk is put behind what they hold.
   Hidden Infer(const LayerContext& ctx, const PackBatch& batch, const std::vector<KvCache>* caches,
                int64_t cache_begin) const;
-  // dx (T, C): gradient of Forward's x + delta; overwritten. Gradients of adapters accumulate.
+  // C, and the room that Backward needs behind it.
+  int64_t dx_columns() const;
+  // [dx|.] (T, dx_columns()): gradient of Forward's x + delta; overwritten. Gradients of adapters
+  // accumulate.
   void Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
                 const TensorView& dx) const;
 
@@ -70,7 +93,19 @@ class Model {
     FrozenMatrix qkv, o, gate_up, down;
   };
 
-  void Adapt(const AdapterSet& adapters);
+  enum class GateUpPlace : uint8_t { kDevice, kHost, kRebuilt };
+  // Where a layer's saved activations are; the number of those that travel among their kind.
+  struct Places {
+    bool stream_travels = false;
+    int64_t stream = 0;
+    GateUpPlace gate_up_place = GateUpPlace::kDevice;
+    int64_t gate_up = 0;
+  };
+
+  void Adapt(const AdapterSet& adapters, int64_t layer);
+  void RefreshExpansions(const LayerContext& ctx) const;
+  Places PlacesOf(int64_t layer) const;
+  void PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens, SavedBlock* saved) const;
   absl::Status LoadBlock(const LayerContext& ctx, const WeightNames& names,
                          const WeightSource& source, int64_t layer);
 
@@ -80,6 +115,11 @@ class Model {
   std::vector<TransformerBlock> blocks_;
   LmHead head_;
   TensorView inverse_frequencies_;  // (D/2) f32
+  ActivationPolicy policy_;
+  const AdapterSet* adapters_;
+  // State of a pass and caches, not of the model.
+  mutable TravellingBuffers streams_, gate_ups_;
+  mutable int64_t expanded_version_ = -1;
 };
 
 }  // namespace attune

@@ -172,10 +172,10 @@ absl::Status VerifyCheckpoint(const std::string& checkpoint) {
   const JsonField root(*json, path);
   absl::StatusOr<int64_t> schema = root.Get("schema_version").Int();
   if (!schema.ok()) return schema.status();
-  if (*schema > kCheckpointSchemaVersion) {
-    return absl::FailedPreconditionError(absl::StrCat(path, ": schema version ", *schema,
-                                                      " is newer than this attune (",
-                                                      kCheckpointSchemaVersion, "); upgrade it"));
+  if (*schema != kCheckpointSchemaVersion) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(path, ": schema version ", *schema, "; this attune reads ",
+                     kCheckpointSchemaVersion, ", so go on with the one that wrote it"));
   }
   const JsonField files = root.Get("files");
   absl::StatusOr<const Json*> list = files.Array();

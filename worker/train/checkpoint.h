@@ -20,7 +20,7 @@
 
 namespace attune {
 
-constexpr int kCheckpointSchemaVersion = 1;
+constexpr int kCheckpointSchemaVersion = 2;
 
 // What a resumed run needs beside weights and moments. Random numbers and the place in the data
 // are functions of (seed, step).

@@ -37,10 +37,19 @@ std::vector<double> Download(const Exec& exec, const TensorView& from) {
 
 Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
     : options_(options), arena_(std::move(arena)) {
-  ctx_ = {
-      .exec = {.device = options.device, .plan = plan}, .arena = &arena_, .dtype = options.dtype};
+  ctx_ = {.exec = {.device = options.device,
+                   .plan = plan,
+                   .stream = plan ? nullptr : NewStream(options.device),
+                   .deterministic = options.deterministic},
+          .arena = &arena_,
+          .dtype = options.dtype,
+          .fused_lora = options.fused_lora && options.spec.lora().dropout() == 0};
   adapters_ = std::make_unique<AdapterSet>(ctx_, options.adapters, /*train=*/true);
-  model_ = std::make_unique<Model>(ctx_, options.model, StorageOf(options.spec.quantization()),
+  model_ = std::make_unique<Model>(ctx_, options.model,
+                                   ModelOptions{.storage = StorageOf(options.spec.quantization()),
+                                                .resident = options.resident,
+                                                .activations = options.activations,
+                                                .logits_bytes = options.logits_bytes},
                                    adapters_.get());
   method_ = NewMethod(options.spec);
   buffers_ = std::make_unique<PackBuffers>(ctx_, options.spec.batch().micro_batch_tokens(),
@@ -60,6 +69,8 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
 
 absl::Status Engine::Load(const WeightSource& weights, const std::function<void()>& progress) {
   arena_.BeginPhase("load");
+  const int64_t tokens = options_.spec.batch().micro_batch_tokens();
+  if (absl::Status s = model_->PrepareTravel(ctx_, tokens); !s.ok()) return s;
   adapters_->Initialise(ctx_, options_.spec.seed());
   return model_->Load(ctx_, options_.names, weights, progress);
 }

@@ -23,6 +23,12 @@ namespace attune {
 struct EngineOptions {
   DeviceKind device = DeviceKind::kCpu;
   DType dtype = DType::kF32;
+  bool deterministic = true;
+  // Base and adapter as one product; not with dropout.
+  bool fused_lora = false;
+  bool resident = false;  // NF4 values kept expanded
+  ActivationPolicy activations;
+  int64_t logits_bytes = LmHead::kLogitsBytes;
   ModelConfig model;
   WeightNames names;
   AdapterLayout adapters;

@@ -56,7 +56,8 @@ Generator::Generator(const GeneratorOptions& options, const ModelConfig& config,
   if (adapters != nullptr) {
     adapters_ = std::make_unique<AdapterSet>(ctx_, *adapters, /*train=*/false);
   }
-  model_ = std::make_unique<Model>(ctx_, config, options.storage, adapters_.get());
+  model_ = std::make_unique<Model>(ctx_, config, ModelOptions{.storage = options.storage},
+                                   adapters_.get());
   const int64_t chunk = std::min(kPrefillTokens, options.max_context);
   buffers_ = std::make_unique<PackBuffers>(ctx_, chunk, config.head_dim);
   for (int64_t i = 0; i < config.num_layers; ++i) {
