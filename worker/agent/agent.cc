@@ -170,7 +170,7 @@ void Agent::StartThreads() {
   events.message = [this](int64_t stream, v1::CoordinatorMessage message) {
     Post([this, stream, message = std::move(message)] { OnMessage(stream, message); });
   };
-  events.disconnected = [this](int64_t stream, absl::Status) {
+  events.disconnected = [this](int64_t stream, const absl::Status&) {
     Post([this, stream] {
       if (stream_ == stream) stream_ = 0;
     });
