@@ -14,12 +14,14 @@
 #include <filesystem>
 #include <thread>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "proto/job_spec.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
+#include "worker/train/device_choice.h"
 #include "worker/train/exit_code.h"
 #include "worker/train/generator.h"
 #include "worker/train/observers.h"
@@ -40,6 +42,7 @@ struct StandaloneFlags {
   int world_size = 1;
   std::string rendezvous;
   bool json = false;
+  std::string device = "auto";
 };
 
 struct GenerateFlags {
@@ -49,6 +52,7 @@ struct GenerateFlags {
   uint64_t seed = 0;
   int64_t max_tokens = 256, context = 4096;
   bool raw = false;
+  std::string device = "auto";
 };
 
 int Report(const absl::Status& status, v1::FailureCause cause) {
@@ -61,6 +65,17 @@ int Report(const absl::Status& status, v1::FailureCause cause) {
 
 int Cores() {
   return std::max(1u, std::thread::hardware_concurrency());
+}
+
+int Threads(const StandaloneFlags& flags) {
+  return flags.threads > 0 ? flags.threads : std::max(1, Cores() / flags.world_size);
+}
+
+absl::Status Open(DeviceChoice* device) {
+  std::string note;
+  const absl::Status status = OpenChosenDevice(device, &note);
+  if (!note.empty()) std::fprintf(stderr, "attune-trainer: %s\n", note.c_str());
+  return status;
 }
 
 // A local path for a source of a spec that runs without a coordinator.
@@ -85,6 +100,18 @@ absl::StatusOr<std::string> LocalPath(const v1::Source& source, const std::strin
   }
   return absl::NotFoundError(absl::StrCat(
       field, ": no such file or directory: ", candidates.empty() ? "" : candidates.back()));
+}
+
+// What --device says, and where it says "auto" what the spec does.
+absl::StatusOr<DeviceChoice> StandaloneDevice(const StandaloneFlags& flags, v1::DeviceType wanted) {
+  absl::StatusOr<DeviceChoice> choice = ParseDeviceChoice(flags.device);
+  if (!choice.ok()) return choice.status();
+  if (!choice->decided && wanted != v1::DEVICE_TYPE_ANY) {
+    choice->decided = true;
+    if (wanted == v1::DEVICE_TYPE_CUDA) choice->kind = DeviceKind::kCuda;
+  }
+  if (!absl::StrContains(flags.device, ':')) choice->index = flags.rank;  // a GPU for each rank
+  return choice;
 }
 
 absl::StatusOr<v1::TrainerAssignment> StandaloneAssignment(const StandaloneFlags& flags) {
@@ -115,10 +142,6 @@ absl::StatusOr<v1::TrainerAssignment> StandaloneAssignment(const StandaloneFlags
     if (!path.ok()) return path.status();
     assignment.add_evaluation_files(*path);
   }
-  assignment.mutable_device()->set_id("cpu:0");
-  assignment.mutable_device()->set_type(v1::DEVICE_TYPE_CPU);
-  assignment.mutable_device()->set_threads(
-      flags.threads > 0 ? flags.threads : std::max(1, Cores() / flags.world_size));
   assignment.set_rank(flags.rank);
   assignment.set_world_size(flags.world_size);
   assignment.set_work_directory(flags.output);
@@ -129,10 +152,15 @@ absl::StatusOr<v1::TrainerAssignment> StandaloneAssignment(const StandaloneFlags
 absl::StatusOr<std::unique_ptr<Communicator>> Connect(const v1::TrainerAssignment& assignment,
                                                       RendezvousStore* store) {
   if (assignment.world_size() == 1) return NewSelfCommunicator();
+  // A peer that loads or writes a checkpoint is slow, not gone; a dead one closes its sockets.
+  const absl::Duration timeout = absl::Seconds(assignment.spec().retry().stall_timeout_s());
+  if (KindOf(assignment.device()) == DeviceKind::kCuda) {
+    return NewNcclCommunicator(
+        {.rank = assignment.rank(), .size = assignment.world_size(), .timeout = timeout}, store);
+  }
   GlooOptions options = {.rank = assignment.rank(), .size = assignment.world_size()};
   if (!assignment.bind_address().empty()) options.bind_address = assignment.bind_address();
-  // A peer that loads or writes a checkpoint is slow, not gone; a dead one closes its sockets.
-  options.timeout = absl::Seconds(assignment.spec().retry().stall_timeout_s());
+  options.timeout = timeout;
   return NewGlooCommunicator(options, store);
 }
 
@@ -145,6 +173,7 @@ TrainerOutcome RunTraining(const v1::TrainerAssignment& assignment, RendezvousSt
     for (const std::string& warning : (*job)->report.warnings()) observer->Warning(warning);
   }
   absl::StatusOr<std::unique_ptr<Communicator>> comm = Connect(assignment, store);
+  if (absl::IsFailedPrecondition(comm.status())) return {comm.status(), v1::FAILURE_CAUSE_DEVICE};
   if (!comm.ok()) return {comm.status(), v1::FAILURE_CAUSE_PEER_LOST};
   return Train(job->get(), comm->get(), observer);
 }
@@ -178,7 +207,8 @@ int RunUnderAgent(const std::string& assignment_file, int channel_fd) {
     link.Send(message);
     return 0;
   }
-  const TrainerOutcome outcome = RunTraining(assignment, &link, &observer);
+  TrainerOutcome outcome = {OpenAssignedDevice(assignment.device()), v1::FAILURE_CAUSE_DEVICE};
+  if (outcome.status.ok()) outcome = RunTraining(assignment, &link, &observer);
   if (outcome.status.ok()) return 0;
   v1::TrainerToAgent message;
   message.mutable_failure()->set_cause(outcome.cause);
@@ -196,6 +226,11 @@ int RunStandalone(const StandaloneFlags& flags) {
   }
   absl::StatusOr<v1::TrainerAssignment> assignment = StandaloneAssignment(flags);
   if (!assignment.ok()) return Report(assignment.status(), v1::FAILURE_CAUSE_INVALID);
+  absl::StatusOr<DeviceChoice> device =
+      StandaloneDevice(flags, assignment->spec().resources().device_type());
+  if (!device.ok()) return Report(device.status(), v1::FAILURE_CAUSE_INVALID);
+  if (absl::Status s = Open(&*device); !s.ok()) return Report(s, v1::FAILURE_CAUSE_DEVICE);
+  *assignment->mutable_device() = ToDevice(*device, Threads(flags));
   omp_set_num_threads(assignment->device().threads());
   std::error_code error;
   fs::create_directories(flags.output, error);
@@ -234,6 +269,11 @@ void PrintReport(const v1::ValidationReport& r) {
 int RunValidate(const StandaloneFlags& flags) {
   absl::StatusOr<v1::TrainerAssignment> assignment = StandaloneAssignment(flags);
   if (!assignment.ok()) return Report(assignment.status(), v1::FAILURE_CAUSE_INVALID);
+  absl::StatusOr<DeviceChoice> device =
+      StandaloneDevice(flags, assignment->spec().resources().device_type());
+  if (!device.ok()) return Report(device.status(), v1::FAILURE_CAUSE_INVALID);
+  GuessDevice(&*device);
+  *assignment->mutable_device() = ToDevice(*device, Threads(flags));
   omp_set_num_threads(assignment->device().threads());
   const v1::ValidationReport report = Validate(*assignment);
   if (flags.json) {
@@ -301,7 +341,7 @@ absl::StatusOr<std::vector<int32_t>> PromptIds(const GenerateFlags& flags,
   return encoding->ids;
 }
 
-absl::Status Generate(const GenerateFlags& flags) {
+absl::Status Generate(const GenerateFlags& flags, const DeviceChoice& device) {
   absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(flags.model);
   if (!tokenizer.ok()) return tokenizer.status();
   absl::StatusOr<TokenizerConfig> config = TokenizerConfig::Load(flags.model);
@@ -312,6 +352,7 @@ absl::Status Generate(const GenerateFlags& flags) {
   if (!stop.ok()) return stop.status();
   GeneratorOptions options = {.model_directory = flags.model,
                               .adapter_directory = flags.adapter,
+                              .device = device.kind,
                               .max_context = flags.context};
   if (flags.precision == "bf16") options.dtype = DType::kBF16;
   if (flags.weights == "nf4") options.storage = WeightStorage::kNf4Double;
@@ -339,8 +380,23 @@ absl::Status Generate(const GenerateFlags& flags) {
 
 int RunGenerate(const GenerateFlags& flags) {
   omp_set_num_threads(Cores());
-  const absl::Status status = Generate(flags);
+  absl::StatusOr<DeviceChoice> device = ParseDeviceChoice(flags.device);
+  if (!device.ok()) return Report(device.status(), v1::FAILURE_CAUSE_INVALID);
+  if (absl::Status s = Open(&*device); !s.ok()) return Report(s, v1::FAILURE_CAUSE_DEVICE);
+  const absl::Status status = Generate(flags, *device);
   return status.ok() ? 0 : Report(status, v1::FAILURE_CAUSE_INVALID);
+}
+
+void AddDeviceFlags(CLI::App* app, std::string* device, std::vector<std::string>* directories) {
+  app->add_option("--device", *device,
+                  "cpu, cuda, cuda:N, or auto: a GPU if one can be used, unless the spec says "
+                  "otherwise [auto]")
+      ->check([](const std::string& text) {
+        return std::string(ParseDeviceChoice(text).status().message());
+      });
+  app->add_option("--cuda-library-dir", *directories,
+                  "Where else cuBLASLt, cuDNN and NCCL may lie: a directory of libraries, or of "
+                  "Python's packages (repeatable)");
 }
 
 void AddStandaloneFlags(CLI::App* app, StandaloneFlags* flags) {
@@ -349,17 +405,20 @@ void AddStandaloneFlags(CLI::App* app, StandaloneFlags* flags) {
   app->add_option("--threads", flags->threads, "CPU threads [cores / world size]");
 }
 
-int Main(int argc, char** argv) {
+// `cuda_library_directories`: as in PATH; may be null.
+int Main(int argc, char** argv, const char* cuda_library_directories) {
   CLI::App app("attune-trainer: trains one rank of a job, or a whole job alone");
   app.require_subcommand(0, 1);
   std::string assignment;
   int channel_fd = -1;
   StandaloneFlags flags;
   GenerateFlags generate;
+  std::vector<std::string> directories;
   app.add_option("--assignment", assignment, "What the agent wants done (it starts this)");
   app.add_option("--channel-fd", channel_fd, "Socket to the agent");
   const auto add_train = [&](CLI::App* command) {
     AddStandaloneFlags(command, &flags);
+    AddDeviceFlags(command, &flags.device, &directories);
     command->add_option("-o,--output", flags.output, "Directory for checkpoints [attune-output]");
     command->add_option("--resume", flags.resume, "Checkpoint directory to go on from");
     command->add_option("--rank", flags.rank, "Rank of this process");
@@ -374,10 +433,12 @@ int Main(int argc, char** argv) {
   CLI::App* estimate = app.add_subcommand("estimate", "Steps and peak memory by class");
   for (CLI::App* command : {validate, estimate}) {
     AddStandaloneFlags(command, &flags);
+    AddDeviceFlags(command, &flags.device, &directories);
     command->add_flag("--json", flags.json, "Print the report as JSON");
     command->get_option("--spec")->required();
   }
   CLI::App* gen = app.add_subcommand("generate", "Text from a model, with or without an adapter");
+  AddDeviceFlags(gen, &generate.device, &directories);
   gen->add_option("--model", generate.model, "Model directory")->required();
   gen->add_option("--adapter", generate.adapter, "PEFT adapter directory");
   gen->add_option("--prompt", generate.prompt, "What the user says");
@@ -396,6 +457,12 @@ int Main(int argc, char** argv) {
   gen->add_option("--top-p", generate.top_p, "[1]")->check(CLI::Range(0.0, 1.0));
   gen->add_option("--seed", generate.seed, "[0]");
   CLI11_PARSE(app, argc, argv);
+  for (absl::string_view directory :
+       absl::StrSplit(cuda_library_directories == nullptr ? "" : cuda_library_directories, ':',
+                      absl::SkipEmpty())) {
+    directories.emplace_back(directory);
+  }
+  SetLibraryDirectories(directories);
   if (!assignment.empty()) return RunUnderAgent(assignment, channel_fd);
   if (gen->parsed()) return RunGenerate(generate);
   if (validate->parsed() || estimate->parsed()) return RunValidate(flags);
@@ -410,5 +477,5 @@ int Main(int argc, char** argv) {
 }  // namespace attune
 
 int main(int argc, char** argv) {
-  return attune::Main(argc, argv);
+  return attune::Main(argc, argv, getenv("ATTUNE_CUDA_LIBRARY_DIRS"));
 }

@@ -20,6 +20,8 @@ using Tensor = CudnnGraph::Tensor;
 // cuDNN's deterministic backward wants about 2 Hq Tq^2 bytes; beyond this the own kernels run.
 constexpr int64_t kMaxDeterministicBytes = int64_t{4} << 30;
 constexpr int64_t kMaxHeadDim = 256;
+// What its engines want for themselves otherwise: 17 KB were seen.
+constexpr int64_t kCudnnBytes = int64_t{1} << 20;
 
 // ---- Which problems ----
 
@@ -440,6 +442,7 @@ BackwardBuffers BuffersOf(const Problem& p) {
     const int64_t rounded = (p.tokens + 127) / 128 * 128;
     out.cudnn = Padded(2 * p.hq * rounded * rounded * 9 / 8 + (int64_t{64} << 20));
   } else {
+    out.cudnn = kCudnnBytes;
     out.dq_sum = Padded(p.tokens * p.hq * p.dqk * 4);
   }
   if (p.hq != p.hk) {
@@ -460,7 +463,7 @@ bool CudnnTakes(const AttentionBackwardArgs& a) {
 }
 
 int64_t CudnnForwardWorkspaceBytes(const AttentionForwardArgs& a) {
-  return OffsetsBytes(ProblemOf(a));
+  return OffsetsBytes(ProblemOf(a)) + kCudnnBytes;
 }
 
 int64_t CudnnBackwardWorkspaceBytes(const Exec& exec, const AttentionBackwardArgs& a) {
@@ -472,13 +475,14 @@ int64_t CudnnBackwardWorkspaceBytes(const Exec& exec, const AttentionBackwardArg
 
 bool CudnnForward(const Exec& exec, const AttentionForwardArgs& a) {
   const Problem p = ProblemOf(a);
-  const Graph* plan = FindPlan(p, 0);
+  const Graph* plan = FindPlan(p, kCudnnBytes);
   if (plan == nullptr) return false;
   const Offsets offsets = WriteOffsets(exec, a.segments, p, Data<char>(a.workspace));
   ClearTail(exec, a.segments, {{TailOf(a.o), {}, {}}, Data<float>(a.lse), p.hq}, p.tokens);
   Scalars scalars = ScalarsOf(p);
   UseStream(exec);
-  plan->Execute(CommonPointers(a, p, offsets, &scalars), nullptr);
+  plan->Execute(CommonPointers(a, p, offsets, &scalars),
+                Data<char>(a.workspace) + OffsetsBytes(p));
   return true;
 }
 

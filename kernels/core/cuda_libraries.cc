@@ -1,9 +1,11 @@
 #include "kernels/core/cuda_libraries.h"
 
 #include <dlfcn.h>
+#include <limits.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 
 #include "kernels/core/cuda_error.h"
 
@@ -75,8 +77,23 @@ Loaded<CublasLtApi> LoadCublasLt() {
   return out;
 }
 
+// cuDNN opens NVRTC by name when it builds a plan, and NVRTC its built-in functions: what is open
+// already is found wherever it lies.
+void OpenNvrtc() {
+  std::string ignored;
+  void* library = Open("libnvrtc.so." + std::to_string(CUBLAS_VER_MAJOR), RTLD_LAZY, &ignored);
+  char directory[PATH_MAX];
+  if (library == nullptr || dlinfo(library, RTLD_DI_ORIGIN, directory) != 0) return;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    const std::string name = entry.path().filename().string();
+    if (name.rfind("libnvrtc-builtins.so.", 0) == 0) dlopen(entry.path().c_str(), RTLD_LAZY);
+  }
+}
+
 Loaded<CudnnApi> LoadCudnn() {
   Loaded<CudnnApi> out;
+  OpenNvrtc();
   const std::string soname = "libcudnn.so." + std::to_string(CUDNN_MAJOR);
   // Global: it opens its engines by name and expects to find itself.
   void* library = Open(soname, RTLD_NOW | RTLD_GLOBAL, &out.error);
@@ -122,13 +139,35 @@ void CudaFailed(const char* file, int line, const char* what, const char* why) {
   std::_Exit(kCudaFailedExitCode);
 }
 
-void SetCudaLibraryDirectories(std::vector<std::string> directories) {
-  Directories() = std::move(directories);
+void SetCudaLibraryDirectories(const std::vector<std::string>& directories) {
+  Directories().clear();
+  for (const std::string& directory : directories) {
+    Directories().push_back(directory);
+    for (const char* prefix : {"/", "/nvidia/"}) {
+      for (const char* wheel : {"cu13", "cudnn", "nccl"}) {
+        const std::string path = directory + prefix + wheel + "/lib";
+        std::error_code error;
+        if (std::filesystem::is_directory(path, error)) Directories().push_back(path);
+      }
+    }
+  }
+}
+
+void* OpenCudaLibrary(const std::string& soname, std::string* tried) {
+  return Open(soname, RTLD_NOW | RTLD_LOCAL, tried);
 }
 
 std::string LoadCudaLibraries() {
-  if (!LoadedCublasLt().error.empty()) return LoadedCublasLt().error;
-  return LoadedCudnn().error;
+  std::string error;
+  // The driver's own library comes with the driver, and nowhere else.
+  if (dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL) == nullptr) {
+    const char* reason = dlerror();
+    error = std::string("there is no NVIDIA driver here: ") + (reason != nullptr ? reason : "");
+  }
+  for (const std::string* missing : {&LoadedCublasLt().error, &LoadedCudnn().error}) {
+    if (!missing->empty()) error += (error.empty() ? "" : "\n") + *missing;
+  }
+  return error;
 }
 
 const CublasLtApi& CublasLt() {

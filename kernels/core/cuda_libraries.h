@@ -44,12 +44,17 @@ struct CudnnApi {
   decltype(&cudnnBackendExecute) Execute;
 };
 
-// Where else to look, in this order: call before the first op runs.
-void SetCudaLibraryDirectories(std::vector<std::string> directories);
+// Where else to look, in this order: call before the first op runs. Of a directory of Python's
+// packages (site-packages, or nvidia in it) those that NVIDIA's wheels fill are looked through.
+void SetCudaLibraryDirectories(const std::vector<std::string>& directories);
 
-// Empty if the libraries that ops need (cuBLASLt, cuDNN) could be loaded, else what was looked for, where,
-// and what to do. Call it at start, so that a missing library is an error of the environment and
-// not the end of the process.
+// Opens a library in the way of all others here. Null if there is none: *tried then says what was
+// tried, a line each.
+void* OpenCudaLibrary(const std::string& soname, std::string* tried);
+
+// Empty if the driver and the libraries that ops need (cuBLASLt, cuDNN) could be loaded, else of each
+// that is missing what was looked for, where, and what to do. Call it at start, so that a missing library is an error of the environment
+// and not the end of the process.
 std::string LoadCudaLibraries();
 
 // The loaded libraries. Each ends the process (CudaFailed) where it cannot be loaded.

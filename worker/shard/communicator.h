@@ -25,16 +25,31 @@ class RendezvousStore {
 // directory must be new for every run: old keys would be taken for those of this one.
 std::unique_ptr<RendezvousStore> NewDirectoryStore(std::string directory);
 
+// Every rank calls the same collectives in the same order, with views of the same shape. Views are
+// contiguous and on exec's device. Each call returns UNAVAILABLE when a peer is gone or makes no
+// progress in time, and from then on always.
+//
+// On a GPU a collective takes its place in exec.stream and may return before it has run: what
+// follows it in the stream sees its result, the host only after Wait. A peer that is lost while it
+// runs ends it, with rubbish as its result.
 class Communicator {
  public:
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
   // x = sum over ranks of x, the same bits on every rank and in every run with as many ranks.
-  // x: contiguous f32 or f64. UNAVAILABLE when a peer is gone or makes no progress in time.
+  // x: f32 or f64.
   virtual absl::Status AllReduceSum(const Exec& exec, const TensorView& x) = 0;
+  // all = every rank's `mine`, one after the other. all: size() times the bytes of `mine`, which
+  // may be its own place in it.
+  virtual absl::Status AllGather(const Exec& exec, const TensorView& mine,
+                                 const TensorView& all) = 0;
+  // x = x of rank `root`.
+  virtual absl::Status Broadcast(const Exec& exec, const TensorView& x, int root) = 0;
   // Returns when every rank has called it.
   virtual absl::Status Barrier() = 0;
+  // Returns when all collectives called so far have run: whether their results may be used.
+  virtual absl::Status Wait() = 0;
 };
 
 // A group of one: nothing to do.
@@ -48,6 +63,20 @@ struct GlooOptions {
 };
 // Connects all ranks with each other. UNAVAILABLE if that fails in time.
 absl::StatusOr<std::unique_ptr<Communicator>> NewGlooCommunicator(const GlooOptions& options,
+                                                                  RendezvousStore* store);
+
+struct NcclOptions {
+  int rank = 0;
+  int size = 1;
+  // Of the rendezvous, and of each collective from the moment that its turn in the stream comes.
+  // Ranks of one host notice a dead peer only by it; over a network its sockets tell at once.
+  absl::Duration timeout = absl::Seconds(60);
+};
+// Connects all ranks with each other, over the device that is selected in this process; loads
+// NCCL. UNAVAILABLE if that fails in time; FAILED_PRECONDITION where there is no NCCL, with where
+// it was looked for. NCCL's own variables (NCCL_*) count. It takes several ranks on one device
+// only if each process has an NCCL_HOSTID of its own, and that is for tests: it is slow.
+absl::StatusOr<std::unique_ptr<Communicator>> NewNcclCommunicator(const NcclOptions& options,
                                                                   RendezvousStore* store);
 
 }  // namespace attune

@@ -1,12 +1,15 @@
 // Gloo over TCP. Its calls throw; nothing of that leaves this file.
+#include <gloo/allgather.h>
 #include <gloo/allreduce.h>
 #include <gloo/barrier.h>
+#include <gloo/broadcast.h>
 #include <gloo/math.h>
 #include <gloo/rendezvous/context.h>
 #include <gloo/rendezvous/store.h>
 #include <gloo/transport/tcp/device.h>
 #include <signal.h>
 
+#include <cstring>
 #include <exception>
 #include <stdexcept>
 #include <vector>
@@ -78,6 +81,34 @@ class GlooCommunicator : public Communicator {
     });
   }
 
+  absl::Status AllGather(const Exec& exec, const TensorView& mine, const TensorView& all) override {
+    if (exec.plan) return absl::OkStatus();
+    CHECK(exec.device == DeviceKind::kCpu && mine.contiguous() && all.contiguous());
+    CHECK(all.bytes() == mine.bytes() * options_.size);
+    return Call("all-gather", [&] {
+      uint8_t* const whole = static_cast<uint8_t*>(all.data);
+      uint8_t* const place = whole + mine.bytes() * options_.rank;
+      if (place != mine.data) std::memcpy(place, mine.data, mine.bytes());
+      gloo::AllgatherOptions options(context_);
+      options.setOutput(whole, all.bytes());  // without an input: it is in its place
+      options.setTimeout(ToChrono(options_.timeout));
+      gloo::allgather(options);
+    });
+  }
+
+  absl::Status Broadcast(const Exec& exec, const TensorView& x, int root) override {
+    if (exec.plan) return absl::OkStatus();
+    CHECK(exec.device == DeviceKind::kCpu && x.contiguous());
+    CHECK(root >= 0 && root < options_.size);
+    return Call("broadcast", [&] {
+      gloo::BroadcastOptions options(context_);
+      options.setOutput(static_cast<uint8_t*>(x.data), x.bytes());
+      options.setRoot(root);
+      options.setTimeout(ToChrono(options_.timeout));
+      gloo::broadcast(options);
+    });
+  }
+
   absl::Status Barrier() override {
     return Call("barrier", [&] {
       gloo::BarrierOptions options(context_);
@@ -86,20 +117,24 @@ class GlooCommunicator : public Communicator {
     });
   }
 
+  absl::Status Wait() override { return failure_; }
+
  private:
   template <typename F>
   absl::Status Call(absl::string_view what, F&& f) {
+    if (!failure_.ok()) return failure_;
     try {
       f();
-      return absl::OkStatus();
     } catch (const std::exception& e) {
-      return absl::UnavailableError(absl::StrCat(what, " on rank ", options_.rank, " of ",
-                                                 options_.size, " failed: ", e.what()));
+      failure_ = absl::UnavailableError(absl::StrCat(what, " on rank ", options_.rank, " of ",
+                                                     options_.size, " failed: ", e.what()));
     }
+    return failure_;
   }
 
   const GlooOptions options_;
   std::shared_ptr<gloo::rendezvous::Context> context_;
+  absl::Status failure_;  // the first; nothing can be said to peers after it
 };
 
 }  // namespace

@@ -16,6 +16,7 @@ enum class ExitCode : int {
   kAgentLost = 15,    // the agent is gone
   kInternal = 16,     // a bug
   kCuda = 17,         // a CUDA call failed (kernels/core/cuda_error.h)
+  kNoDevice = 18,     // the device, or a library that it needs, is not there
 };
 
 inline ExitCode ExitCodeOf(v1::FailureCause cause) {
@@ -32,6 +33,8 @@ inline ExitCode ExitCodeOf(v1::FailureCause cause) {
       return ExitCode::kStorage;
     case v1::FAILURE_CAUSE_WORKER_LOST:
       return ExitCode::kAgentLost;
+    case v1::FAILURE_CAUSE_DEVICE:
+      return ExitCode::kNoDevice;
     default:
       return ExitCode::kInternal;
   }

@@ -50,7 +50,10 @@ int32_t SampleToken(absl::Span<const float> logits, const SamplingOptions& optio
 Generator::Generator(const GeneratorOptions& options, const ModelConfig& config,
                      const AdapterLayout* adapters, Arena arena)
     : options_(options), arena_(std::move(arena)) {
-  ctx_ = {.exec = {.device = DeviceKind::kCpu, .plan = arena_.plan()},
+  const bool plan = arena_.plan();
+  ctx_ = {.exec = {.device = options.device,
+                   .plan = plan,
+                   .stream = plan ? nullptr : NewStream(options.device)},
           .arena = &arena_,
           .dtype = options.dtype};
   if (adapters != nullptr) {
@@ -91,7 +94,7 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const GeneratorOpti
   if (!s.ok()) return s;
   plan->arena_.BeginPhase("generate");
   plan->Forward({}, 0);
-  absl::StatusOr<Arena> arena = Arena::Allocate(DeviceKind::kCpu, plan->arena_.peak().total);
+  absl::StatusOr<Arena> arena = Arena::Allocate(options.device, plan->arena_.peak().total);
   if (!arena.ok()) return arena.status();
   std::unique_ptr<Generator> generator(
       new Generator(options, loaded->config, adapters, *std::move(arena)));

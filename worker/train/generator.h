@@ -16,6 +16,7 @@ namespace attune {
 struct GeneratorOptions {
   std::string model_directory;
   std::string adapter_directory;  // empty: the base model alone
+  DeviceKind device = DeviceKind::kCpu;  // opened
   DType dtype = DType::kF32;
   WeightStorage storage = WeightStorage::kDense;
   int64_t max_context = 4096;  // prompt and answer, in tokens

@@ -12,6 +12,7 @@
 #include "proto/sha256.h"
 #include "worker/io/file.h"
 #include "worker/methods/pack_batch.h"
+#include "worker/train/device_choice.h"
 
 namespace attune {
 namespace {
@@ -357,6 +358,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   }
   job->run_digest = *digest;
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
+  job->engine.device = KindOf(assignment.device());
   job->engine.spec = *spec;
   absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(job->engine, *job->weights);
   if (!memory.ok()) return memory.status();

@@ -100,6 +100,8 @@ class TrainingRun {
     }
     absl::StatusOr<StepResult> result = engine_->TrainStep(input, mine, comm_, progress_);
     if (!result.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, result.status());
+    // On a GPU a lost peer leaves rubbish in what has been reduced: none of it may get out.
+    if (absl::Status s = comm_->Wait(); !s.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
     if (!std::isfinite(result->loss) || !std::isfinite(result->grad_norm)) {
       return Fail(v1::FAILURE_CAUSE_DIVERGED,
                   absl::OutOfRangeError(absl::StrCat(
@@ -131,6 +133,7 @@ class TrainingRun {
       observer_->Progress("evaluate");
       absl::StatusOr<EvaluationResult> evaluation = Evaluate();
       if (!evaluation.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, evaluation.status());
+      if (absl::Status s = comm_->Wait(); !s.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
       evaluation_loss_ = evaluation->loss;
       metrics->set_evaluation_loss(evaluation->loss);
       metrics->set_evaluation_accuracy(evaluation->accuracy);
