@@ -505,6 +505,8 @@ TEST_F(CudaOps, AttentionOfWholeSegments) {
        {AttentionCase{4, 2, 64, 64, AttentionMask::kCausal, 0, 0.0},
         AttentionCase{8, 2, 128, 128, AttentionMask::kCausal, 0, 0.0},
         AttentionCase{3, 1, 40, 40, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{4, 2, 80, 80, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{2, 2, 96, 96, AttentionMask::kCausal, 0, 0.0},
         AttentionCase{4, 2, 256, 256, AttentionMask::kCausal, 0, 0.0},
         AttentionCase{4, 4, 128, 128, AttentionMask::kCausal, 17, 0.0},
         AttentionCase{4, 2, 128, 128, AttentionMask::kCausal, 33, 3.0},
@@ -572,7 +574,7 @@ TEST_F(CudaOps, AttentionOfWholeSegments) {
               args.workspace = scratch(AttentionBackwardWorkspaceBytes(exec, args));
               AttentionBackward(exec, args);
             },
-            /*repeatable=*/deterministic);
+            /*repeatable=*/deterministic || c.dqk % 64 != 0);
       }
     }
   }
