@@ -14,7 +14,8 @@ FROM ${BASE}
 COPY deploy/install_packages.sh /tmp/
 RUN /tmp/install_packages.sh run && rm -rf /var/lib/apt/lists/* /tmp/install_packages.sh \
  && useradd --system --uid 10001 --home-dir /var/lib/attune attune \
- && mkdir -p /var/lib/attune /models && chown attune /var/lib/attune
+ && mkdir -p /var/lib/attune /var/lib/attune-worker /models \
+ && chown attune /var/lib/attune /var/lib/attune-worker
 COPY --from=build /build/bin/attuned /build/bin/attune-worker /build/bin/attune-trainer /build/bin/attune /usr/local/bin/
 USER attune
 ENV XDG_DATA_HOME=/var/lib

@@ -86,7 +86,8 @@ absl::StatusOr<std::string> LocalPath(const v1::Source& source, const std::strin
   if (source.source_case() == v1::Source::kFile) {
     candidates.push_back((fs::path(spec_file).parent_path() / source.file()).string());
   } else if (source.source_case() == v1::Source::kPath) {
-    if (source.path()[0] == '/') candidates.push_back(source.path());
+    // As `attune local`: the spec's own folder is a root.
+    candidates.push_back((fs::path(spec_file).parent_path() / source.path()).string());
     for (const std::string& root : roots) {
       candidates.push_back((fs::path(root) / source.path()).string());
     }
@@ -236,6 +237,9 @@ int RunStandalone(const StandaloneFlags& flags) {
   fs::create_directories(flags.output, error);
   if (error)
     return Report(FileError(error.value(), "mkdir", flags.output), v1::FAILURE_CAUSE_STORAGE);
+  if (flags.world_size > 1 && !fs::create_directories(flags.rendezvous, error) && error) {
+    return Report(FileError(error.value(), "mkdir", flags.rendezvous), v1::FAILURE_CAUSE_STORAGE);
+  }
   std::unique_ptr<RendezvousStore> store = NewDirectoryStore(flags.rendezvous);
   ConsoleObserver observer;
   const TrainerOutcome outcome = RunTraining(*assignment, store.get(), &observer);
@@ -403,7 +407,7 @@ void AddDeviceFlags(CLI::App* app, std::string* device, std::vector<std::string>
 
 void AddStandaloneFlags(CLI::App* app, StandaloneFlags* flags) {
   app->add_option("--spec", flags->spec, "Job spec (YAML)");
-  app->add_option("--root", flags->roots, "Directory beneath which `path` sources lie");
+  app->add_option("--root", flags->roots, "Directory beneath which `path` sources lie, beside the spec's own");
   app->add_option("--threads", flags->threads, "CPU threads [cores / world size]");
 }
 

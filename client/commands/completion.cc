@@ -51,11 +51,12 @@ _attune() {
     *)  if [ -n "$words" ]; then
           COMPREPLY=($(compgen -W "$words" -- "$current"))
         else
-          COMPREPLY=($(compgen -f -- "$current"))
+          compopt -o filenames
+          mapfile -t COMPREPLY < <(compgen -f -- "$current")  # names may hold spaces
         fi ;;
   esac
 }
-complete -o filenames -F _attune attune
+complete -F _attune attune
 )");
 }
 
@@ -72,7 +73,9 @@ std::string ZshScript(const CLI::App& app) {
         "      ;;\n");
   }
   return absl::StrCat(R"(#compdef attune
-# zsh completion for attune: attune completion zsh > "${fpath[1]}/_attune"
+# zsh completion for attune, either of:
+#   attune completion zsh > "${fpath[1]}/_attune"
+#   source <(attune completion zsh)         (after compinit)
 _attune() {
   local -a commands options candidates
   commands=(
@@ -93,7 +96,11 @@ _attune() {
     _files
   fi
 }
-compdef _attune attune
+if [[ "${funcstack[1]}" == _attune ]]; then
+  _attune "$@"  # loaded from fpath, for the first completion
+else
+  compdef _attune attune
+fi
 )");
 }
 

@@ -151,6 +151,7 @@ class Coordinator {
   void NoteFailure(JobEntry* entry, v1::FailureCause cause, const std::string& message);
   void FinishAttempt(JobEntry* entry);
   void FinishRecovery(JobEntry* entry, const v1::Attempt& attempt);
+  void OutOfRestarts(JobEntry* entry, v1::FailureCause cause, const std::string& message);
   void FailJob(JobEntry* entry, v1::FailureCause cause, const std::string& message);
   void GoBackToCheckpoint(JobEntry* entry);
   // Asks every part of the current epoch to stop. An earlier KILL is not weakened.

@@ -257,7 +257,7 @@ void Coordinator::ValidationGone(JobEntry* entry, const v1::LeaseEnded& ended) {
     return;
   }
   if (job.restarts() >= job.spec().retry().max_restarts()) {
-    FailJob(entry, cause, absl::StrCat(message, " (no restarts left)"));
+    OutOfRestarts(entry, cause, message);
     return;
   }
   job.set_restarts(job.restarts() + 1);
@@ -353,9 +353,7 @@ void Coordinator::FinishRecovery(JobEntry* entry, const v1::Attempt& attempt) {
     return;
   }
   if (job.restarts() >= job.spec().retry().max_restarts()) {
-    FailJob(entry, cause,
-            absl::StrCat(attempt.message(), " (no restarts left of retry.",
-                         "max_restarts = ", job.spec().retry().max_restarts(), ")"));
+    OutOfRestarts(entry, cause, attempt.message());
     return;
   }
   job.set_restarts(job.restarts() + 1);
@@ -368,6 +366,20 @@ void Coordinator::FinishRecovery(JobEntry* entry, const v1::Attempt& attempt) {
                    "; the job goes back to step ", job.progress().step(), ": ", attempt.message()),
       job.progress().step());
   out_.actions.push_back(ObserveRestart{cause});
+}
+
+// A full disk is no fault of the job's: with room it goes on from its last checkpoint.
+void Coordinator::OutOfRestarts(JobEntry* entry, v1::FailureCause cause,
+                                const std::string& message) {
+  const std::string used = absl::StrCat(message, " (no restarts left of retry.max_restarts = ",
+                                        entry->job().spec().retry().max_restarts(), ")");
+  if (cause != v1::FAILURE_CAUSE_STORAGE) {
+    FailJob(entry, cause, used);
+    return;
+  }
+  GoBackToCheckpoint(entry);
+  SetState(entry, v1::JOB_STATE_PAUSED, kPausedByStorage,
+           absl::StrCat(used, "; make room, then resume the job"));
 }
 
 void Coordinator::FailJob(JobEntry* entry, v1::FailureCause cause, const std::string& message) {

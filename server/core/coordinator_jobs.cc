@@ -188,6 +188,8 @@ void Coordinator::On(const ResumeJobEvent& event) {
     }
     *entry->job().mutable_spec() = spec;
   }
+  // The restarts went on a disk that somebody has seen to since.
+  if (entry->job().reason() == kPausedByStorage) entry->job().set_restarts(0);
   if (entry->job().has_validation()) {
     SetState(entry, v1::JOB_STATE_QUEUED, "RESUMED", "waits for devices again");
   } else {

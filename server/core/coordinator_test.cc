@@ -101,6 +101,39 @@ TEST_F(CoordinatorTest, RestartsAreCountedAndEnd) {
   EXPECT_EQ(Get(job).attempts_size(), 4);
 }
 
+TEST_F(CoordinatorTest, AFullDiskPausesTheJobUntilThereIsRoom) {
+  auto [job, epoch] = RunJob();
+  Step(session_, epoch, 1);
+  Checkpoint(session_, epoch, 1);
+  for (int restart = 0; restart <= 3; ++restart) {
+    if (restart > 0) epoch = LastLease(session_, v1::LEASE_KIND_TRAIN).epoch();
+    End(session_, epoch, v1::LEASE_OUTCOME_FAILED, v1::FAILURE_CAUSE_STORAGE);
+  }
+  EXPECT_EQ(Get(job).state(), v1::JOB_STATE_PAUSED);
+  EXPECT_EQ(Get(job).reason(), "PAUSED_BY_STORAGE");
+  EXPECT_THAT(Get(job).message(), HasSubstr("why"));
+  EXPECT_THAT(Get(job).message(), HasSubstr("make room"));
+  EXPECT_EQ(Get(job).progress().step(), 1);
+  EXPECT_TRUE(coordinator_->LiveLeases().empty());
+  Do(ResumeJobEvent{++call_, job, "", {}});
+  EXPECT_EQ(Get(job).state(), v1::JOB_STATE_STARTING);
+  EXPECT_EQ(Get(job).restarts(), 0);
+  EXPECT_EQ(LastLease(session_, v1::LEASE_KIND_TRAIN).checkpoint_step(), 1);
+}
+
+TEST_F(CoordinatorTest, WithoutRoomForTheValidationTheJobIsPausedToo) {
+  const SessionId session = Register("workers/a", 1);
+  const std::string job = Create(MakeSpec());
+  for (int restart = 0; restart <= 3; ++restart) {
+    EXPECT_EQ(Get(job).state(), v1::JOB_STATE_VALIDATING);
+    End(session, LastLease(session, v1::LEASE_KIND_VALIDATE).epoch(), v1::LEASE_OUTCOME_FAILED,
+        v1::FAILURE_CAUSE_STORAGE);
+  }
+  EXPECT_EQ(Get(job).reason(), "PAUSED_BY_STORAGE");
+  Do(ResumeJobEvent{++call_, job, "", {}});
+  EXPECT_EQ(Get(job).state(), v1::JOB_STATE_VALIDATING);
+}
+
 TEST_F(CoordinatorTest, SomeCausesAreNeverRetried) {
   for (v1::FailureCause cause :
        {v1::FAILURE_CAUSE_INVALID, v1::FAILURE_CAUSE_OUT_OF_MEMORY, v1::FAILURE_CAUSE_DIVERGED}) {

@@ -32,8 +32,8 @@ unsigned Successors(v1::JobState from) {
       return Bit(JOB_STATE_QUEUED) | Bit(JOB_STATE_PAUSING) | Bit(JOB_STATE_RECOVERING) |
              Bit(JOB_STATE_CANCELLING) | Bit(JOB_STATE_SUCCEEDED);
     case JOB_STATE_RECOVERING:
-      return Bit(JOB_STATE_QUEUED) | Bit(JOB_STATE_PAUSING) | Bit(JOB_STATE_CANCELLING) |
-             Bit(JOB_STATE_FAILED) | Bit(JOB_STATE_SUCCEEDED);
+      return Bit(JOB_STATE_QUEUED) | Bit(JOB_STATE_PAUSING) | Bit(JOB_STATE_PAUSED) |
+             Bit(JOB_STATE_CANCELLING) | Bit(JOB_STATE_FAILED) | Bit(JOB_STATE_SUCCEEDED);
     case JOB_STATE_CANCELLING:
       return Bit(JOB_STATE_CANCELLED);
     default:

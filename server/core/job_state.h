@@ -4,13 +4,15 @@
 //    |  |  ^       |  |  ^       |          |  |  |
 //    |  |  |       |  |  |       v          v  |  |
 //    |  |  |       |  |  +-- RECOVERING <------+  |        RECOVERING: old processes are removed,
-//    |  |  |       |  |  |       |  |             |        then QUEUED again, or FAILED
+//    |  |  |       |  |  |       |  |             |        then QUEUED again, FAILED, or PAUSED
 //    |  |  |       |  |  |       |  +--> FAILED <-+-- VALIDATING, PAUSING
 //    |  |  |       |  |  |       v                v
 //    |  |  |       |  |  +-- PREEMPTING      PAUSING <-- STARTING, RECOVERING, PREEMPTING
 //    |  |  |       |  |                           |
 //    |  |  +-- PAUSED <---------------------------+        PAUSED goes to QUEUED, or to VALIDATING
-//    |  +--------> ^                                       where it was not validated yet
+//    |  +--------> ^                                       where it was not validated yet;
+//    |             |  |                                    RECOVERING and VALIDATING lead to it
+//    |             |  |                                    where storage failed again and again
 //    v             v  v
 //   CANCELLED <-- (PAUSED, QUEUED at once); every other state that holds devices goes
 //                 through CANCELLING.
@@ -24,6 +26,10 @@
 #include "attune/v1/job.pb.h"
 
 namespace attune {
+
+// The reason of a job that is PAUSED because there was no room for its files: made room for, it
+// goes on from its last checkpoint.
+constexpr char kPausedByStorage[] = "PAUSED_BY_STORAGE";
 
 bool IsLegalTransition(v1::JobState from, v1::JobState to);
 

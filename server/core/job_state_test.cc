@@ -19,7 +19,7 @@ const std::map<std::string, std::set<std::string>>& Expected() {
       {"PAUSING", {"PAUSED", "CANCELLING", "FAILED", "SUCCEEDED"}},
       {"PAUSED", {"QUEUED", "VALIDATING", "CANCELLED"}},
       {"PREEMPTING", {"QUEUED", "PAUSING", "RECOVERING", "CANCELLING", "SUCCEEDED"}},
-      {"RECOVERING", {"QUEUED", "PAUSING", "CANCELLING", "FAILED", "SUCCEEDED"}},
+      {"RECOVERING", {"QUEUED", "PAUSING", "PAUSED", "CANCELLING", "FAILED", "SUCCEEDED"}},
       {"CANCELLING", {"CANCELLED"}},
       {"SUCCEEDED", {}},
       {"FAILED", {}},

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -137,6 +138,30 @@ class EndToEnd(unittest.TestCase):
             self.assertLess(time.monotonic() - begin, 2.0)
             self.assertFalse(service.trainers())
             self.assertEqual(service.finish(name)["state"], "JOB_STATE_CANCELLED")
+
+    def test_a_model_that_is_uploaded(self):
+        with Service(slots=1) as service:
+            shutil.move(service.root / "model", service.directory / "elsewhere")
+            spec = service.write_spec("uploaded", steps=2, devices=1)
+            spec.write_text(spec.read_text().replace("{path: model}", "{file: elsewhere}"))
+            name = json.loads(service.cli("submit", spec, "-o", "json").stdout)["name"]
+            job = service.finish(name)
+            self.assertEqual(job["state"], "JOB_STATE_SUCCEEDED", job.get("message"))
+            self.assertIn("artifact", job["spec"]["model"]["source"])
+            self.assertRegex(job["spec"]["model"]["digest"], r"^[0-9a-f]{64}$")
+
+    def test_a_model_that_changes_under_a_job_is_refused(self):
+        with Service(slots=1) as service:
+            name = service.submit("changed", steps=10000, devices=1)
+            wait_until("it runs", lambda: service.step(name) >= 2)
+            service.cli("pause", name, "--wait")
+            digest = service.job(name)["spec"]["model"]["digest"]
+            with open(service.root / "model/generation_config.json", "a") as out:
+                out.write("\n")
+            service.cli("resume", name)
+            job = service.finish(name)
+            self.assertEqual(job["failure_cause"], "FAILURE_CAUSE_INVALID")
+            self.assertRegex(job["message"], f"pins {digest}: the model has changed")
 
     def test_queue_priority_and_download(self):
         with Service() as service:

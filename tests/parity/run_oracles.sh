@@ -31,6 +31,16 @@ print("the same documents; losses within", worst)
 PY
 done
 
+# Their scripts write beside themselves.
+echo "== NF4 and text golden files"
+cp -r tests/parity/nf4 tests/parity/text "$scratch"
+"$python" "$scratch/nf4/make_golden.py"
+cmp "$scratch/nf4/golden.json" tests/parity/nf4/golden.json
+llama=$(realpath "$shared/tokenizers/llama-bpe" 2>/dev/null) && [ -d "$llama" ] || llama=
+"$python" "$scratch/text/make_golden.py" ${llama:+"$llama"}
+diff -r "$scratch/text/golden" tests/parity/text/golden
+echo "made anew, and the same"
+
 echo "== PEFT loads our adapter"
 "$python" tests/parity/engine/check_peft.py "$bin" examples/quickstart/model "$adapter"
 

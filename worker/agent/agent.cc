@@ -122,6 +122,7 @@ absl::Status Agent::Open() {
   context_.trainer_program = options_.trainer_program;
   context_.environment = options_.environment;
   context_.bind_address = options_.bind_address;
+  context_.digest_cache = state + "/digests.json";
   context_.post = [this](std::function<void()> f) { Post(std::move(f)); };
   context_.send = [this](v1::WorkerMessage message) {
     if (stream_ != 0 && session_ != nullptr) session_->Send(stream_, std::move(message));
@@ -169,7 +170,7 @@ void Agent::StartThreads() {
   events.message = [this](int64_t stream, v1::CoordinatorMessage message) {
     Post([this, stream, message = std::move(message)] { OnMessage(stream, message); });
   };
-  events.disconnected = [this](int64_t stream, absl::Status) {
+  events.disconnected = [this](int64_t stream, const absl::Status&) {
     Post([this, stream] {
       if (stream_ == stream) stream_ = 0;
     });

@@ -318,6 +318,7 @@ v1::TrainerAssignment LeaseRunner::AssignmentOf(int rank) const {
   assignment.set_world_size(std::max(1, lease.world_size()));
   assignment.set_work_directory(directory_ + "/work");
   assignment.set_checkpoint_directory(sources_->checkpoint_directory);
+  assignment.set_digest_cache(context_->digest_cache);
   if (machine_.trainers() < lease.world_size()) {
     assignment.set_bind_address(context_->bind_address);
   }

@@ -41,6 +41,7 @@ struct LeaseContext {
   std::string trainer_program;
   std::vector<std::string> environment;
   std::string bind_address;
+  std::string digest_cache;  // worker/io/digest_cache.h, of all trainers of this worker
   // Runs a function in the agent's loop, later.
   std::function<void(std::function<void()>)> post;
   // Sends something that is not a report, if there is a session.

@@ -66,7 +66,7 @@ std::vector<std::string> LineSplitter::Add(absl::string_view bytes) {
 }
 
 std::string LineSplitter::TakeRest() {
-  const std::string line = ToLogLine(rest_);
+  std::string line = ToLogLine(rest_);
   rest_.clear();
   return line;
 }

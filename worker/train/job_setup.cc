@@ -6,6 +6,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "kernels/matmul/matmul.h"
 #include "proto/job_spec.h"
 #include "proto/sha256.h"
@@ -197,7 +198,7 @@ absl::Status CountSteps(PreparedJob* job) {
 
 // Everything that changes a run's numbers on a given number of ranks. Names, priorities, budgets
 // and where files lie do not.
-absl::StatusOr<std::string> RunDigest(const PreparedJob& job) {
+absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* digests) {
   v1::JobSpec spec = job.assignment.spec();
   spec.clear_name();
   spec.clear_priority();
@@ -213,15 +214,15 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job) {
   sha.Update(JobSpecToYaml(spec));
   sha.Update(job.report.model_digest());
   for (const std::string& path : job.assignment.dataset_files()) {
-    absl::StatusOr<std::string> sha256 = Sha256HexOfFile(path);
+    absl::StatusOr<std::string> sha256 = digests->Sha256Hex(path);
     if (!sha256.ok()) return sha256.status();
     sha.Update(*sha256);
   }
   return sha.HexDigest();
 }
 
-absl::Status CheckDigest(PreparedJob* job) {
-  absl::StatusOr<std::string> digest = ModelDigest(job->assignment.model_directory());
+absl::Status CheckDigest(PreparedJob* job, DigestCache* digests) {
+  absl::StatusOr<std::string> digest = ModelDigest(job->assignment.model_directory(), digests);
   if (!digest.ok()) return digest.status();
   const std::string& pinned = job->assignment.spec().model().digest();
   if (!pinned.empty() && pinned != *digest) {
@@ -360,7 +361,7 @@ PreparedJob::Range PreparedJob::PacksOfStep(int64_t step) const {
   return {first, std::min(micro_batches, total_packs - first)};
 }
 
-absl::StatusOr<std::string> ModelDigest(const std::string& directory) {
+absl::StatusOr<std::string> ModelDigest(const std::string& directory, DigestCache* digests) {
   std::error_code error;
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(directory, error)) {
@@ -373,7 +374,7 @@ absl::StatusOr<std::string> ModelDigest(const std::string& directory) {
   std::sort(names.begin(), names.end());
   Sha256 sha;
   for (const std::string& name : names) {
-    absl::StatusOr<std::string> sha256 = Sha256HexOfFile(absl::StrCat(directory, "/", name));
+    absl::StatusOr<std::string> sha256 = digests->Sha256Hex(absl::StrCat(directory, "/", name));
     if (!sha256.ok()) return sha256.status();
     sha.Update(absl::StrCat(*sha256, "  ", name, "\n"));
   }
@@ -396,9 +397,14 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   if (absl::Status s = SetUpModel(job.get()); !s.ok()) return s;
   if (absl::Status s = DataSetup(job.get()).Run(); !s.ok()) return s;
   if (absl::Status s = CountSteps(job.get()); !s.ok()) return s;
-  if (absl::Status s = CheckDigest(job.get()); !s.ok()) return s;
-  absl::StatusOr<std::string> digest = RunDigest(*job);
+  DigestCache digests(assignment.digest_cache(), absl::Now());
+  if (absl::Status s = CheckDigest(job.get(), &digests); !s.ok()) return s;
+  absl::StatusOr<std::string> digest = RunDigest(*job, &digests);
   if (!digest.ok()) return digest.status();
+  // A start without a kept digest is only slower.
+  if (absl::Status s = digests.Save(); !s.ok()) {
+    job->report.add_warnings(absl::StrCat("digests are not kept: ", s.message()));
+  }
   job->run_digest = *digest;
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
   job->engine.device = KindOf(assignment.device());

@@ -12,6 +12,7 @@
 #include "worker/data/chat_template.h"
 #include "worker/data/dataset.h"
 #include "worker/data/tokenizer.h"
+#include "worker/io/digest_cache.h"
 #include "worker/model/checkpoint_source.h"
 #include "worker/train/engine.h"
 
@@ -76,7 +77,7 @@ struct PreparedJob {
 absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignment& assignment);
 
 // SHA-256 over the names and contents of the files that make a model directory.
-absl::StatusOr<std::string> ModelDigest(const std::string& directory);
+absl::StatusOr<std::string> ModelDigest(const std::string& directory, DigestCache* digests);
 
 // The dtype that a precision stands for on this machine; AUTO is resolved by the device.
 v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device);

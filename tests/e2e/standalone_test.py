@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""attune-trainer alone, as docs/trainer.md says: a job from a spec, two ranks on one machine, and a
+run that is interrupted and resumed. Files are compared byte for byte."""
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import unittest
+
+from service import BIN, DATA, MODEL, wait_until
+
+TRAINER = BIN / "attune-trainer"
+STEPS = 12
+SPEC = f"""model: {{source: {{path: {MODEL}}}}}
+datasets: [{{source: {{file: {DATA}/heldout.jsonl}}}}]
+lora: {{r: 8, dropout: 0.05}}
+precision: f32
+optimizer: {{learning_rate: 0.003}}
+schedule: {{kind: cosine, warmup_steps: 2, steps: {STEPS}}}
+batch: {{micro_batch_tokens: 256, micro_batches: 4}}
+checkpoints: {{every_steps: 1, keep: 3}}
+"""
+
+
+class Standalone(unittest.TestCase):
+    def setUp(self):
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="attune-standalone-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.spec = self.directory / "job.yaml"
+        self.spec.write_text(SPEC)
+
+    def start(self, out, *options):
+        log = open(self.directory / f"{out}.log", "ab")
+        process = subprocess.Popen([TRAINER, "--spec", self.spec, "-o", self.directory / out,
+                                    *map(str, options)], stdout=log, stderr=log,
+                                   env=dict(os.environ, GOMP_SPINCOUNT="1000"))
+        log.close()
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        return process
+
+    def end(self, process, out, code=0):
+        self.assertEqual(process.wait(timeout=120), code, self.log(out))
+
+    def log(self, out):
+        return (self.directory / f"{out}.log").read_text()
+
+    def losses(self, out):
+        found = re.findall(r"step (\d+)/\d+.*?loss ([\d.]+)", self.log(out))
+        return {int(step): float(loss) for step, loss in found}
+
+    def files(self, out):
+        root = self.directory / out / f"checkpoint-{STEPS}"
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(self):
+        self.end(self.start("whole", "--threads", 1), "whole")
+        whole = self.files("whole")
+        self.assertIn("adapter/adapter_model.safetensors", whole)
+        self.assertIn("trainer/optimizer.safetensors", whole)
+        self.assertEqual(sorted(self.losses("whole")), list(range(1, STEPS + 1)))
+
+        parts = self.start("parts", "--threads", 1)
+        checkpoints = lambda: sorted((self.directory / "parts").glob("checkpoint-*"))
+        wait_until("a checkpoint", checkpoints, interval_s=0.005)
+        parts.send_signal(signal.SIGINT)
+        self.end(parts, "parts")
+        steps = [int(p.name.split("-")[1]) for p in checkpoints()]
+        self.assertLess(max(steps), STEPS, "it was not interrupted")
+        self.assertLessEqual(len(steps), 3, "checkpoints.keep")
+        resume = self.directory / "parts" / f"checkpoint-{max(steps)}"
+        self.end(self.start("parts", "--threads", 1, "--resume", resume), "parts")
+        self.assertEqual(self.files("parts"), whole)
+
+    def test_two_ranks_train_as_one(self):
+        self.end(self.start("one"), "one")
+        ranks = [self.start(f"rank{r}", "--rank", r, "--world-size", 2, "--rendezvous",
+                            self.directory / "rendezvous") for r in (0, 1)]
+        for rank, process in enumerate(ranks):
+            self.end(process, f"rank{rank}")
+        one, two = self.losses("one"), self.losses("rank0")
+        self.assertEqual(sorted(two), sorted(one))
+        self.assertLess(one[STEPS], one[1] - 0.5)
+        for step, loss in one.items():
+            self.assertAlmostEqual(two[step], loss, delta=2e-3 * loss)
+
+    def test_a_checkpoint_of_another_run_is_refused(self):
+        self.end(self.start("run"), "run")
+        self.spec.write_text(SPEC.replace("0.003", "0.004"))
+        process = self.start("other", "--resume", self.directory / "run" / f"checkpoint-{STEPS}")
+        self.end(process, "other", code=10)
+        self.assertIn("is of another run", self.log("other"))
+
+    def test_a_damaged_checkpoint_is_refused(self):
+        self.end(self.start("run"), "run")
+        checkpoint = self.directory / "run" / f"checkpoint-{STEPS}"
+        victim = checkpoint / "trainer/optimizer.safetensors"
+        data = bytearray(victim.read_bytes())
+        data[-1] ^= 1
+        victim.write_bytes(data)
+        self.end(self.start("resumed", "--resume", checkpoint), "resumed", code=10)
+        self.assertIn("optimizer.safetensors is not what manifest.json says", self.log("resumed"))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
