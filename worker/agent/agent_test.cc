@@ -71,7 +71,7 @@ class AgentTest : public testing::Test {
     options.state_directory = directory_ + "/state";
     options.trainer_program = std::string(ATTUNE_BIN_DIR) + "/fake_trainer";
     options.roots = {directory_ + "/root"};
-    options.cpu_slots = slots;
+    options.devices = {.offer = DeviceOffer::kCpu, .cpu_slots = slots};
     options.environment = CleanEnvironment(environ);
     return options;
   }
