@@ -7,6 +7,7 @@
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
 #include "kernels/gated_activation/gated_activation.h"
+#include "kernels/lora/lora.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
@@ -230,6 +231,19 @@ TEST_F(CudaOps, Rope) {
                           {Random(DType::kF32, {kT, rotary / 2})}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
                            Rope(exec, {.x = v[0],
+                                       .cos = v[1],
+                                       .sin = v[2],
+                                       .rotary_dim = rotary,
+                                       .inverse = inverse});
+                         });
+          ExpectGpuAsCpu("rope into another buffer",
+                         {{Random(dtype, {kT, kH, 64}, pad)},
+                          {Random(DType::kF32, {kT, rotary / 2})},
+                          {Random(DType::kF32, {kT, rotary / 2})},
+                          {Tensor(dtype, {kT, kH, 64}, 2 * pad), Loose(dtype)}},
+                         [&](const Exec& exec, const Views& v, Scratch&) {
+                           Rope(exec, {.x = v[0],
+                                       .y = v[3],
                                        .cos = v[1],
                                        .sin = v[2],
                                        .rotary_dim = rotary,
@@ -475,6 +489,109 @@ TEST_F(CudaOps, Attention) {
                                                   .options = options};
                        args.workspace = scratch(AttentionBackwardWorkspaceBytes(exec, args));
                        AttentionBackward(exec, args);
+                     });
+    }
+  }
+}
+
+// Whole segments with compact rows, which cuDNN takes: uneven documents, an empty one, a tail that
+// belongs to none; with and without the deterministic backward.
+TEST_F(CudaOps, AttentionOfWholeSegments) {
+  constexpr int64_t kT = 200;
+  const Tensor count = Ints({4}), q_begin = Ints({0, 70, 70, 71, 190, 0, 0}),
+               k_begin = Ints({0, 70, 70, 71, 0, 0}), k_length = Ints({70, 0, 1, 119, 0, 0}),
+               q_offset = Ints({0, 0, 0, 0, 0, 0});
+  for (const AttentionCase& c :
+       {AttentionCase{4, 2, 64, 64, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{8, 2, 128, 128, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{3, 1, 40, 40, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{4, 2, 80, 80, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{2, 2, 96, 96, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{4, 2, 256, 256, AttentionMask::kCausal, 0, 0.0},
+        AttentionCase{4, 4, 128, 128, AttentionMask::kCausal, 17, 0.0},
+        AttentionCase{4, 2, 128, 128, AttentionMask::kCausal, 33, 3.0},
+        AttentionCase{4, 4, 64, 64, AttentionMask::kBidirectional, 0, 0.0}}) {
+    for (const bool deterministic : {true, false}) {
+      for (int64_t padding : {0, 16}) {
+        const DType dtype = DType::kBF16;
+        const auto random = [&](int64_t h, int64_t d, int64_t pad = 0) {
+          return Random(dtype, {kT, h, d}, pad);
+        };
+        const auto out = [&](int64_t h, int64_t d, int64_t pad = 0) {
+          return Tensor(dtype, {kT, h, d}, pad);
+        };
+        const AttentionOptions options{c.mask, c.window, 1.0 / std::sqrt(c.dqk), c.softcap};
+        const auto segments = [](const Views& v) {
+          return AttentionSegments{v[0], v[1], v[2], v[3], v[4], /*whole=*/true};
+        };
+        const std::vector<Operand> forward{{count},
+                                           {q_begin},
+                                           {k_begin},
+                                           {k_length},
+                                           {q_offset},
+                                           {random(c.hq, c.dqk)},
+                                           {random(c.hk, c.dqk)},
+                                           {random(c.hk, c.dv)},
+                                           {out(c.hq, c.dv, padding), 2e-2},
+                                           {Tensor(DType::kF32, {kT, c.hq}), 1e-3}};
+        const OpCall run_forward = [&](const Exec& exec, const Views& v, Scratch& scratch) {
+          AttentionForwardArgs args{.q = v[5],
+                                    .k = v[6],
+                                    .v = v[7],
+                                    .o = v[8],
+                                    .lse = v[9],
+                                    .segments = segments(v),
+                                    .options = options};
+          args.workspace = scratch(AttentionForwardWorkspaceBytes(exec, args));
+          AttentionForward(exec, args);
+        };
+        const std::string what = "attention of whole segments, d " + std::to_string(c.dqk) +
+                                 ", window " + std::to_string(c.window) + ", padding " +
+                                 std::to_string(padding) + (deterministic ? ", fixed order" : "");
+        ExpectGpuAsCpu(what + ", forward", forward, run_forward);
+        std::vector<Operand> backward;
+        for (const Tensor& t : RunOnCpu(forward, run_forward)) backward.push_back({t});
+        backward.push_back({random(c.hq, c.dv, padding)});
+        backward.push_back({out(c.hq, c.dqk), 2.5e-2});
+        backward.push_back({out(c.hk, c.dqk), 2.5e-2});
+        backward.push_back({out(c.hk, c.dv), 2.5e-2});
+        ExpectGpuAsCpu(
+            what + ", backward", backward,
+            [&](const Exec& with_stream, const Views& v, Scratch& scratch) {
+              Exec exec = with_stream;
+              exec.deterministic = deterministic;
+              AttentionBackwardArgs args{.q = v[5],
+                                         .k = v[6],
+                                         .v = v[7],
+                                         .o = v[8],
+                                         .lse = v[9],
+                                         .d_o = v[10],
+                                         .dq = v[11],
+                                         .dk = v[12],
+                                         .dv = v[13],
+                                         .segments = segments(v),
+                                         .options = options};
+              args.workspace = scratch(AttentionBackwardWorkspaceBytes(exec, args));
+              AttentionBackward(exec, args);
+            },
+            /*repeatable=*/deterministic || c.dqk % 64 != 0);
+      }
+    }
+  }
+}
+
+TEST_F(CudaOps, LoraExtend) {
+  for (DType dtype : kDTypes) {
+    for (int64_t r : {3, 16}) {
+      const int64_t K = 40, N = 50, E = LoraExtension(2, r);
+      ExpectGpuAsCpu("lora", {{Random(dtype, {r, K})},
+                              {Random(dtype, {20, r})},
+                              {Random(dtype, {r, K})},
+                              {Random(dtype, {25, r})},
+                              {Tensor(dtype, {N + E, K + E}, 4)}},
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
+                       LoraExtend(exec, {.parts = parts, .w = v[4], .scale = 0.25});
                      });
     }
   }

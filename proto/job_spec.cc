@@ -269,6 +269,9 @@ void CheckService(const JobSpec& spec, Checker* check) {
   check->Range("resources.devices", spec.resources().devices(), 1, 65536);
   check->Enum("resources.device_type", *v1::DeviceType_descriptor(),
               spec.resources().device_type());
+  if (spec.resources().has_device_memory_gib()) {
+    check->Range("resources.device_memory_gib", spec.resources().device_memory_gib(), 0.5, 1e6);
+  }
   if (spec.parallelism().data() != spec.resources().devices()) {
     check->Fail("parallelism.data",
                 absl::StrCat("is ", spec.parallelism().data(), ", but resources.devices is ",

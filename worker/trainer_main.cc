@@ -260,6 +260,11 @@ void PrintReport(const v1::ValidationReport& r) {
   std::printf("  activations  %10.2f\n  workspace    %10.2f\n  peak         %10.2f (%s)\n",
               mib(m.activations_bytes()), mib(m.workspace_bytes()), mib(m.peak_bytes()),
               m.peak_phase().c_str());
+  if (!m.placement().empty()) {
+    std::printf("  host, pinned %10.2f\n", mib(m.host_bytes()));
+    std::printf("placement    %s\n", m.placement().c_str());
+    std::printf("speed        about %.0f tokens/s on each device\n", m.tokens_per_s());
+  }
   for (const std::string& warning : r.warnings()) std::printf("warning: %s\n", warning.c_str());
 }
 

@@ -6,6 +6,7 @@
 
 #include "kernels/core/check.h"
 #include "kernels/core/exec.h"
+#include "kernels/core/op_trace.h"
 #include "kernels/core/tensor.h"
 
 // Declares the backends of one op.
@@ -23,6 +24,7 @@
 #define ATTUNE_RUN(Op, exec, args)           \
   do {                                       \
     if ((exec).plan) return;                 \
+    const OpTraceScope trace(exec, #Op);     \
     if ((exec).device == DeviceKind::kCpu) { \
       Op##Cpu(exec, args);                   \
     } else {                                 \

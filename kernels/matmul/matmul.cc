@@ -1,5 +1,7 @@
 #include "kernels/matmul/matmul.h"
 
+#include <string>
+
 #include "kernels/core/dispatch.h"
 
 namespace attune {
@@ -34,6 +36,11 @@ int64_t MatMulWorkspaceBytes(const Exec& exec, const MatMulArgs& args) {
 
 void MatMul(const Exec& exec, const MatMulArgs& args) {
   CheckWorkspace(args.workspace, MatMulWorkspaceBytes(exec, args));
+  if (exec.trace != nullptr) {
+    exec.trace->Annotate(std::to_string(args.d.dim(0)) + " x " + std::to_string(args.d.dim(1)) +
+                         " x " + std::to_string(args.a.dim(args.trans_a ? 0 : 1)) +
+                         (args.trans_a ? " T" : " N") + (args.trans_b ? "T" : "N"));
+  }
   ATTUNE_RUN(MatMul, exec, args);
 }
 

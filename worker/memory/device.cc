@@ -127,6 +127,18 @@ absl::Status OpenDevice(DeviceKind kind, int index) {
 #endif
 }
 
+std::string DeviceName() {
+#ifdef ATTUNE_HAS_CUDA
+  int index = 0;
+  cudaDeviceProp properties;
+  if (cudaGetDevice(&index) == cudaSuccess &&
+      cudaGetDeviceProperties(&properties, index) == cudaSuccess) {
+    return properties.name;
+  }
+#endif
+  return "";
+}
+
 absl::StatusOr<DeviceMemory> QueryDeviceMemory(DeviceKind kind) {
 #ifdef ATTUNE_HAS_CUDA
   if (kind == DeviceKind::kCuda) {

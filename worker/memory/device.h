@@ -19,6 +19,9 @@ namespace attune {
 // looked for, and what to do.
 absl::Status OpenDevice(DeviceKind kind, int index);
 
+// Of the opened CUDA device, as its driver says ("NVIDIA H100 80GB HBM3"); empty without one.
+std::string DeviceName();
+
 struct DeviceMemory {
   int64_t free_bytes = 0;
   int64_t total_bytes = 0;

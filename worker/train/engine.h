@@ -84,6 +84,8 @@ class Engine {
   AdapterSet* adapters() { return adapters_.get(); }
   const Model& model() const { return *model_; }
   const LayerContext& context() const { return ctx_; }
+  // Times every op from now on; null ends it.
+  void SetTrace(OpTrace* trace) { ctx_.exec.trace = trace; }
   int64_t peak_bytes() const { return arena_.peak().total; }
 
  private:

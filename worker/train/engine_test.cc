@@ -115,5 +115,56 @@ TEST(EngineTest, APackGivesWhatItsDocumentsGiveAlone) {
   for (size_t i = 0; i < grad.size(); ++i) ASSERT_NEAR(grad_alone[i], grad[i], 1e-12) << i;
 }
 
+// What one step gives: the loss and the adapters' gradients.
+struct StepOutcome {
+  double loss;
+  std::vector<float> grad;
+};
+StepOutcome OneStep(const GoldenCase& golden) {
+  std::unique_ptr<Engine> engine = StartEngine(golden);
+  // Twice: buffers that travel are used again.
+  LossAt(engine.get(), StepOf(golden, 1));
+  const double loss = LossAt(engine.get(), StepOf(golden, 0));
+  EXPECT_EQ(engine->peak_bytes(),
+            Engine::Plan(golden.options, *golden.weights).value().peak_bytes());
+  return {loss, Download<float>(*engine, engine->adapters()->grad())};
+}
+
+TEST(EngineTest, WhereActivationsAreKeptChangesNoBit) {
+  GoldenCase golden = LoadGoldenCase(kGolden + "nf4", DType::kF32);
+  const int64_t L = golden.options.model.num_layers;
+  const StepOutcome kept = OneStep(golden);
+  for (const ActivationPolicy& policy :
+       {ActivationPolicy{L, 0, 0}, ActivationPolicy{0, L, 0}, ActivationPolicy{0, 0, L},
+        ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1}, ActivationPolicy{1, 0, 1}}) {
+    golden.options.activations = policy;
+    const StepOutcome other = OneStep(golden);
+    EXPECT_EQ(other.loss, kept.loss);
+    EXPECT_EQ(other.grad, kept.grad)
+        << policy.streams_on_host << " " << policy.gate_ups_on_host << " "
+        << policy.gate_ups_rebuilt;
+  }
+}
+
+TEST(EngineTest, OneProductGivesWhatSeparateOnesGive) {
+  for (const char* name : {"dense", "nf4"}) {
+    for (const bool resident : {false, true}) {
+      GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF32);
+      const StepOutcome separate = OneStep(golden);
+      golden.options.fused_lora = true;
+      golden.options.resident = resident;
+      const StepOutcome fused = OneStep(golden);
+      EXPECT_NEAR(fused.loss, separate.loss, 1e-5 * separate.loss);
+      double error = 0, norm = 0;
+      for (size_t i = 0; i < fused.grad.size(); ++i) {
+        error += std::pow(fused.grad[i] - separate.grad[i], 2);
+        norm += std::pow(separate.grad[i], 2);
+      }
+      EXPECT_LT(error, 1e-10 * norm) << name << (resident ? ", kept expanded" : "");
+      EXPECT_GT(norm, 0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace attune

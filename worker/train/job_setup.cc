@@ -12,6 +12,7 @@
 #include "worker/io/file.h"
 #include "worker/methods/pack_batch.h"
 #include "worker/train/device_choice.h"
+#include "worker/train/placement.h"
 
 namespace attune {
 namespace {
@@ -260,6 +261,54 @@ absl::Status SetUpModel(PreparedJob* job) {
   return absl::OkStatus();
 }
 
+// Without a GPU at hand (attune estimate) and without a limit in the spec: what an 80 GB one has.
+constexpr int64_t kAssumedDeviceBytes = int64_t{78} << 30;
+// What cuBLASLt, cuDNN and the kernels' code take beside the context and the arena.
+constexpr int64_t kLibraryBytes = int64_t{384} << 20;
+
+PlacementLimits LimitsOf(const v1::ResourceSpec& resources) {
+  const absl::StatusOr<DeviceMemory> device = QueryDeviceMemory(DeviceKind::kCuda);
+  const absl::StatusOr<DeviceMemory> host = QueryDeviceMemory(DeviceKind::kCpu);
+  PlacementLimits limits{.device_bytes = device.ok() ? device->free_bytes - kLibraryBytes
+                                                     : kAssumedDeviceBytes};
+  if (resources.has_device_memory_gib()) {
+    const auto limit =
+        static_cast<int64_t>(resources.device_memory_gib() * static_cast<double>(1 << 30));
+    limits.device_bytes = device.ok() ? std::min(limits.device_bytes, limit) : limit;
+  }
+  // Shared by the trainers of the host, and pinned memory is nobody else's any more.
+  if (host.ok()) limits.host_bytes = host->total_bytes / 2 / std::max(1, resources.devices());
+  return limits;
+}
+
+// Keys that a query would see without the causal mask, on average over the tokens.
+double MeanContext(const ExampleSet& examples) {
+  double tokens = 0, squares = 0;
+  for (const int64_t i : examples.examples) {
+    const auto length = static_cast<double>(examples.dataset->length(i));
+    tokens += length;
+    squares += length * length;
+  }
+  return tokens > 0 ? squares / tokens : 0;
+}
+
+// Reads every weight once, so that a damaged checkpoint is refused before a device works.
+absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
+  EngineOptions& engine = job->engine;
+  const v1::JobSpec& spec = job->assignment.spec();
+  if (engine.device == DeviceKind::kCpu) return Engine::Plan(engine, *job->weights);
+  engine.deterministic = spec.deterministic();
+  engine.fused_lora = spec.lora().dropout() == 0;
+  const PlacementLimits limits = LimitsOf(spec.resources());
+  absl::StatusOr<v1::MemoryEstimate> memory =
+      ChoosePlacement(limits, RatesOf(DeviceName()), MeanContext(job->train), &engine);
+  if (!memory.ok()) return memory.status();
+  const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(engine, *job->weights);
+  if (!read.ok()) return read.status();
+  memory->set_peak_bytes(std::max(memory->peak_bytes(), read->peak_bytes()));
+  return memory;
+}
+
 }  // namespace
 
 PackStream::PackStream(const ExampleSet* examples, int64_t pack_tokens, uint64_t seed)
@@ -354,7 +403,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
   job->engine.device = KindOf(assignment.device());
   job->engine.spec = *spec;
-  absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(job->engine, *job->weights);
+  absl::StatusOr<v1::MemoryEstimate> memory = PlanMemory(job.get());
   if (!memory.ok()) return memory.status();
   v1::ValidationReport& report = job->report;
   *report.mutable_memory() = *memory;

@@ -1,0 +1,106 @@
+// The engine on a GPU against the engine on the CPU, which is checked against Transformers + PEFT:
+// losses and gradients of the golden cases, in every way to place weights and activations.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/parity/engine/golden_case.h"
+#include "worker/memory/device.h"
+
+namespace attune {
+namespace {
+
+const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
+
+struct Outcome {
+  std::vector<double> losses;
+  std::vector<float> grad;  // of the last step
+};
+
+Outcome Steps(const GoldenCase& golden, int steps, double learning_rate) {
+  std::unique_ptr<Engine> engine = StartEngine(golden);
+  std::unique_ptr<Communicator> self = NewSelfCommunicator();
+  Outcome out;
+  for (int s = 0; s < steps; ++s) {
+    GoldenStep step = StepOf(golden, s);
+    step.input.learning_rate = learning_rate;
+    out.losses.push_back(
+        engine->TrainStep(step.input, step.packs, self.get(), [] {}).value().loss);
+  }
+  EXPECT_EQ(engine->peak_bytes(),
+            Engine::Plan(golden.options, *golden.weights).value().peak_bytes());
+  const TensorView grad = engine->adapters()->grad();
+  out.grad.resize(grad.size());
+  CopyToHost(engine->context().exec, grad, out.grad.data());
+  return out;
+}
+
+void ExpectClose(const Outcome& got, const Outcome& want, double loss_tolerance,
+                 double grad_tolerance, const std::string& what) {
+  for (size_t s = 0; s < want.losses.size(); ++s) {
+    EXPECT_NEAR(got.losses[s], want.losses[s], loss_tolerance * want.losses[s]) << what;
+  }
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < want.grad.size(); ++i) {
+    error += std::pow(got.grad[i] - want.grad[i], 2);
+    norm += std::pow(want.grad[i], 2);
+  }
+  EXPECT_GT(norm, 0);
+  EXPECT_LT(std::sqrt(error / norm), grad_tolerance) << what;
+}
+
+class EngineCuda : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    if (absl::Status s = OpenDevice(DeviceKind::kCuda, 0); !s.ok()) GTEST_SKIP() << s;
+  }
+  GoldenCase Load(DType dtype) { return LoadGoldenCase(kGolden + GetParam(), dtype); }
+};
+
+TEST_P(EngineCuda, GivesWhatTheCpuGives) {
+  const Outcome cpu = Steps(Load(DType::kF32), 3, 1e-3);
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const bool fused : {false, true}) {
+      for (const bool resident : {false, true}) {
+        GoldenCase golden = Load(dtype);
+        golden.options.device = DeviceKind::kCuda;
+        golden.options.fused_lora = fused;
+        golden.options.resident = resident;
+        const std::string what = std::string(DTypeName(dtype)) + (fused ? " fused" : "") +
+                                 (resident ? " expanded" : "");
+        const bool single = dtype == DType::kF32;
+        ExpectClose(Steps(golden, 3, 1e-3), cpu, single ? 1e-5 : 1e-2, single ? 1e-3 : 6e-2, what);
+      }
+    }
+  }
+}
+
+TEST_P(EngineCuda, WhereActivationsAreKeptChangesNoBit) {
+  GoldenCase golden = Load(DType::kBF16);
+  golden.options.device = DeviceKind::kCuda;
+  golden.options.fused_lora = true;
+  const int64_t L = golden.options.model.num_layers;
+  const Outcome kept = Steps(golden, 3, 1e-3);
+  for (const ActivationPolicy& policy :
+       {ActivationPolicy{}, ActivationPolicy{L, 0, 0}, ActivationPolicy{0, L, 0},
+        ActivationPolicy{0, 0, L}, ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1}}) {
+    golden.options.activations = policy;
+    const Outcome other = Steps(golden, 3, 1e-3);
+    EXPECT_EQ(other.losses, kept.losses);
+    EXPECT_EQ(other.grad, kept.grad) << policy.streams_on_host << " " << policy.gate_ups_on_host
+                                     << " " << policy.gate_ups_rebuilt;
+  }
+}
+
+TEST_P(EngineCuda, DropoutGivesWhatTheCpuGives) {
+  GoldenCase golden = Load(DType::kF32);
+  golden.options.spec.mutable_lora()->set_dropout(0.2);
+  const Outcome cpu = Steps(golden, 2, 1e-3);
+  golden.options.device = DeviceKind::kCuda;
+  ExpectClose(Steps(golden, 2, 1e-3), cpu, 1e-5, 1e-3, "dropout");
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));
+
+}  // namespace
+}  // namespace attune
