@@ -86,6 +86,10 @@ std::string ReplaceInvalidUtf8(absl::string_view bytes) {
   return text;
 }
 
+bool IsBlank(absl::string_view text) {
+  return text.find_first_not_of(" \t\r\n\v\f") == absl::string_view::npos;
+}
+
 bool IsWhiteSpace(char32_t c) {
   return u_hasBinaryProperty(static_cast<UChar32>(c), UCHAR_WHITE_SPACE);
 }

@@ -28,6 +28,9 @@ inline bool IsUtf8Continuation(char byte) {
 // Replaces each maximal ill-formed part by U+FFFD (Unicode 15, section 3.9, table 3-8).
 std::string ReplaceInvalidUtf8(absl::string_view bytes);
 
+// Nothing but ASCII white space.
+bool IsBlank(absl::string_view text);
+
 bool IsWhiteSpace(char32_t c);     // White_Space
 bool IsWordCharacter(char32_t c);  // \w of UTS #18
 bool IsNumeric(char32_t c);        // Nd, Nl, No
