@@ -69,6 +69,7 @@ int main(int argc, char** argv) {
   attune::AddCheckpointsCommand(&app, &invocation);
   attune::AddDownloadCommand(&app, &invocation);
   attune::AddWorkersCommand(&app, &invocation);
+  attune::AddDataCommand(&app, &invocation);
   attune::AddEstimateCommand(&app, &invocation);
   attune::AddValidateCommand(&app, &invocation);
   attune::AddGenerateCommand(&app, &invocation);

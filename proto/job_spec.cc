@@ -25,6 +25,7 @@ void DefaultDataset(v1::DatasetSpec* dataset) {
   if (dataset->format() == v1::DATASET_FORMAT_UNSPECIFIED) {
     dataset->set_format(v1::DATASET_FORMAT_AUTO);
   }
+  Default(dataset, &v1::DatasetSpec::has_weight, &v1::DatasetSpec::set_weight, 1.0);
 }
 
 void DefaultMethod(JobSpec* spec) {
@@ -201,10 +202,21 @@ void CheckInputs(const JobSpec& spec, const ValidateOptions& options, Checker* c
       CheckSource(absl::StrCat(path, ".source"), datasets[i].source(), options, check);
       check->Enum(absl::StrCat(path, ".format"), *v1::DatasetFormat_descriptor(),
                   datasets[i].format());
+      const double weight = datasets[i].weight();
+      if (!(weight > 0 && weight <= 100)) {
+        check->Fail(absl::StrCat(path, ".weight"),
+                    absl::StrCat("is ", weight, "; it must be above 0 and at most 100"));
+      }
     }
   };
   check_datasets("datasets", spec.datasets());
   check_datasets("evaluation.datasets", spec.evaluation().datasets());
+  for (int i = 0; i < spec.evaluation().datasets_size(); ++i) {
+    if (spec.evaluation().datasets(i).weight() != 1) {
+      check->Fail(absl::StrCat("evaluation.datasets[", i, "].weight"),
+                  "must be 1: an evaluation has each example once");
+    }
+  }
 }
 
 void CheckTraining(const JobSpec& spec, Checker* check) {

@@ -4,6 +4,8 @@
 #include <google/protobuf/util/message_differencer.h>
 #include <gtest/gtest.h>
 
+#include <limits>
+
 namespace attune {
 namespace {
 
@@ -121,6 +123,31 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << broken.yaml;
     EXPECT_THAT(std::string(status.message()), HasSubstr(broken.error));
   }
+}
+
+TEST(JobSpecTest, DatasetsHaveFormatAndWeight) {
+  v1::JobSpec spec = Parse(std::string(kMinimal) +
+                           "    format: sharegpt\n    weight: 0.5\n"
+                           "  - {source: {path: b.jsonl.gz}, format: text}\n"
+                           "evaluation:\n  datasets: [{source: {path: e.jsonl}}]\n")
+                         .spec;
+  ApplyDefaults("x", &spec);
+  EXPECT_EQ(spec.datasets(0).format(), v1::DATASET_FORMAT_SHAREGPT);
+  EXPECT_EQ(spec.datasets(0).weight(), 0.5);
+  EXPECT_EQ(spec.datasets(1).format(), v1::DATASET_FORMAT_TEXT);
+  EXPECT_EQ(spec.datasets(1).weight(), 1);
+  EXPECT_TRUE(ValidateJobSpec(spec, {}).empty());
+  for (double weight : {0.0, -1.0, 101.0, std::numeric_limits<double>::quiet_NaN()}) {
+    v1::JobSpec wrong = spec;
+    wrong.mutable_datasets(1)->set_weight(weight);
+    const auto violations = ValidateJobSpec(wrong, {});
+    ASSERT_EQ(violations.size(), 1u) << weight;
+    EXPECT_EQ(violations[0].field, "datasets[1].weight");
+  }
+  spec.mutable_evaluation()->mutable_datasets(0)->set_weight(2);
+  const auto violations = ValidateJobSpec(spec, {});
+  ASSERT_EQ(violations.size(), 1u);
+  EXPECT_EQ(violations[0].field, "evaluation.datasets[0].weight");
 }
 
 TEST(JobSpecTest, SourcesAreChecked) {

@@ -1,7 +1,7 @@
 // attune-trainer: one rank of a job under an agent, or alone:
 //   attune-trainer --assignment FILE --channel-fd N      (the agent starts it so)
 //   attune-trainer [train] --spec job.yaml -o DIR
-//   attune-trainer validate|estimate --spec job.yaml
+//   attune-trainer validate|estimate|inspect --spec job.yaml
 //   attune-trainer generate --model DIR [--adapter DIR] --prompt TEXT
 // Exit codes: worker/train/exit_code.h, docs/trainer.md.
 #include <google/protobuf/util/json_util.h>
@@ -21,6 +21,7 @@
 #include "proto/job_spec.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
+#include "worker/train/data_preview.h"
 #include "worker/train/device_choice.h"
 #include "worker/train/exit_code.h"
 #include "worker/train/generator.h"
@@ -43,6 +44,8 @@ struct StandaloneFlags {
   std::string rendezvous;
   bool json = false;
   std::string device = "auto";
+  int samples = 2;
+  std::string color = "auto";
 };
 
 struct GenerateFlags {
@@ -179,9 +182,14 @@ TrainerOutcome RunTraining(const v1::TrainerAssignment& assignment, RendezvousSt
   return Train(job->get(), comm->get(), observer);
 }
 
-v1::ValidationReport Validate(const v1::TrainerAssignment& assignment) {
+// `preview`, if there is one, gets the first examples for a person to look at.
+v1::ValidationReport Validate(const v1::TrainerAssignment& assignment,
+                              const PreviewOptions& options = {}, std::string* preview = nullptr) {
   absl::StatusOr<std::unique_ptr<PreparedJob>> job = PrepareJob(assignment);
-  if (job.ok()) return (*job)->report;
+  if (job.ok()) {
+    if (preview != nullptr) *preview = PreviewExamples(**job, options);
+    return (*job)->report;
+  }
   v1::ValidationReport report;
   for (absl::string_view line : absl::StrSplit(
            absl::string_view(job.status().message().data(), job.status().message().size()), '\n')) {
@@ -272,7 +280,26 @@ void PrintReport(const v1::ValidationReport& r) {
   for (const std::string& warning : r.warnings()) std::printf("warning: %s\n", warning.c_str());
 }
 
-int RunValidate(const StandaloneFlags& flags) {
+PreviewOptions PreviewOf(const StandaloneFlags& flags) {
+  const bool terminal = isatty(STDOUT_FILENO) == 1;
+  return {.samples = flags.samples,
+          .color = flags.color == "always" || (flags.color == "auto" && terminal)};
+}
+
+int RunInspect(const StandaloneFlags& flags) {
+  absl::StatusOr<v1::TrainerAssignment> assignment = StandaloneAssignment(flags);
+  if (!assignment.ok()) return Report(assignment.status(), v1::FAILURE_CAUSE_INVALID);
+  absl::StatusOr<std::unique_ptr<PreparedJob>> job = PrepareData(*assignment);
+  if (!job.ok()) return Report(job.status(), v1::FAILURE_CAUSE_INVALID);
+  std::printf("%s\n%s", DescribeData(**job).c_str(),
+              PreviewExamples(**job, PreviewOf(flags)).c_str());
+  for (const std::string& warning : (*job)->report.warnings()) {
+    std::printf("warning: %s\n", warning.c_str());
+  }
+  return 0;
+}
+
+int RunValidate(const StandaloneFlags& flags, bool with_preview) {
   absl::StatusOr<v1::TrainerAssignment> assignment = StandaloneAssignment(flags);
   if (!assignment.ok()) return Report(assignment.status(), v1::FAILURE_CAUSE_INVALID);
   absl::StatusOr<DeviceChoice> device =
@@ -281,7 +308,9 @@ int RunValidate(const StandaloneFlags& flags) {
   GuessDevice(&*device);
   *assignment->mutable_device() = ToDevice(*device, Threads(flags));
   omp_set_num_threads(assignment->device().threads());
-  const v1::ValidationReport report = Validate(*assignment);
+  std::string preview;
+  const v1::ValidationReport report =
+      Validate(*assignment, PreviewOf(flags), with_preview ? &preview : nullptr);
   if (flags.json) {
     std::string json;
     google::protobuf::util::JsonPrintOptions options;
@@ -291,6 +320,7 @@ int RunValidate(const StandaloneFlags& flags) {
     std::printf("%s", json.c_str());
   } else if (report.errors().empty()) {
     PrintReport(report);
+    if (!preview.empty()) std::printf("\n%s", preview.c_str());
   }
   for (const std::string& error : report.errors()) {
     std::fprintf(stderr, "attune-trainer: %s\n", error.c_str());
@@ -437,10 +467,17 @@ int Main(int argc, char** argv, const char* cuda_library_directories) {
   add_train(train);
   CLI::App* validate = app.add_subcommand("validate", "Check spec, model and data; train nothing");
   CLI::App* estimate = app.add_subcommand("estimate", "Steps and peak memory by class");
-  for (CLI::App* command : {validate, estimate}) {
+  CLI::App* inspect = app.add_subcommand("inspect", "Show the data as the model will see it");
+  for (CLI::App* command : {validate, estimate, inspect}) {
     AddStandaloneFlags(command, &flags);
     AddDeviceFlags(command, &flags.device, &directories);
-    command->add_flag("--json", flags.json, "Print the report as JSON");
+    if (command != inspect) command->add_flag("--json", flags.json, "Print the report as JSON");
+    if (command != estimate) {
+      command->add_option("--samples", flags.samples, "Examples that are shown [2]")
+          ->check(CLI::Range(0, 1000));
+      command->add_option("--color", flags.color, "auto, always or never [auto]")
+          ->check(CLI::IsMember({"auto", "always", "never"}));
+    }
     command->get_option("--spec")->required();
   }
   CLI::App* gen = app.add_subcommand("generate", "Text from a model, with or without an adapter");
@@ -471,7 +508,8 @@ int Main(int argc, char** argv, const char* cuda_library_directories) {
   SetLibraryDirectories(directories);
   if (!assignment.empty()) return RunUnderAgent(assignment, channel_fd);
   if (gen->parsed()) return RunGenerate(generate);
-  if (validate->parsed() || estimate->parsed()) return RunValidate(flags);
+  if (inspect->parsed()) return RunInspect(flags);
+  if (validate->parsed() || estimate->parsed()) return RunValidate(flags, validate->parsed());
   if (flags.spec.empty()) {
     std::fprintf(stderr, "attune-trainer: --spec job.yaml is required; see --help\n");
     return static_cast<int>(ExitCode::kUsage);

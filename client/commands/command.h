@@ -50,6 +50,7 @@ void AddDeleteCommand(CLI::App* app, Invocation* invocation);
 void AddCheckpointsCommand(CLI::App* app, Invocation* invocation);
 void AddDownloadCommand(CLI::App* app, Invocation* invocation);
 void AddWorkersCommand(CLI::App* app, Invocation* invocation);
+void AddDataCommand(CLI::App* app, Invocation* invocation);
 void AddEstimateCommand(CLI::App* app, Invocation* invocation);
 void AddValidateCommand(CLI::App* app, Invocation* invocation);
 void AddGenerateCommand(CLI::App* app, Invocation* invocation);

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Broken specs, models and data: each ends with its own clear error before any device works, and
 leaves the service as it was."""
+import gzip
 import json
 import os
 import pathlib
@@ -67,6 +68,15 @@ class Case:
         header, body = header_of(path)
         body = change(header, bytearray(body)) or body
         write_tensors(path, header, bytes(body))
+
+
+def tokenizer(**changes):
+    """Replaces parts of tokenizer.json."""
+    def change(case):
+        path = case.own("tokenizer.json")
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, **changes}))
+    return change
 
 
 def truncate(case):
@@ -186,6 +196,30 @@ CASES = {
     "example too long": (data(GOOD_LINE.replace("Yes.", "yes " * 2000)),
                          r"train\.jsonl:1.*(over_long|tokens)"),
     "several errors at once": (data("{\n" + GOOD_LINE + "[]\n"), r"(?s)jsonl:1.*jsonl:3"),
+    "unknown ShareGPT speaker": (
+        data('{"conversations": [{"from": "alien", "value": "x"}]}\n'),
+        r"train\.jsonl:1: conversations\[0\]\.from is .alien"),
+    "Alpaca without output": (data('{"instruction": "a"}\n'), r"train\.jsonl:1: .*no .output"),
+    "text that is a number": (data('{"text": 5}\n'), r"train\.jsonl:1: .*no .text"),
+    "preference pair for sft": (data('{"prompt": "p", "chosen": "a", "rejected": "b"}\n'),
+                                r"train\.jsonl:1: is a preference pair.*completions"),
+    "preference of nothing": (data('{"prompt": "p", "chosen": "a", "rejected": "a"}\n'),
+                              r"train\.jsonl:1: chosen and rejected are the same"),
+    "cut gzip": (data(gzip.compress(GOOD_LINE.encode() * 50)[:-20]),
+                 r"train\.jsonl: the compressed data is damaged: it ends"),
+    "Parquet": (data(b"PAR1" + b"\0" * 64 + b"PAR1"), r"Parquet.*JSON lines"),
+    "tokenizer with an unknown normalizer": (
+        tokenizer(normalizer={"type": "Romanize"}), r"normalizer\.type is .Romanize"),
+    "damaged character map": (
+        tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        r"precompiled_charsmap is no character map"),
+    "Unigram without scores": (
+        tokenizer(model={"type": "Unigram", "vocab": [["a"]]}), r"model\.vocab\[0\] is no token"),
+    "WordPiece with a lost id": (
+        tokenizer(model={"type": "WordPiece", "vocab": {"a": -1}}), r"model\.vocab\.a is no token id"),
+    "decoder that strips two characters": (
+        tokenizer(decoder={"type": "Strip", "content": "ab"}), r"decoder\.content is not one"),
+    "weight of nothing": (lambda c: None, r"datasets\[0\]\.weight: is 0"),
     "unknown target module": (extra("lora: {target_modules: [q_prj]}\n"), r"q_prj.*q_proj"),
     "unknown spec field": (extra("lerning_rate: 1\n"), r"job\.yaml:7: lerning_rate: unknown field"),
     "value out of range": (extra("lora: {r: 0}\n"), r"job\.yaml:7: lora\.r: is 0"),
@@ -199,6 +233,8 @@ def break_case(name, directory, model=MODEL):
     text = SPEC % (case.model, case.data) + case.extra
     if name == "digest of another model":
         text = text.replace("model:\n", "model:\n  digest: %s\n" % ("0" * 64))
+    if name == "weight of nothing":
+        text = text.replace("schedule:", "    weight: 0\nschedule:")
     case.spec.write_text(text)
     return case
 

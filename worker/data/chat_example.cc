@@ -6,6 +6,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "worker/data/line_formats.h"
 
 namespace attune {
 namespace {
@@ -146,7 +147,7 @@ absl::Status AddTools(const OrderedJson& line, ExampleText* example) {
 }
 
 absl::Status ParseChat(const OrderedJson& line, ExampleText* example) {
-  example->is_chat = true;
+  example->kind = ExampleText::Kind::kChat;
   const OrderedJson* messages = FindKey(line, "messages");
   if (messages == nullptr) return Wrong("the line", "has no \"messages\"");
   if (messages->is_array() && messages->empty()) return Wrong("messages", "is empty");
@@ -169,7 +170,7 @@ absl::Status ParsePromptCompletion(const OrderedJson& line, ExampleText* example
   if (!prompt->is_array() || !completion->is_array()) {
     return Wrong("prompt and completion", "must both be strings, or both be lists of messages");
   }
-  example->is_chat = true;
+  example->kind = ExampleText::Kind::kChat;
   absl::Status status = AddMessages("prompt", *prompt, /*trained=*/false, example);
   status.Update(AddMessages("completion", *completion, /*trained=*/true, example));
   status.Update(AddTools(line, example));
@@ -177,7 +178,102 @@ absl::Status ParsePromptCompletion(const OrderedJson& line, ExampleText* example
   return status;
 }
 
+absl::Status ParseText(const OrderedJson& line, ExampleText* example) {
+  const OrderedJson* text = FindKey(line, "text");
+  if (text == nullptr || !text->is_string()) return Wrong("the line", "has no \"text\"");
+  example->kind = ExampleText::Kind::kDocument;
+  example->completion = text->get<std::string>();
+  if (example->completion.empty()) return Wrong("text", "is empty: nothing to train");
+  return absl::OkStatus();
+}
+
+absl::Status ParsePreference(const OrderedJson& line, ExampleText* example) {
+  const OrderedJson* prompt = FindKey(line, "prompt");
+  const OrderedJson* chosen = FindKey(line, "chosen");
+  const OrderedJson* rejected = FindKey(line, "rejected");
+  if (chosen == nullptr) return Wrong("the line", "has no \"chosen\"");
+  if (rejected == nullptr) return Wrong("the line", "has no \"rejected\"");
+  if (*chosen == *rejected) return Wrong("chosen and rejected", "are the same: nothing is preferred");
+  example->kind = ExampleText::Kind::kPreference;
+  if (chosen->is_string() && rejected->is_string()) {
+    if (prompt == nullptr || !prompt->is_string()) {
+      return Wrong("the line", "has no \"prompt\", which answers that are strings need");
+    }
+    example->prompt = prompt->get<std::string>();
+    example->completion = chosen->get<std::string>();
+    example->rejected = rejected->get<std::string>();
+    return absl::OkStatus();
+  }
+  if (!chosen->is_array() || !rejected->is_array()) {
+    return Wrong("chosen and rejected", "must both be strings, or both be lists of messages");
+  }
+  if (chosen->empty()) return Wrong("chosen", "is empty");
+  if (rejected->empty()) return Wrong("rejected", "is empty");
+  ExampleText other;
+  absl::Status status;
+  if (prompt != nullptr) status = AddMessages("prompt", *prompt, /*trained=*/false, example);
+  status.Update(AddMessages("chosen", *chosen, /*trained=*/true, example));
+  status.Update(AddMessages("rejected", *rejected, /*trained=*/true, &other));
+  status.Update(AddTools(line, example));
+  example->rejected_messages = std::move(other.request.messages);
+  return status;
+}
+
+// The format that the keys of a line speak of.
+absl::StatusOr<LineFormat> FormatOf(const OrderedJson& line) {
+  const auto has = [&](const char* key) { return FindKey(line, key) != nullptr; };
+  if (has("chosen") || has("rejected")) return LineFormat::kPreference;
+  if (has("messages")) {
+    if (has("prompt") || has("completion")) {
+      return Wrong("the line",
+                   "has both \"messages\" and \"prompt\" or \"completion\"; set the format");
+    }
+    return LineFormat::kChat;
+  }
+  if (has("prompt") || has("completion")) return LineFormat::kPromptCompletion;
+  if (has("conversations")) return LineFormat::kShareGpt;
+  if (has("instruction")) return LineFormat::kAlpaca;
+  if (has("text")) return LineFormat::kText;
+  return Wrong("the line",
+               "has neither \"messages\" nor \"prompt\" and \"completion\", nor "
+               "\"conversations\", \"instruction\", \"text\" or \"chosen\" and \"rejected\"");
+}
+
+absl::Status ParseAs(LineFormat format, const OrderedJson& line, ExampleText* example) {
+  switch (format) {
+    case LineFormat::kPromptCompletion:
+      return ParsePromptCompletion(line, example);
+    case LineFormat::kText:
+      return ParseText(line, example);
+    case LineFormat::kPreference:
+      return ParsePreference(line, example);
+    case LineFormat::kShareGpt:
+    case LineFormat::kAlpaca: {
+      absl::StatusOr<OrderedJson> chat =
+          format == LineFormat::kAlpaca ? ChatFromAlpaca(line) : ChatFromShareGpt(line);
+      return chat.ok() ? ParseChat(*chat, example) : chat.status();
+    }
+    default:
+      return ParseChat(line, example);
+  }
+}
+
 }  // namespace
+
+std::string ExampleText::Content() const {
+  std::string content = absl::StrCat(prompt, "\n", completion);
+  for (const OrderedJson& message : request.messages) {
+    const auto role = message.find("role");
+    const auto text = message.find("content");
+    if (*role == "system" || *role == "developer") continue;
+    if (text != message.end() && text->is_string()) {
+      absl::StrAppend(&content, "\n", text->get_ref<const std::string&>());
+    }
+    const auto calls = message.find("tool_calls");
+    if (calls != message.end()) absl::StrAppend(&content, "\n", calls->dump());
+  }
+  return content;
+}
 
 absl::StatusOr<ExampleText> ParseExample(absl::string_view line, LineFormat format) {
   absl::StatusOr<OrderedJson> json =
@@ -190,23 +286,13 @@ absl::StatusOr<ExampleText> ParseExample(absl::string_view line, LineFormat form
     return absl::InvalidArgumentError(absl::StrCat("column ", message));
   }
   if (!json->is_object()) return Wrong("the line", "is no JSON object");
-  const bool has_messages = FindKey(*json, "messages") != nullptr;
-  const bool has_prompt =
-      FindKey(*json, "prompt") != nullptr || FindKey(*json, "completion") != nullptr;
   if (format == LineFormat::kAuto) {
-    if (has_messages && has_prompt) {
-      return Wrong("the line",
-                   "has both \"messages\" and \"prompt\" or \"completion\"; set the format");
-    }
-    if (!has_messages && !has_prompt) {
-      return Wrong("the line", "has neither \"messages\" nor \"prompt\" and \"completion\"");
-    }
-    format = has_messages ? LineFormat::kChat : LineFormat::kPromptCompletion;
+    absl::StatusOr<LineFormat> found = FormatOf(*json);
+    if (!found.ok()) return found.status();
+    format = *found;
   }
   ExampleText example;
-  absl::Status status = format == LineFormat::kChat ? ParseChat(*json, &example)
-                                                    : ParsePromptCompletion(*json, &example);
-  if (!status.ok()) return status;
+  if (absl::Status s = ParseAs(format, *json, &example); !s.ok()) return s;
   return example;
 }
 

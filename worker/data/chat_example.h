@@ -13,9 +13,10 @@
 namespace attune {
 
 struct ExampleText {
-  bool is_chat = false;
+  enum class Kind : uint8_t { kChat, kPair, kDocument, kPreference };
+  Kind kind = Kind::kPair;
 
-  // Chat.
+  // Chat, and the prompt and chosen answer of a preference.
   ChatRequest request;
   // The same with the arguments of tool calls as the line has them; equal to `request` where they
   // were no text. OpenAI writes them as JSON text, most templates want the object.
@@ -23,12 +24,35 @@ struct ExampleText {
   std::vector<int64_t> assistant_turns;  // indices of messages, ascending
   std::vector<bool> trained_turns;       // per assistant turn: not before the completion, weight 1
 
-  // Prompt and completion.
+  // Pair: prompt and completion, trained on the latter. Document: completion, trained on all.
+  // A preference of strings: prompt and chosen answer.
   std::string prompt;
   std::string completion;
+
+  // Preference: the other answer, as text or as messages.
+  std::string rejected;
+  OrderedJson rejected_messages;
+
+  // What is said in it: everything but instructions of the system. For finding duplicates.
+  std::string Content() const;
 };
 
-enum class LineFormat : uint8_t { kAuto, kChat, kPromptCompletion };
+// kAuto: by the keys of each line.
+//   kChat              messages [, tools]                      OpenAI
+//   kPromptCompletion  prompt, completion                      strings, or both lists of messages
+//   kShareGpt          conversations [{from, value}] [, system, tools]
+//   kAlpaca            instruction, output [, input, system, history [[asked, answered], ...]]
+//   kText              text                                    continued pre-training
+//   kPreference        chosen, rejected [, prompt]             strings or lists of messages
+enum class LineFormat : uint8_t {
+  kAuto,
+  kChat,
+  kPromptCompletion,
+  kShareGpt,
+  kAlpaca,
+  kText,
+  kPreference
+};
 
 // INVALID_ARGUMENT says what is wrong and where in the line ("messages[2].role ...").
 absl::StatusOr<ExampleText> ParseExample(absl::string_view line, LineFormat format);

@@ -5,20 +5,14 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "kernels/core/check.h"
 #include "worker/data/random.h"
 #include "worker/data/unicode.h"
-#include "worker/io/line_reader.h"
 
 namespace attune {
 namespace {
 
 constexpr uint64_t kHoldOutStream = 1;  // packing.cc uses 2 and 3
-
-bool IsBlank(absl::string_view text) {
-  return text.find_first_not_of(" \t\r\n\v\f") == absl::string_view::npos;
-}
 
 // A short piece of text for a message.
 std::string Shown(absl::string_view text) {
@@ -37,14 +31,26 @@ std::string Shown(absl::string_view text) {
 
 }  // namespace
 
-ExampleView Dataset::operator[](int64_t i) const {
+Dataset::Dataset(const DatasetOptions& options)
+    : ids_(options.spill_directory, options.spill_bytes),
+      trained_(options.spill_directory, options.spill_bytes),
+      records_(options.spill_directory, options.spill_bytes) {}
+
+int64_t Dataset::length(int64_t i) const {
   CHECK(i >= 0 && i < size());
-  const size_t begin = static_cast<size_t>(begins_[i]);
-  const size_t length = static_cast<size_t>(begins_[i + 1]) - begin;
-  return {.ids = absl::MakeSpan(ids_).subspan(begin, length),
-          .trained = absl::MakeSpan(trained_).subspan(begin, length),
-          .file = files_[i],
-          .line = lines_[i]};
+  const int64_t end = i + 1 < size() ? records()[static_cast<size_t>(i) + 1].begin
+                                     : static_cast<int64_t>(trained_.size());
+  return end - records()[static_cast<size_t>(i)].begin;
+}
+
+ExampleView Dataset::operator[](int64_t i) const {
+  const size_t tokens = static_cast<size_t>(length(i));
+  const Record& record = records()[static_cast<size_t>(i)];
+  const size_t begin = static_cast<size_t>(record.begin);
+  return {.ids = ids_.View<int32_t>().subspan(begin, tokens),
+          .trained = trained_.View<uint8_t>().subspan(begin, tokens),
+          .file = static_cast<int32_t>(record.file),
+          .line = record.line};
 }
 
 int64_t TokenizedExample::NumTrained() const {
@@ -69,11 +75,18 @@ ExampleTokenizer::ExampleTokenizer(const Tokenizer* tokenizer, const TokenizerCo
 }
 
 absl::StatusOr<TokenizedExample> ExampleTokenizer::Tokenize(absl::string_view line,
-                                                            DatasetFormat format) const {
+                                                            DatasetFormat format,
+                                                            std::string* content) const {
   absl::StatusOr<ExampleText> text = ParseExample(line, format);
   if (!text.ok()) return text.status();
+  if (text->kind == ExampleText::Kind::kPreference) {
+    return absl::FailedPreconditionError(
+        "is a preference pair (chosen and rejected), which sft cannot train on. Give prompt and "
+        "completion, with the chosen answers as completions.");
+  }
+  if (content != nullptr) *content = text->Content();
   absl::StatusOr<TokenizedExample> example =
-      text->is_chat ? TokenizeChat(*text) : TokenizePair(*text);
+      text->kind == ExampleText::Kind::kChat ? TokenizeChat(*text) : TokenizePair(*text);
   if (!example.ok()) return example.status();
   FixBos(&*example);
   if (example->NumTrained() == 0) {
@@ -85,14 +98,15 @@ absl::StatusOr<TokenizedExample> ExampleTokenizer::Tokenize(absl::string_view li
 absl::StatusOr<TokenizedExample> ExampleTokenizer::TokenizePair(const ExampleText& text) const {
   if (eos_token_ < 0) {
     return absl::FailedPreconditionError(
-        "the tokenizer names no eos_token, which prompt/completion examples must end with. Set "
-        "it in tokenizer_config.json.");
+        "the tokenizer names no eos_token, which prompt/completion examples and documents must end "
+        "with. Set it in tokenizer_config.json.");
   }
   absl::StatusOr<Encoding> prompt = tokenizer_->Encode(text.prompt, false);
   if (!prompt.ok()) return prompt.status();
   absl::StatusOr<Encoding> completion = tokenizer_->Encode(text.completion, false);
   if (!completion.ok()) return completion.status();
   TokenizedExample example;
+  example.is_document = text.kind == ExampleText::Kind::kDocument;
   example.ids = std::move(prompt->ids);
   example.trained.assign(example.ids.size(), options_.train_on == TrainOn::kAll ? 1 : 0);
   example.ids.insert(example.ids.end(), completion->ids.begin(), completion->ids.end());
@@ -250,116 +264,6 @@ void ExampleTokenizer::FixBos(TokenizedExample* example) const {
   if (there) return;
   ids.insert(ids.begin(), bos_.begin(), bos_.end());
   example->trained.insert(example->trained.begin(), bos_.size(), 0);
-}
-
-// Reads files into one Dataset, and collects what is wrong.
-class DatasetReader {
- public:
-  DatasetReader(const ExampleTokenizer& tokenizer, const DatasetOptions& options)
-      : tokenizer_(tokenizer), options_(options) {}
-
-  absl::Status ReadFile(const DatasetFile& file, int32_t index) {
-    absl::StatusOr<LineReader> reader = LineReader::Open(file.path, options_.max_line_bytes);
-    if (!reader.ok()) return reader.status();
-    while (!TooManyErrors()) {
-      absl::string_view line;
-      absl::StatusOr<bool> more = reader->Next(&line);
-      if (!more.ok()) return more.status();
-      if (!*more) break;
-      if (IsBlank(line)) continue;
-      ++lines_;
-      absl::Status status = AddLine(line, file.format, index, reader->line_number());
-      if (absl::IsFailedPrecondition(status)) {  // the model's fault: each line would say it
-        return absl::FailedPreconditionError(
-            absl::StrCat(file.path, ":", reader->line_number(), ": ", status.message()));
-      }
-      if (!status.ok()) {
-        errors_.push_back(
-            absl::StrCat(file.path, ":", reader->line_number(), ": ", status.message()));
-      }
-    }
-    return absl::OkStatus();
-  }
-
-  absl::StatusOr<Dataset> Finish(absl::Span<const DatasetFile> files) {
-    if (!errors_.empty()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(absl::StrJoin(errors_, "\n"),
-                       TooManyErrors() ? "\nand perhaps more: reading stopped here" : ""));
-    }
-    if (dataset_.size() == 0) {
-      std::vector<std::string> paths;
-      for (const DatasetFile& file : files) paths.push_back(file.path);
-      const DatasetCounts& counts = dataset_.counts_;
-      return absl::InvalidArgumentError(absl::StrCat(
-          "the dataset is empty: ", absl::StrJoin(paths, ", "),
-          lines_ == 0 ? " has no line"
-                      : absl::StrCat(" has ", lines_, " examples, but ", counts.dropped_over_long,
-                                     " were dropped as too long and ", counts.dropped_untrained,
-                                     " had nothing to train after the cut")));
-    }
-    return std::move(dataset_);
-  }
-
- private:
-  bool TooManyErrors() const { return static_cast<int>(errors_.size()) >= options_.max_errors; }
-
-  absl::Status AddLine(absl::string_view line, DatasetFormat format, int32_t file, int64_t number) {
-    absl::StatusOr<TokenizedExample> example = tokenizer_.Tokenize(line, format);
-    if (!example.ok()) return example.status();
-    DatasetCounts& counts = dataset_.counts_;
-    const int64_t length = static_cast<int64_t>(example->ids.size());
-    counts.longest_tokens = std::max(counts.longest_tokens, length);
-    if (length > options_.max_tokens) {
-      if (options_.over_long == OverLong::kError) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "the example has ", length, " tokens, but at most ", options_.max_tokens,
-            " fit. Raise batch.micro_batch_tokens, or set over_long to truncate or drop."));
-      }
-      if (options_.over_long == OverLong::kDrop) {
-        ++counts.dropped_over_long;
-        return absl::OkStatus();
-      }
-      example->ids.resize(static_cast<size_t>(options_.max_tokens));
-      example->trained.resize(static_cast<size_t>(options_.max_tokens));
-      if (example->NumTrained() == 0) {
-        ++counts.dropped_untrained;
-        return absl::OkStatus();
-      }
-      ++counts.truncated;
-    }
-    Append(*example, file, number);
-    return absl::OkStatus();
-  }
-
-  void Append(const TokenizedExample& example, int32_t file, int64_t line) {
-    Dataset& d = dataset_;
-    d.ids_.insert(d.ids_.end(), example.ids.begin(), example.ids.end());
-    d.trained_.insert(d.trained_.end(), example.trained.begin(), example.trained.end());
-    d.begins_.push_back(static_cast<int64_t>(d.ids_.size()));
-    d.files_.push_back(file);
-    d.lines_.push_back(line);
-    ++d.counts_.examples;
-    d.counts_.tokens += static_cast<int64_t>(example.ids.size());
-    d.counts_.trained_tokens += example.NumTrained();
-  }
-
-  const ExampleTokenizer& tokenizer_;
-  const DatasetOptions& options_;
-  Dataset dataset_;
-  std::vector<std::string> errors_;
-  int64_t lines_ = 0;
-};
-
-absl::StatusOr<Dataset> LoadDataset(absl::Span<const DatasetFile> files,
-                                    const ExampleTokenizer& tokenizer,
-                                    const DatasetOptions& options) {
-  DatasetReader reader(tokenizer, options);
-  for (size_t i = 0; i < files.size(); ++i) {
-    absl::Status status = reader.ReadFile(files[i], static_cast<int32_t>(i));
-    if (!status.ok()) return status;
-  }
-  return reader.Finish(files);
 }
 
 HeldOutSplit SplitHeldOut(int64_t num_examples, double fraction, uint64_t seed) {

@@ -1,8 +1,5 @@
-// Dataset: JSONL files of conversations, tokenised, with the mask of what is trained.
-//
-// A line is one of
-//   chat               {"messages": [{"role", "content", ...}, ...], "tools": [...]}   (OpenAI)
-//   prompt/completion  {"prompt": string or messages, "completion": string or messages}
+// Dataset: JSONL files (plain or compressed), tokenised, with the mask of what is trained. The formats
+// of lines are those of LineFormat (chat_example.h).
 //
 // The mask of a conversation comes from the template's `generation` marks where it has them. Else
 // the conversation is rendered up to before (with the generation prompt) and up to after each
@@ -12,7 +9,12 @@
 // message may say "weight": 0 to be left out. Each example has exactly one BOS if the tokenizer
 // wants one. Prompt and completion are tokenised apart, as they are when the model is used.
 //
-// Lines that are wrong are collected (max_errors of them) into one status, "file:line: what".
+// A document ("text") ends with an EOS and is trained whole; one that is longer than max_tokens is
+// cut into several examples.
+//
+// Lines that are wrong are collected (max_errors of them) into one status, "file:line: what". Lines
+// are tokenised by several threads; the result does not depend on how many. What is larger than
+// spill_bytes lies in a file that is mapped, so memory does not grow with the data.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +25,14 @@
 #include "absl/types/span.h"
 #include "worker/data/chat_example.h"
 #include "worker/data/chat_template.h"
+#include "worker/data/duplicates.h"
 #include "worker/data/tokenizer.h"
 #include "worker/data/tokenizer_config.h"
+#include "worker/io/spill_buffer.h"
 
 namespace attune {
 
-using DatasetFormat = LineFormat;  // kAuto: by the keys of each line
+using DatasetFormat = LineFormat;
 enum class TrainOn : uint8_t { kAssistant, kLastAssistant, kAll };
 enum class OverLong : uint8_t { kError, kTruncate, kDrop };  // kTruncate keeps the beginning
 
@@ -38,6 +42,9 @@ struct DatasetOptions {
   int64_t max_tokens = 2048;  // of one example
   int max_errors = 20;
   int64_t max_line_bytes = 64 << 20;
+  int threads = 0;  // that tokenise; 0: one per core
+  std::string spill_directory = "/var/tmp";
+  size_t spill_bytes = size_t{64} << 20;  // of each of three buffers
 };
 
 struct DatasetFile {
@@ -56,6 +63,7 @@ struct ExampleView {
 struct TokenizedExample {
   std::vector<int32_t> ids;
   std::vector<uint8_t> trained;
+  bool is_document = false;  // may be cut into several
   // Tokens that can be trained: the first one has nothing that predicts it.
   int64_t NumTrained() const;
 };
@@ -68,23 +76,42 @@ struct DatasetCounts {
   int64_t dropped_over_long = 0;  // by OverLong::kDrop
   int64_t dropped_untrained = 0;  // nothing to train was left after the cut
   int64_t longest_tokens = 0;     // before the cut
+  int64_t exact_duplicates = 0;   // of an example before
+  int64_t near_duplicates = 0;
+};
+
+// An example that says what another one says.
+struct Repeat {
+  int64_t example = 0;  // index into its Dataset
+  int64_t first = 0;    // index of the other one
+  bool exact = false;
 };
 
 class Dataset {
  public:
-  int64_t size() const { return static_cast<int64_t>(begins_.size()) - 1; }
+  int64_t size() const { return static_cast<int64_t>(records().size()); }
   ExampleView operator[](int64_t i) const;
-  int64_t length(int64_t i) const { return begins_[i + 1] - begins_[i]; }
+  int64_t length(int64_t i) const;
   const DatasetCounts& counts() const { return counts_; }
+  // Examples that repeat one of this dataset, ascending; of training examples that this one repeats.
+  const std::vector<Repeat>& repeats() const { return repeats_; }
+  const std::vector<Repeat>& leaks() const { return leaks_; }
 
  private:
   friend class DatasetReader;
-  std::vector<int32_t> ids_;  // all examples, one after the other
-  std::vector<uint8_t> trained_;
-  std::vector<int64_t> begins_ = {0};
-  std::vector<int64_t> lines_;
-  std::vector<int32_t> files_;
+  struct Record {
+    int64_t begin;  // of its first token
+    int64_t line;
+    int64_t file;
+  };
+  explicit Dataset(const DatasetOptions& options);
+  absl::Span<const Record> records() const { return records_.View<Record>(); }
+
+  SpillBuffer ids_;      // int32, all examples one after the other
+  SpillBuffer trained_;  // uint8
+  SpillBuffer records_;
   DatasetCounts counts_;
+  std::vector<Repeat> repeats_, leaks_;
 };
 
 // Turns lines into examples. The tokenizer and the template must outlive it; Tokenize may be
@@ -98,10 +125,13 @@ class ExampleTokenizer {
 
   // One line. The status says what is wrong with it, without file and line. Knows nothing of
   // max_tokens.
-  absl::StatusOr<TokenizedExample> Tokenize(absl::string_view line, DatasetFormat format) const;
+  // `content`, if there is one, gets what duplicates are looked for in.
+  absl::StatusOr<TokenizedExample> Tokenize(absl::string_view line, DatasetFormat format,
+                                            std::string* content = nullptr) const;
 
  private:
   absl::StatusOr<TokenizedExample> TokenizeChat(const ExampleText& text) const;
+  // Of a pair, or of a document.
   absl::StatusOr<TokenizedExample> TokenizePair(const ExampleText& text) const;
   // Byte ranges of the whole text, one per turn that is trained.
   absl::StatusOr<std::vector<ByteSpan>> TrainedRanges(const ExampleText& text,
@@ -121,11 +151,18 @@ class ExampleTokenizer {
   int32_t eos_token_ = -1;
 };
 
+// What repeats are looked for in: both may be null. Keys are indices of examples.
+struct DuplicateSearch {
+  DuplicateFinder* own = nullptr;             // takes this dataset's examples
+  const DuplicateFinder* training = nullptr;  // has those of the training set
+};
+
 // Reads all files. INVALID_ARGUMENT with the collected errors, or for a dataset without a single
 // example; NOT_FOUND for a missing file.
 absl::StatusOr<Dataset> LoadDataset(absl::Span<const DatasetFile> files,
                                     const ExampleTokenizer& tokenizer,
-                                    const DatasetOptions& options);
+                                    const DatasetOptions& options,
+                                    const DuplicateSearch& search = {});
 
 // Indices of a dataset, ascending.
 struct HeldOutSplit {

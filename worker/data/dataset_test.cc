@@ -216,7 +216,7 @@ TEST(ExampleTokenizerTest, BrokenLinesHaveTheirOwnMessage) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"{\"messages\": [", "column 15: not valid JSON"},
       {"\"text\"", "the line is no JSON object"},
-      {"{\"text\": \"a\"}", "has neither \"messages\" nor \"prompt\""},
+      {"{\"words\": \"a\"}", "has neither \"messages\" nor \"prompt\""},
       {"{\"messages\": [], \"prompt\": \"a\"}", "has both \"messages\" and \"prompt\""},
       {"{\"messages\": 1, \"messages\": 2}", "the key \"messages\" is there twice"},
       {messages("[]"), "messages is empty"},
@@ -311,6 +311,99 @@ TEST_F(LoadDatasetTest, CollectsErrorsUpToTheLimit) {
   EXPECT_THAT(message, HasSubstr("bad.jsonl:21: the line has no"));
   EXPECT_THAT(message, Not(HasSubstr("bad.jsonl:22:")));
   EXPECT_THAT(message, HasSubstr("and perhaps more: reading stopped here"));
+}
+
+// Everything of a dataset, to compare two of them.
+std::string Dump(const Dataset& dataset) {
+  std::string out;
+  for (int64_t i = 0; i < dataset.size(); ++i) {
+    const ExampleView example = dataset[i];
+    absl::StrAppend(&out, example.file, ":", example.line, " ",
+                    Fixture::Mark(example.ids, example.trained), "\n");
+  }
+  return out;
+}
+
+TEST_F(LoadDatasetTest, ThreadsAndSpillingChangeNothing) {
+  std::string text;
+  for (int i = 0; i < 9000; ++i) text += Pair(absl::StrCat("q", i), std::string(i % 40 + 1, 'x'));
+  const std::vector<DatasetFile> files = {File("a", text), File("b", Pair("last", "one"))};
+  const auto one = Load(files, {.threads = 1});
+  const auto many = Load(files, {.threads = 4, .spill_directory = directory_, .spill_bytes = 5000});
+  ASSERT_TRUE(one.ok() && many.ok()) << one.status() << many.status();
+  ASSERT_EQ(one->size(), 9001);
+  EXPECT_EQ(Dump(*one), Dump(*many));
+  EXPECT_EQ(one->counts().trained_tokens, many->counts().trained_tokens);
+  EXPECT_EQ(Load(files, {.spill_directory = directory_ + "/none", .spill_bytes = 5000})
+                .status()
+                .code(),
+            absl::StatusCode::kNotFound);
+}
+
+TEST_F(LoadDatasetTest, ErrorsComeInTheOrderOfLines) {
+  std::string text;
+  for (int i = 1; i <= 200; ++i) text += i % 20 == 7 ? "{}\n" : Pair("a", "b");
+  const std::string message(Load({File("d", text)}, {.threads = 4}).status().message());
+  size_t at = 0;
+  for (int line = 7; line <= 187; line += 20) {
+    const size_t found = message.find(absl::StrCat("d:", line, ": "), at);
+    ASSERT_NE(found, std::string::npos) << line << " in " << message;
+    at = found;
+  }
+}
+
+TEST_F(LoadDatasetTest, DocumentsAreCutIntoExamples) {
+  std::string words;
+  for (int i = 0; i < 12; ++i) absl::StrAppend(&words, "harbour ");
+  const auto dataset =
+      Load({File("d", absl::StrCat("{\"text\": \"", words, "\"}\n"))}, {.max_tokens = 10});
+  ASSERT_TRUE(dataset.ok()) << dataset.status();
+  ASSERT_GE(dataset->size(), 2);
+  std::string whole;
+  for (int64_t i = 0; i < dataset->size(); ++i) {
+    EXPECT_LE(dataset->length(i), 10);
+    const auto ids = (*dataset)[i].ids;
+    EXPECT_EQ((*dataset)[i].line, 1);
+    whole += *TheTokenizer().Decode(ids, false);
+  }
+  EXPECT_EQ(whole, absl::StrCat("<|begin_of_text|>", words, "<|eot_id|>"));
+  EXPECT_EQ(dataset->counts().truncated, 0);
+}
+
+TEST_F(LoadDatasetTest, PreferencesAreRefusedForSft) {
+  const absl::Status status =
+      Load({File("d", Pair("a", "b") + R"({"prompt": "p", "chosen": "a", "rejected": "b"})")})
+          .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("d:2: is a preference pair"));
+}
+
+TEST_F(LoadDatasetTest, CountsRepeatsAndLeaks) {
+  std::string story;
+  for (int i = 0; i < 60; ++i) absl::StrAppend(&story, "word", i * i % 97, " ");
+  const std::string train = Pair("q", "a") + Pair("q", story) + Pair("Q", "a ") +
+                            Pair("q", story + "end") + Pair("other", "b");
+  const std::string evaluation = Pair("new", "c") + Pair("q", "a") + Pair("q", "the " + story);
+  const Fixture fixture;
+  DuplicateFinder finder;
+  const std::vector<DatasetFile> files = {File("t", train)}, held_out = {File("e", evaluation)};
+  const auto dataset = LoadDataset(files, fixture.tokenizer(), {}, {.own = &finder});
+  ASSERT_TRUE(dataset.ok()) << dataset.status();
+  EXPECT_EQ(dataset->counts().exact_duplicates, 1);
+  EXPECT_EQ(dataset->counts().near_duplicates, 1);
+  ASSERT_EQ(dataset->repeats().size(), 2u);
+  EXPECT_EQ(dataset->repeats()[0].example, 2);
+  EXPECT_EQ(dataset->repeats()[0].first, 0);
+  EXPECT_TRUE(dataset->repeats()[0].exact);
+  EXPECT_EQ(dataset->repeats()[1].example, 3);
+  EXPECT_EQ(dataset->repeats()[1].first, 1);
+  const auto other = LoadDataset(held_out, fixture.tokenizer(), {}, {.training = &finder});
+  ASSERT_TRUE(other.ok()) << other.status();
+  ASSERT_EQ(other->leaks().size(), 2u);
+  EXPECT_EQ(other->leaks()[0].example, 1);
+  EXPECT_EQ(other->leaks()[0].first, 0);
+  EXPECT_EQ(other->leaks()[1].first, 1);
+  EXPECT_TRUE(other->repeats().empty());
 }
 
 TEST_F(LoadDatasetTest, EmptyAndMissingFiles) {

@@ -10,7 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "worker/data/stages/added_tokens.h"
 #include "worker/data/stages/aligned_text.h"
-#include "worker/data/stages/bpe.h"
+#include "worker/data/stages/token_model.h"
 #include "worker/data/stages/decoder.h"
 #include "worker/data/stages/normalizer.h"
 #include "worker/data/stages/post_processor.h"
@@ -31,7 +31,8 @@ class TokenizerStages {
   static absl::StatusOr<std::unique_ptr<const TokenizerStages>> FromJson(const JsonField& root);
 
   absl::StatusOr<Encoding> Encode(absl::string_view text, bool add_special_tokens) const;
-  std::string Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
+  absl::StatusOr<std::string> Decode(absl::Span<const int32_t> ids,
+                                     bool skip_special_tokens) const;
 
   int64_t vocab_size() const { return static_cast<int64_t>(tokens_.size()); }
   const std::string* IdToToken(int32_t id) const {
@@ -41,7 +42,9 @@ class TokenizerStages {
   std::optional<int32_t> TokenToId(absl::string_view token) const {
     const auto it = added_ids_.find(token);
     if (it != added_ids_.end()) return it->second;
-    return model_->TokenToId(token);
+    const int32_t id = model_->vocabulary().Find(token);
+    if (id < 0) return std::nullopt;
+    return id;
   }
   bool is_special(int32_t id) const { return id >= 0 && id < vocab_size() && special_[id]; }
   const PostProcessor& post_processor() const { return post_processor_; }
@@ -50,11 +53,12 @@ class TokenizerStages {
   absl::Status AddTokens(const JsonField& field);
   absl::Status CheckIds(const JsonField& root) const;
   absl::Status CutAndNormalize(PieceList* list) const;
-  void AppendModelTokens(const Piece& piece, std::vector<BpeToken>* scratch, Encoding* out) const;
+  absl::Status AppendModelTokens(const Piece& piece, std::vector<ModelToken>* scratch,
+                                 Encoding* out) const;
 
   std::unique_ptr<const Normalizer> normalizer_;
   PreTokenizer pre_tokenizer_;
-  std::unique_ptr<const Bpe> model_;
+  std::unique_ptr<const TokenModel> model_;
   PostProcessor post_processor_;
   Decoder decoder_;
   std::vector<AddedToken> added_;
@@ -76,16 +80,17 @@ absl::StatusOr<std::unique_ptr<const TokenizerStages>> TokenizerStages::FromJson
   if (!normalizer.ok()) return normalizer.status();
   stages->normalizer_ = *std::move(normalizer);
 
-  absl::StatusOr<PreTokenizer> pre_tokenizer = MakePreTokenizer(root.Get("pre_tokenizer"));
+  const JsonField model = root.Get("model");
+  absl::StatusOr<std::string> type = TokenModelType(model);
+  if (!type.ok()) return type.status();
+  absl::StatusOr<PreTokenizer> pre_tokenizer =
+      MakePreTokenizer(root.Get("pre_tokenizer"), /*model_takes_bytes=*/*type == "BPE");
   if (!pre_tokenizer.ok()) return pre_tokenizer.status();
   stages->pre_tokenizer_ = *std::move(pre_tokenizer);
-
-  const JsonField model = root.Get("model");
-  if (absl::StatusOr<const Json*> object = model.Object(); !object.ok()) return object.status();
-  absl::StatusOr<std::unique_ptr<Bpe>> bpe =
-      Bpe::FromJson(model, stages->pre_tokenizer_.bytes_to_visible_at_end);
-  if (!bpe.ok()) return bpe.status();
-  stages->model_ = *std::move(bpe);
+  absl::StatusOr<std::unique_ptr<const TokenModel>> made =
+      MakeTokenModel(model, stages->pre_tokenizer_.bytes_to_visible_at_end);
+  if (!made.ok()) return made.status();
+  stages->model_ = *std::move(made);
 
   absl::StatusOr<PostProcessor> post_processor = MakePostProcessor(root.Get("post_processor"));
   if (!post_processor.ok()) return post_processor.status();
@@ -104,13 +109,13 @@ absl::Status TokenizerStages::AddTokens(const JsonField& field) {
   absl::StatusOr<std::vector<AddedToken>> added = ReadAddedTokens(field);
   if (!added.ok()) return added.status();
   added_ = *std::move(added);
-  for (const std::string& token : model_->tokens()) {
+  for (const std::string& token : model_->vocabulary().tokens()) {
     tokens_.push_back(token.empty() ? std::nullopt : std::make_optional(token));
   }
   for (size_t i = 0; i < added_.size(); ++i) {
     AddedToken& token = added_[i];
-    if (const std::optional<int32_t> id = model_->TokenToId(token.content); id.has_value()) {
-      token.id = *id;  // the model's own id wins, as in Hugging Face
+    if (const int32_t id = model_->vocabulary().Find(token.content); id >= 0) {
+      token.id = id;  // the model's own id wins, as in Hugging Face
     }
     if (tokens_.size() <= static_cast<size_t>(token.id)) tokens_.resize(token.id + 1);
     std::optional<std::string>& place = tokens_[token.id];
@@ -172,12 +177,13 @@ absl::Status TokenizerStages::CutAndNormalize(PieceList* list) const {
   return absl::OkStatus();
 }
 
-void TokenizerStages::AppendModelTokens(const Piece& piece, std::vector<BpeToken>* scratch,
-                                        Encoding* out) const {
+absl::Status TokenizerStages::AppendModelTokens(const Piece& piece,
+                                                std::vector<ModelToken>* scratch,
+                                                Encoding* out) const {
   scratch->clear();
-  model_->Tokenize(piece.view(), scratch);
+  if (absl::Status s = model_->Tokenize(piece.view(), scratch); !s.ok()) return s;
   const absl::string_view text = piece.text->text();
-  for (const BpeToken& token : *scratch) {
+  for (const ModelToken& token : *scratch) {
     // Out to whole characters, so that a span of the input is text.
     int64_t begin = piece.begin + token.begin;
     int64_t end = piece.begin + token.end;
@@ -186,6 +192,7 @@ void TokenizerStages::AppendModelTokens(const Piece& piece, std::vector<BpeToken
     out->ids.push_back(token.id);
     out->offsets.push_back(piece.text->Origin(begin, end));
   }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Encoding> TokenizerStages::Encode(absl::string_view text,
@@ -211,10 +218,10 @@ absl::StatusOr<Encoding> TokenizerStages::Encode(absl::string_view text,
     }
   };
   if (add_special_tokens) add_special(post_processor_.prefix, 0);
-  std::vector<BpeToken> scratch;
+  std::vector<ModelToken> scratch;
   for (const Piece& piece : list.pieces) {
     if (piece.token < 0) {
-      AppendModelTokens(piece, &scratch, &out);
+      if (absl::Status s = AppendModelTokens(piece, &scratch, &out); !s.ok()) return s;
     } else {
       out.ids.push_back(piece.token);
       out.offsets.push_back(piece.text->Origin(piece.begin, piece.end));
@@ -226,7 +233,8 @@ absl::StatusOr<Encoding> TokenizerStages::Encode(absl::string_view text,
   return out;
 }
 
-std::string TokenizerStages::Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const {
+absl::StatusOr<std::string> TokenizerStages::Decode(absl::Span<const int32_t> ids,
+                                                    bool skip_special_tokens) const {
   std::vector<std::string> tokens;
   tokens.reserve(ids.size());
   for (int32_t id : ids) {

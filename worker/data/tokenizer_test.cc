@@ -133,16 +133,17 @@ std::string LoadError(const std::string& from, const std::string& to, absl::Stat
 
 TEST(TokenizerTest, StagesThatAreNotThereAreNamed) {
   const auto code = absl::StatusCode::kUnimplemented;
-  EXPECT_THAT(LoadError("\"BPE\"", "\"Unigram\"", code), HasSubstr("model.type is \"Unigram\""));
-  EXPECT_THAT(LoadError("\"normalizer\": null", R"("normalizer": {"type": "Precompiled"})", code),
-              HasSubstr("normalizer.type is \"Precompiled\""));
-  EXPECT_THAT(LoadError("{\"type\": \"ByteLevel\", \"add", "{\"type\": \"Metaspace\", \"add", code),
-              HasSubstr("pre_tokenizer.type is \"Metaspace\""));
-  EXPECT_THAT(LoadError("TemplateProcessing", "RobertaProcessing", code),
-              HasSubstr("post_processor.type is \"RobertaProcessing\""));
+  EXPECT_THAT(LoadError("\"BPE\"", "\"Morfessor\"", code),
+              HasSubstr("model.type is \"Morfessor\""));
+  EXPECT_THAT(LoadError("\"normalizer\": null", R"("normalizer": {"type": "Romanize"})", code),
+              HasSubstr("normalizer.type is \"Romanize\""));
+  EXPECT_THAT(LoadError("{\"type\": \"ByteLevel\", \"add", "{\"type\": \"Jieba\", \"add", code),
+              HasSubstr("pre_tokenizer.type is \"Jieba\""));
+  EXPECT_THAT(LoadError("TemplateProcessing", "GenericProcessing", code),
+              HasSubstr("post_processor.type is \"GenericProcessing\""));
   EXPECT_THAT(LoadError("\"decoder\": {\"type\": \"ByteLevel\"}",
-                        R"("decoder": {"type": "WordPiece"})", code),
-              HasSubstr("decoder.type is \"WordPiece\""));
+                        R"("decoder": {"type": "Moses"})", code),
+              HasSubstr("decoder.type is \"Moses\""));
   EXPECT_THAT(LoadError("\"dropout\": null", "\"dropout\": 0.1", code), HasSubstr("model.dropout"));
   EXPECT_THAT(LoadError("\"end_of_word_suffix\": \"\"", "\"end_of_word_suffix\": \"</w>\"", code),
               HasSubstr("model.end_of_word_suffix"));

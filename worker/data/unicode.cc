@@ -2,6 +2,7 @@
 
 #include <unicode/locid.h>
 #include <unicode/uchar.h>
+#include <unicode/uscript.h>
 #include <unicode/unistr.h>
 #include <unicode/utf8.h>
 
@@ -10,6 +11,16 @@
 #include "absl/strings/str_cat.h"
 
 namespace attune {
+namespace {
+
+// Whether Unicode `version` has the character.
+bool IsOfAge(char32_t c, uint8_t version) {
+  UVersionInfo age;
+  u_charAge(static_cast<UChar32>(c), age);
+  return age[0] <= version;
+}
+
+}  // namespace
 
 std::optional<int64_t> FindInvalidUtf8(absl::string_view text) {
   const uint8_t* data = reinterpret_cast<const uint8_t*>(text.data());
@@ -75,6 +86,10 @@ std::string ReplaceInvalidUtf8(absl::string_view bytes) {
   return text;
 }
 
+bool IsBlank(absl::string_view text) {
+  return text.find_first_not_of(" \t\r\n\v\f") == absl::string_view::npos;
+}
+
 bool IsWhiteSpace(char32_t c) {
   return u_hasBinaryProperty(static_cast<UChar32>(c), UCHAR_WHITE_SPACE);
 }
@@ -92,7 +107,37 @@ bool IsNumeric(char32_t c) {
 bool IsPunctuation(char32_t c) {
   const bool ascii = (c >= 33 && c <= 47) || (c >= 58 && c <= 64) || (c >= 91 && c <= 96) ||
                      (c >= 123 && c <= 126);
-  return ascii || (U_GET_GC_MASK(static_cast<UChar32>(c)) & U_GC_P_MASK) != 0;
+  if (c < 0x80) return ascii;
+  if (c == 0x166D || c == 0x111C9) return true;  // until Unicode 12 and 11
+  return IsOfAge(c, 8) && (U_GET_GC_MASK(static_cast<UChar32>(c)) & U_GC_P_MASK) != 0;
+}
+
+bool IsControl(char32_t c) {
+  constexpr uint32_t kMask = U_GC_CC_MASK | U_GC_CF_MASK | U_GC_CO_MASK;
+  return (U_GET_GC_MASK(static_cast<UChar32>(c)) & kMask) != 0 && IsOfAge(c, 8);
+}
+
+bool IsNonspacingMark(char32_t c) {
+  if (c < 0x300) return false;
+  if (c == 0x1734) return true;  // until Unicode 14
+  for (char32_t later : {0x1885, 0x1886, 0xA9BD, 0x111C9}) {
+    if (c == later) return false;  // were of another class then
+  }
+  return (U_GET_GC_MASK(static_cast<UChar32>(c)) & U_GC_MN_MASK) != 0 && IsOfAge(c, 8);
+}
+
+bool IsMark(char32_t c) {
+  if (c < 0x300) return false;
+  if (c == 0x1CF2 || c == 0x1CF3) return true;  // until Unicode 12
+  return (U_GET_GC_MASK(static_cast<UChar32>(c)) & U_GC_M_MASK) != 0 && IsOfAge(c, 9) &&
+         c != 0x111C9;
+}
+
+int ScriptOf(char32_t c) {
+  UErrorCode code = U_ZERO_ERROR;
+  const UScriptCode script = uscript_getScript(static_cast<UChar32>(c), &code);
+  if (c == 0x30FC || script == USCRIPT_HIRAGANA || script == USCRIPT_KATAKANA) return USCRIPT_HAN;
+  return c == ' ' || script == USCRIPT_UNKNOWN || U_FAILURE(code) ? -1 : script;
 }
 
 bool IsTitleOrUpperCase(char32_t c) {
@@ -113,6 +158,14 @@ std::string ToLowerUtf8(absl::string_view text) {
       .toLower(icu::Locale::getRoot())
       .toUTF8String(out);
   return out;
+}
+
+void AppendLowerUtf8(char32_t code_point, std::string* text) {
+  if (code_point == 0x130) {  // the one character whose lower case has two
+    text->append("i\xCC\x87");
+  } else {
+    AppendUtf8(static_cast<char32_t>(u_tolower(static_cast<UChar32>(code_point))), text);
+  }
 }
 
 }  // namespace attune

@@ -28,11 +28,26 @@ inline bool IsUtf8Continuation(char byte) {
 // Replaces each maximal ill-formed part by U+FFFD (Unicode 15, section 3.9, table 3-8).
 std::string ReplaceInvalidUtf8(absl::string_view bytes);
 
+// Nothing but ASCII white space.
+bool IsBlank(absl::string_view text);
+
 bool IsWhiteSpace(char32_t c);     // White_Space
 bool IsWordCharacter(char32_t c);  // \w of UTS #18
 bool IsNumeric(char32_t c);        // Nd, Nl, No
-bool IsPunctuation(char32_t c);    // P*, and the ASCII symbols
 bool IsTitleOrUpperCase(char32_t c);
+
+// Classes of Hugging Face `tokenizers`, with the age of its tables: characters that came later are
+// in none of them.
+bool IsPunctuation(char32_t c);     // P* of Unicode 8, and the ASCII symbols
+bool IsControl(char32_t c);         // Cc, Cf, Co of Unicode 8
+bool IsNonspacingMark(char32_t c);  // Mn of Unicode 8
+bool IsMark(char32_t c);            // M* of Unicode 9
+// The script of a character, Hiragana and Katakana being Han; -1 for those of no script of their
+// own.
+int ScriptOf(char32_t c);
+
+// Full lower case of a character by itself.
+void AppendLowerUtf8(char32_t code_point, std::string* text);
 
 std::string ToUpperUtf8(absl::string_view text);
 std::string ToLowerUtf8(absl::string_view text);

@@ -1,14 +1,8 @@
 #include "worker/io/line_reader.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <cstring>
-#include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "worker/io/file.h"
 
 namespace attune {
 namespace {
@@ -17,27 +11,10 @@ constexpr size_t kReadBytes = 1 << 20;
 
 }  // namespace
 
-LineReader::LineReader(std::string path, int fd, int64_t max_line_bytes)
-    : path_(std::move(path)), fd_(fd), max_line_bytes_(max_line_bytes) {}
-
-LineReader::LineReader(LineReader&& other) noexcept
-    : path_(std::move(other.path_)),
-      fd_(std::exchange(other.fd_, -1)),
-      max_line_bytes_(other.max_line_bytes_),
-      buffer_(std::move(other.buffer_)),
-      begin_(other.begin_),
-      end_(other.end_),
-      at_end_(other.at_end_),
-      line_number_(other.line_number_) {}
-
-LineReader::~LineReader() {
-  if (fd_ >= 0) close(fd_);
-}
-
 absl::StatusOr<LineReader> LineReader::Open(const std::string& path, int64_t max_line_bytes) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return FileError(errno, "open", path);
-  return LineReader(path, fd, max_line_bytes);
+  absl::StatusOr<std::unique_ptr<InputStream>> stream = InputStream::Open(path);
+  if (!stream.ok()) return stream.status();
+  return LineReader(path, *std::move(stream), max_line_bytes);
 }
 
 absl::StatusOr<bool> LineReader::Fill() {
@@ -47,13 +24,10 @@ absl::StatusOr<bool> LineReader::Fill() {
     begin_ = 0;
   }
   if (buffer_.size() < end_ + kReadBytes) buffer_.resize(end_ + kReadBytes);
-  ssize_t n;
-  do {
-    n = read(fd_, buffer_.data() + end_, kReadBytes);
-  } while (n < 0 && errno == EINTR);
-  if (n < 0) return FileError(errno, "read", path_);
-  end_ += static_cast<size_t>(n);
-  return n > 0;
+  absl::StatusOr<size_t> n = stream_->Read(buffer_.data() + end_, kReadBytes);
+  if (!n.ok()) return n.status();
+  end_ += *n;
+  return *n > 0;
 }
 
 absl::StatusOr<bool> LineReader::Next(absl::string_view* line) {

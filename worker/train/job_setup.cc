@@ -10,6 +10,7 @@
 #include "kernels/matmul/matmul.h"
 #include "proto/job_spec.h"
 #include "proto/sha256.h"
+#include "worker/data/mixing.h"
 #include "worker/io/file.h"
 #include "worker/methods/pack_batch.h"
 #include "worker/train/device_choice.h"
@@ -48,6 +49,14 @@ DatasetFormat ToFormat(v1::DatasetFormat format) {
       return DatasetFormat::kChat;
     case v1::DATASET_FORMAT_PROMPT_COMPLETION:
       return DatasetFormat::kPromptCompletion;
+    case v1::DATASET_FORMAT_SHAREGPT:
+      return DatasetFormat::kShareGpt;
+    case v1::DATASET_FORMAT_ALPACA:
+      return DatasetFormat::kAlpaca;
+    case v1::DATASET_FORMAT_TEXT:
+      return DatasetFormat::kText;
+    case v1::DATASET_FORMAT_PREFERENCE:
+      return DatasetFormat::kPreference;
     default:
       return DatasetFormat::kAuto;
   }
@@ -59,12 +68,23 @@ int64_t Targets(const ExampleView& example) {
   return n;
 }
 
-ExampleSet MakeSet(std::shared_ptr<const Dataset> dataset, std::vector<int64_t> examples) {
+// `weights`: of each file.
+ExampleSet MakeSet(std::shared_ptr<const Dataset> dataset, std::vector<int64_t> examples,
+                   const std::vector<double>& weights = {}) {
   ExampleSet set{.dataset = std::move(dataset), .examples = std::move(examples)};
+  const bool weighted =
+      std::any_of(weights.begin(), weights.end(), [](double weight) { return weight != 1; });
+  double tokens = 0;
+  double trained = 0;
   for (int64_t i : set.examples) {
-    set.tokens += set.dataset->length(i);
-    set.trained_tokens += Targets((*set.dataset)[i]);
+    const ExampleView example = (*set.dataset)[i];
+    const double weight = weighted ? weights[static_cast<size_t>(example.file)] : 1;
+    if (weighted) set.weights.push_back(weight);
+    tokens += weight * static_cast<double>(example.ids.size());
+    trained += weight * static_cast<double>(Targets(example));
   }
+  set.tokens = std::llround(tokens);
+  set.trained_tokens = std::llround(trained);
   return set;
 }
 
@@ -84,6 +104,13 @@ std::vector<DatasetFile> Files(const google::protobuf::RepeatedPtrField<v1::Data
   return files;
 }
 
+// "a.jsonl:7" of an example.
+std::string PlaceOf(const Dataset& dataset, int64_t i,
+                    const google::protobuf::RepeatedPtrField<std::string>& paths) {
+  const ExampleView example = dataset[i];
+  return absl::StrCat(fs::path(paths[example.file]).filename().string(), ":", example.line);
+}
+
 // Reads the data of the job with the model's tokenizer.
 class DataSetup {
  public:
@@ -92,8 +119,10 @@ class DataSetup {
   absl::Status Run() {
     const v1::TrainerAssignment& assignment = job_->assignment;
     const v1::JobSpec& spec = assignment.spec();
-    absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(assignment.model_directory());
-    if (!tokenizer.ok()) return tokenizer.status();
+    absl::StatusOr<Tokenizer> loaded = Tokenizer::Load(assignment.model_directory());
+    if (!loaded.ok()) return loaded.status();
+    const auto tokenizer = std::make_shared<const Tokenizer>(*std::move(loaded));
+    job_->tokenizer = tokenizer;
     const int64_t rows = job_->engine.model.vocab_size;
     if (tokenizer->vocab_size() > rows) {
       return absl::InvalidArgumentError(absl::StrCat("the tokenizer has ", tokenizer->vocab_size(),
@@ -109,7 +138,8 @@ class DataSetup {
     DatasetOptions options = {.train_on = ToTrainOn(spec.sft().train_on()),
                               .over_long = ToOverLong(spec.sft().over_long()),
                               .max_tokens = spec.batch().micro_batch_tokens()};
-    const ExampleTokenizer examples(&*tokenizer, *config,
+    if (assignment.device().threads() > 0) options.threads = assignment.device().threads();
+    const ExampleTokenizer examples(tokenizer.get(), *config,
                                     chat_template.ok() ? &*chat_template : nullptr, options);
     absl::Status status = ReadTraining(examples, options);
     if (status.ok()) status = ReadEvaluation(examples, options);
@@ -119,34 +149,25 @@ class DataSetup {
  private:
   absl::StatusOr<std::shared_ptr<const Dataset>> Read(const std::vector<DatasetFile>& files,
                                                       const ExampleTokenizer& examples,
-                                                      const DatasetOptions& options) {
-    absl::StatusOr<Dataset> dataset = LoadDataset(files, examples, options);
+                                                      const DatasetOptions& options,
+                                                      const DuplicateSearch& search) {
+    absl::StatusOr<Dataset> dataset = LoadDataset(files, examples, options, search);
     if (!dataset.ok()) return dataset.status();
     return std::make_shared<const Dataset>(*std::move(dataset));
   }
 
   absl::Status ReadTraining(const ExampleTokenizer& examples, const DatasetOptions& options) {
     const v1::TrainerAssignment& assignment = job_->assignment;
-    auto dataset =
-        Read(Files(assignment.spec().datasets(), assignment.dataset_files()), examples, options);
+    auto dataset = Read(Files(assignment.spec().datasets(), assignment.dataset_files()), examples,
+                        options, {.own = &training_texts_});
     if (!dataset.ok()) return dataset.status();
-    const DatasetCounts& counts = (*dataset)->counts();
-    v1::ValidationReport& report = job_->report;
-    report.set_dropped_examples(counts.dropped_over_long + counts.dropped_untrained);
-    report.set_truncated_examples(counts.truncated);
-    if (report.dropped_examples() > 0) {
-      report.add_warnings(absl::StrCat(counts.dropped_over_long, " examples longer than ",
-                                       options.max_tokens, " tokens were dropped, and ",
-                                       counts.dropped_untrained,
-                                       " that have no trained token after the cut"));
-    }
-    if (counts.truncated > 0) {
-      report.add_warnings(absl::StrCat(counts.truncated, " examples longer than ",
-                                       options.max_tokens, " tokens were truncated"));
-    }
+    WarnOfDropped((*dataset)->counts(), options.max_tokens);
+    WarnOfRepeats(**dataset);
+    std::vector<double> weights;
+    for (const auto& spec : assignment.spec().datasets()) weights.push_back(spec.weight());
     const double fraction = assignment.spec().evaluation().fraction();
     if (fraction == 0) {
-      job_->train = MakeSet(*dataset, AllOf(**dataset));
+      job_->train = MakeSet(*dataset, AllOf(**dataset), weights);
       return absl::OkStatus();
     }
     HeldOutSplit split = SplitHeldOut((*dataset)->size(), fraction, assignment.spec().seed());
@@ -154,7 +175,8 @@ class DataSetup {
       return absl::InvalidArgumentError(
           "evaluation.fraction: no example is left to train on; give more data or none");
     }
-    job_->train = MakeSet(*dataset, std::move(split.train));
+    WarnOfSplitRepeats(**dataset, split);
+    job_->train = MakeSet(*dataset, std::move(split.train), weights);
     job_->evaluation = MakeSet(*dataset, std::move(split.held_out));
     return absl::OkStatus();
   }
@@ -164,12 +186,75 @@ class DataSetup {
     if (assignment.evaluation_files().empty()) return absl::OkStatus();
     auto dataset =
         Read(Files(assignment.spec().evaluation().datasets(), assignment.evaluation_files()),
-             examples, options);
+             examples, options, {.training = &training_texts_});
     if (!dataset.ok()) return dataset.status();
     job_->evaluation = MakeSet(*dataset, AllOf(**dataset));
+    const std::vector<Repeat>& leaks = (*dataset)->leaks();
+    if (!leaks.empty()) {
+      WarnOfLeak(static_cast<int64_t>(leaks.size()), (*dataset)->size(),
+                 absl::StrCat(PlaceOf(**dataset, leaks[0].example, assignment.evaluation_files()),
+                              " repeats ",
+                              PlaceOf(*job_->train.dataset, leaks[0].first,
+                                      assignment.dataset_files())));
+    }
     return absl::OkStatus();
   }
 
+  void WarnOfDropped(const DatasetCounts& counts, int64_t max_tokens) {
+    v1::ValidationReport& report = job_->report;
+    report.set_dropped_examples(counts.dropped_over_long + counts.dropped_untrained);
+    report.set_truncated_examples(counts.truncated);
+    if (report.dropped_examples() > 0) {
+      report.add_warnings(absl::StrCat(counts.dropped_over_long, " examples longer than ",
+                                       max_tokens, " tokens were dropped, and ",
+                                       counts.dropped_untrained,
+                                       " that have no trained token after the cut"));
+    }
+    if (counts.truncated > 0) {
+      report.add_warnings(absl::StrCat(counts.truncated, " examples longer than ", max_tokens,
+                                       " tokens were truncated"));
+    }
+  }
+
+  void WarnOfRepeats(const Dataset& dataset) {
+    const DatasetCounts& counts = dataset.counts();
+    if (dataset.repeats().empty()) return;
+    const Repeat& repeat = dataset.repeats()[0];
+    const auto& paths = job_->assignment.dataset_files();
+    job_->report.add_warnings(absl::StrCat(
+        counts.exact_duplicates, " examples say what another one says, ", counts.near_duplicates,
+        " more nearly so (first: ", PlaceOf(dataset, repeat.example, paths), " repeats ",
+        PlaceOf(dataset, repeat.first, paths), "). Remove them, or the model learns them by heart.",
+        training_texts_.overfull() ? " Not all were compared: there are too many examples." : ""));
+  }
+
+  void WarnOfSplitRepeats(const Dataset& dataset, const HeldOutSplit& split) {
+    std::vector<bool> held_out(static_cast<size_t>(dataset.size()));
+    for (int64_t i : split.held_out) held_out[static_cast<size_t>(i)] = true;
+    int64_t leaks = 0;
+    const Repeat* first = nullptr;
+    for (const Repeat& repeat : dataset.repeats()) {
+      if (held_out[static_cast<size_t>(repeat.example)] ==
+          held_out[static_cast<size_t>(repeat.first)]) {
+        continue;
+      }
+      if (leaks++ == 0) first = &repeat;
+    }
+    if (leaks == 0) return;
+    const auto& paths = job_->assignment.dataset_files();
+    WarnOfLeak(leaks, static_cast<int64_t>(split.held_out.size()),
+               absl::StrCat(PlaceOf(dataset, first->example, paths), " repeats ",
+                            PlaceOf(dataset, first->first, paths)));
+  }
+
+  void WarnOfLeak(int64_t leaks, int64_t held_out, const std::string& example) {
+    job_->report.add_warnings(absl::StrCat(
+        leaks, " pairs of examples lie on both sides of training and evaluation (", held_out,
+        " are held out; first: ", example,
+        "). The evaluation will look better than the model is; remove them from one side."));
+  }
+
+  DuplicateFinder training_texts_;
   PreparedJob* job_;
 };
 
@@ -322,8 +407,16 @@ absl::Status PackStream::FormNextEpoch() {
                                .max_segments = MaxSegments(pack_tokens_),
                                .seed = seed_,
                                .epoch = epoch_begin_.size() - 1};
-  auto packs = FormPacks(lengths_, options);
+  const bool weighted = !examples_->weights.empty();
+  std::vector<int64_t> drawn;  // places in lengths_
+  std::vector<int64_t> drawn_lengths;
+  if (weighted) drawn = DrawEpoch(examples_->weights, seed_, options.epoch);
+  for (int64_t i : drawn) drawn_lengths.push_back(lengths_[static_cast<size_t>(i)]);
+  auto packs = FormPacks(weighted ? drawn_lengths : lengths_, options);
   if (!packs.ok()) return packs.status();
+  for (auto& pack : *packs) {
+    for (int64_t& i : pack) i = weighted ? drawn[static_cast<size_t>(i)] : i;
+  }
   previous_epoch_ = std::move(last_epoch_);
   last_epoch_ = *std::move(packs);
   epoch_begin_.push_back(epoch_begin_.back() + static_cast<int64_t>(last_epoch_.size()));
@@ -388,7 +481,8 @@ v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device
   return bf16 ? v1::PRECISION_BF16 : v1::PRECISION_F32;
 }
 
-absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignment& assignment) {
+absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(
+    const v1::TrainerAssignment& assignment) {
   auto job = std::make_unique<PreparedJob>();
   job->assignment = assignment;
   v1::JobSpec* spec = job->assignment.mutable_spec();
@@ -396,6 +490,19 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   spec->set_precision(ResolvePrecision(spec->precision(), assignment.device()));
   if (absl::Status s = SetUpModel(job.get()); !s.ok()) return s;
   if (absl::Status s = DataSetup(job.get()).Run(); !s.ok()) return s;
+  v1::ValidationReport& report = job->report;
+  report.set_examples(static_cast<int64_t>(job->train.examples.size()));
+  report.set_evaluation_examples(static_cast<int64_t>(job->evaluation.examples.size()));
+  report.set_tokens(job->train.tokens);
+  report.set_trained_tokens(job->train.trained_tokens);
+  return job;
+}
+
+absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignment& assignment) {
+  absl::StatusOr<std::unique_ptr<PreparedJob>> prepared = PrepareData(assignment);
+  if (!prepared.ok()) return prepared.status();
+  std::unique_ptr<PreparedJob> job = *std::move(prepared);
+  const v1::JobSpec* spec = &job->assignment.spec();
   if (absl::Status s = CountSteps(job.get()); !s.ok()) return s;
   DigestCache digests(assignment.digest_cache(), absl::Now());
   if (absl::Status s = CheckDigest(job.get(), &digests); !s.ok()) return s;
@@ -414,10 +521,6 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   v1::ValidationReport& report = job->report;
   *report.mutable_memory() = *memory;
   report.set_precision(spec->precision());
-  report.set_examples(static_cast<int64_t>(job->train.examples.size()));
-  report.set_evaluation_examples(static_cast<int64_t>(job->evaluation.examples.size()));
-  report.set_tokens(job->train.tokens);
-  report.set_trained_tokens(job->train.trained_tokens);
   report.set_total_steps(job->total_steps);
   return job;
 }

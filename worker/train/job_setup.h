@@ -22,7 +22,9 @@ namespace attune {
 struct ExampleSet {
   std::shared_ptr<const Dataset> dataset;
   std::vector<int64_t> examples;  // indices into dataset
-  int64_t tokens = 0;
+  // How often an epoch has each of `examples`, on average (worker/data/mixing.h). Empty: once.
+  std::vector<double> weights;
+  int64_t tokens = 0;          // in an epoch
   int64_t trained_tokens = 0;  // targets: the first token of an example is none
 };
 
@@ -57,6 +59,7 @@ struct PreparedJob {
   v1::TrainerAssignment assignment;  // with precision resolved
   EngineOptions engine;
   std::unique_ptr<CheckpointWeights> weights;
+  std::shared_ptr<const Tokenizer> tokenizer;
   ExampleSet train;
   ExampleSet evaluation;    // may be empty
   int64_t total_packs = 0;  // 0: endless, the run ends by schedule.steps
@@ -75,6 +78,10 @@ struct PreparedJob {
 // Reads model, tokenizer, template and data; checks that they fit; plans memory. The status says
 // what, where and what to do; several problems of a dataset come in one, a line each.
 absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignment& assignment);
+
+// The part of PrepareJob that reads the data: tokenizer, train, evaluation and what the report says
+// of them.
+absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(const v1::TrainerAssignment& assignment);
 
 // SHA-256 over the names and contents of the files that make a model directory.
 absl::StatusOr<std::string> ModelDigest(const std::string& directory, DigestCache* digests);

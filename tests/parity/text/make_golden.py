@@ -150,7 +150,8 @@ def patched(base, patch):
             config[key] = value
             continue
         model = dict(value)
-        config["model"]["vocab"].update(model.pop("vocab_add", {}))
+        if "vocab_add" in model:
+            config["model"]["vocab"].update(model.pop("vocab_add"))
         if model.pop("merges_as_text", False):
             config["model"]["merges"] = [" ".join(pair) for pair in config["model"]["merges"]]
         config["model"].update(model)

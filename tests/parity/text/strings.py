@@ -4,6 +4,7 @@ Everything is written here and drawn with a fixed seed, so both are the same on 
 """
 
 import random
+import unicodedata
 
 SENTENCES = [
     "The ferry leaves the harbour at half past seven, if the fog lifts.",
@@ -121,3 +122,30 @@ def training_text():
         yield " ".join(draw.sample(SENTENCES, 3)) + draw.choice(["\n", "  ", "\n\n"]) + draw.choice(CODE)
         yield draw.choice(EMOJI) + " " + draw.choice(MARKS) + draw.choice(SPACES)
         yield fragments(draw, 3)
+
+
+def truncated(draw, count):
+    """Texts cut in the middle of a character, as errors="replace" reads them."""
+    for _ in range(count):
+        data = "".join(draw.choice(draw.choice(PIECES)) for _ in range(3)).encode()
+        begin = draw.randrange(max(1, len(data) - 3))
+        yield data[begin : draw.randint(begin + 1, len(data))].decode(errors="replace")
+
+
+def many():
+    """More than 10,000 strings."""
+    result = strings(13000)
+    draw = random.Random(20240301)
+    result += truncated(draw, 300)
+    for _ in range(100):  # very long words, and words that repeat
+        alphabet = draw.choice(["abcdefgh", "xyzXYZ", "абвгд", "漢字渔夫", "éüñ", "ab\u0301", "👍🏽🚀"])
+        result.append("".join(draw.choice(alphabet) for _ in range(draw.choice([99, 100, 101, 400, 3000]))))
+        result.append(" ".join(draw.sample(SENTENCES, 4)) * draw.randint(1, 3))
+    for a in EMOJI:
+        for b in EMOJI:
+            result.append(f"{a}{b} {a}\u200d{b}")
+    # Code points that came after Unicode 13 belong to other classes in each library.
+    known = lambda text: all(unicodedata.category(c) != "Cn" or ord(c) & 0xFFFE == 0xFFFE for c in text)
+    result = [text for text in result if known(text)]
+    assert len(result) >= 10000
+    return result

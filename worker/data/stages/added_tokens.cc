@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "worker/data/stages/bpe.h"
+#include "worker/data/stages/vocabulary.h"
 #include "worker/data/unicode.h"
 
 namespace attune {
@@ -49,9 +49,9 @@ absl::StatusOr<std::vector<AddedToken>> ReadAddedTokens(const JsonField& field) 
     AddedToken token;
     absl::StatusOr<int64_t> id = item.Get("id").Int();
     if (!id.ok()) return id.status();
-    if (*id < 0 || *id >= Bpe::kMaxTokens) {
+    if (*id < 0 || *id >= Vocabulary::kMaxTokens) {
       return item.Get("id").Error(
-          absl::StrCat("is ", *id, "; ids from 0 to ", Bpe::kMaxTokens - 1, " are read"));
+          absl::StrCat("is ", *id, "; ids from 0 to ", Vocabulary::kMaxTokens - 1, " are read"));
     }
     token.id = static_cast<int32_t>(*id);
     absl::StatusOr<std::string> content = item.Get("content").String();

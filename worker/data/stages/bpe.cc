@@ -1,7 +1,7 @@
 #include "worker/data/stages/bpe.h"
 
 #include <algorithm>
-#include <mutex>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/escaping.h"
@@ -13,37 +13,20 @@
 
 namespace attune {
 
-// Tokens of short pieces. Sharded, so that threads seldom meet; a full shard takes nothing more,
-// because the words of a text repeat and the first ones seen are the frequent ones.
-class PieceCache {
- public:
-  static constexpr size_t kMaxPieceBytes = 64;
+namespace {
 
-  bool Find(absl::string_view piece, std::vector<BpeToken>* tokens) {
-    Shard& shard = ShardOf(piece);
-    std::lock_guard<std::mutex> lock(shard.mutex);
-    const auto it = shard.tokens.find(piece);
-    if (it == shard.tokens.end()) return false;
-    tokens->insert(tokens->end(), it->second.begin(), it->second.end());
-    return true;
-  }
+constexpr absl::string_view kWordStart = "\xE2\x96\x81";  // U+2581, the space of SentencePiece
 
-  void Insert(absl::string_view piece, std::vector<BpeToken> tokens) {
-    Shard& shard = ShardOf(piece);
-    std::lock_guard<std::mutex> lock(shard.mutex);
-    if (shard.tokens.size() < kShardPieces) shard.tokens.emplace(piece, std::move(tokens));
-  }
+// The byte at which the word that begins at `begin` ends: before the next U+2581 that follows
+// another character.
+size_t WordEnd(absl::string_view text, size_t begin) {
+  size_t at = begin;
+  while (absl::StartsWith(text.substr(at), kWordStart)) at += kWordStart.size();
+  const size_t end = text.find(kWordStart, at);
+  return end == absl::string_view::npos ? text.size() : end;
+}
 
- private:
-  static constexpr size_t kShards = 32;
-  static constexpr size_t kShardPieces = 4096;
-  struct Shard {
-    std::mutex mutex;
-    absl::flat_hash_map<std::string, std::vector<BpeToken>> tokens;
-  };
-  Shard& ShardOf(absl::string_view piece) { return shards_[absl::HashOf(piece) % kShards]; }
-  std::array<Shard, kShards> shards_;
-};
+}  // namespace
 
 struct Bpe::Symbol {
   int32_t id;
@@ -57,61 +40,42 @@ Bpe::Bpe() : cache_(std::make_unique<PieceCache>()) {
   byte_ids_.fill(-1);
   fallback_ids_.fill(-1);
 }
-Bpe::~Bpe() = default;
 
-absl::StatusOr<std::unique_ptr<Bpe>> Bpe::FromJson(const JsonField& model, bool on_bytes) {
-  // Files of old versions lack the type.
-  absl::StatusOr<std::string> type = model.Get("type").StringOr("BPE");
-  if (!type.ok()) return type.status();
-  if (*type != "BPE") {
-    return absl::UnimplementedError(absl::StrCat(model.Get("type").Error("").message(), "is \"",
-                                                 *type, "\"; attune reads the model BPE"));
-  }
+absl::StatusOr<std::unique_ptr<const TokenModel>> Bpe::FromJson(const JsonField& model,
+                                                                bool on_bytes) {
   std::unique_ptr<Bpe> bpe(new Bpe());
   bpe->on_bytes_ = on_bytes;
-  if (absl::Status s = bpe->ReadVocab(model.Get("vocab")); !s.ok()) return s;
+  if (absl::Status s = bpe->vocabulary_.ReadObject(model.Get("vocab")); !s.ok()) return s;
+  bpe->FindPieces();
   if (absl::Status s = bpe->ReadMerges(model.Get("merges")); !s.ok()) return s;
   if (absl::Status s = bpe->ReadOptions(model); !s.ok()) return s;
   bpe->FindByteTokens();
+  bpe->FindWordStart();
   return bpe;
 }
 
-absl::Status Bpe::ReadVocab(const JsonField& vocab) {
-  absl::StatusOr<const Json*> object = vocab.Object();
-  if (!object.ok()) return object.status();
-  int64_t size = 0;
-  for (const auto& item : (*object)->items()) {
-    absl::StatusOr<int64_t> id = JsonField(item.value(), "").Int();
-    if (!id.ok() || *id < 0 || *id >= kMaxTokens) {
-      return vocab.Get(item.key())
-          .Error(
-              absl::StrCat("is no token id: an integer from 0 to ", kMaxTokens - 1, " is needed"));
-    }
-    size = std::max(size, *id + 1);
+void Bpe::FindPieces() {
+  if (!on_bytes_) {
+    piece_ids_ = vocabulary_.ids();
+    return;
   }
-  tokens_.resize(static_cast<size_t>(size));
-  std::vector<bool> taken(tokens_.size());
-  for (const auto& item : (*object)->items()) {
-    const size_t id = item.value().get<size_t>();
-    if (taken[id]) return vocab.Get(item.key()).Error(absl::StrCat("has the id ", id, " twice"));
-    taken[id] = true;
-    tokens_[id] = item.key();
-  }
-  ids_.reserve(tokens_.size());
-  pieces_.resize(tokens_.size());
-  piece_ids_.reserve(tokens_.size());
-  for (size_t id = 0; id < tokens_.size(); ++id) {
-    if (!taken[id]) continue;
-    ids_.emplace(tokens_[id], static_cast<int32_t>(id));
-    if (!on_bytes_) continue;
+  const std::vector<std::string>& tokens = vocabulary_.tokens();
+  pieces_.resize(tokens.size());
+  piece_ids_.reserve(tokens.size());
+  for (const auto& [text, id] : vocabulary_.ids()) {
     // A token with a character outside the alphabet can never come out of bytes.
-    std::optional<std::string> bytes = VisibleToBytes(tokens_[id]);
+    std::optional<std::string> bytes = VisibleToBytes(text);
     if (!bytes.has_value()) continue;
     pieces_[id] = *std::move(bytes);
-    piece_ids_.emplace(pieces_[id], static_cast<int32_t>(id));
+    piece_ids_.emplace(pieces_[id], id);
   }
-  if (!on_bytes_) piece_ids_ = ids_;
-  return absl::OkStatus();
+}
+
+void Bpe::FindWordStart() {
+  if (on_bytes_ || ignore_merges_ || piece_ids_.count(kWordStart) == 0) return;
+  cut_at_words_ = std::all_of(
+      vocabulary_.tokens().begin(), vocabulary_.tokens().end(),
+      [](const std::string& token) { return WordEnd(token, 0) == token.size(); });
 }
 
 absl::Status Bpe::AddMerge(const JsonField& field, absl::string_view left, absl::string_view right,
@@ -120,13 +84,13 @@ absl::Status Bpe::AddMerge(const JsonField& field, absl::string_view left, absl:
   int32_t ids[3];
   int n = 0;
   for (absl::string_view token : {left, right, absl::string_view(merged)}) {
-    const auto it = ids_.find(token);
-    if (it == ids_.end()) {
+    const int32_t id = vocabulary_.Find(token);
+    if (id < 0) {
       return field.Error(absl::StrCat("merges \"", absl::Utf8SafeCEscape(left), "\" and \"",
                                       absl::Utf8SafeCEscape(right), "\", but \"",
                                       absl::Utf8SafeCEscape(token), "\" is not in the vocabulary"));
     }
-    ids[n++] = it->second;
+    ids[n++] = id;
   }
   const uint64_t key = static_cast<uint64_t>(ids[0]) << 32 | static_cast<uint32_t>(ids[1]);
   merges_[key] = {rank, ids[2]};  // of a pair that is there twice, the later one counts
@@ -190,13 +154,9 @@ absl::Status Bpe::ReadOptions(const JsonField& model) {
     if (!value.ok()) return value.status();
     *option.value = *value;
   }
-  if (model.Get("unk_token").has_value()) {
-    absl::StatusOr<std::string> unk = model.Get("unk_token").String();
-    if (!unk.ok()) return unk.status();
-    const auto it = ids_.find(*unk);
-    if (it == ids_.end()) return model.Get("unk_token").Error("is not in the vocabulary");
-    unk_ = it->second;
-  }
+  absl::StatusOr<int32_t> unk = ReadTokenName(model.Get("unk_token"), vocabulary_);
+  if (!unk.ok()) return unk.status();
+  unk_ = *unk;
   return absl::OkStatus();
 }
 
@@ -207,17 +167,8 @@ void Bpe::FindByteTokens() {
         on_bytes_ && it != piece_ids_.end()) {
       byte_ids_[byte] = it->second;
     }
-    if (const auto it = ids_.find(absl::StrFormat("<0x%02X>", byte));
-        byte_fallback_ && it != ids_.end()) {
-      fallback_ids_[byte] = it->second;
-    }
+    if (byte_fallback_) fallback_ids_[byte] = vocabulary_.Find(absl::StrFormat("<0x%02X>", byte));
   }
-}
-
-std::optional<int32_t> Bpe::TokenToId(absl::string_view token) const {
-  const auto it = ids_.find(token);
-  if (it == ids_.end()) return std::nullopt;
-  return it->second;
 }
 
 const Bpe::Merge* Bpe::FindMerge(int32_t left, int32_t right) const {
@@ -323,24 +274,38 @@ void Bpe::MergeSymbols(std::vector<Symbol>* symbols) const {
   s.resize(kept);
 }
 
-void Bpe::Tokenize(absl::string_view piece, std::vector<BpeToken>* tokens) const {
-  if (piece.empty()) return;
+void Bpe::TokenizeWord(absl::string_view word, int32_t offset,
+                       std::vector<ModelToken>* tokens) const {
+  const size_t first = tokens->size();
+  const bool cached = PieceCache::Takes(word);
+  if (!cached || !cache_->Find(word, tokens)) {
+    thread_local std::vector<Symbol> symbols;
+    symbols.clear();
+    symbols.reserve(word.size());
+    StartSymbols(word, &symbols);
+    MergeSymbols(&symbols);
+    for (const Symbol& symbol : symbols) tokens->push_back({symbol.id, symbol.begin, symbol.end});
+    if (cached) cache_->Insert(word, *tokens, first);
+  }
+  for (size_t i = first; i < tokens->size(); ++i) {
+    (*tokens)[i].begin += offset;
+    (*tokens)[i].end += offset;
+  }
+}
+
+absl::Status Bpe::Tokenize(absl::string_view piece, std::vector<ModelToken>* tokens) const {
   if (ignore_merges_) {
     if (const auto it = piece_ids_.find(piece); it != piece_ids_.end()) {
       tokens->push_back({it->second, 0, static_cast<int32_t>(piece.size())});
-      return;
+      return absl::OkStatus();
     }
   }
-  const bool cacheable = piece.size() <= PieceCache::kMaxPieceBytes;
-  if (cacheable && cache_->Find(piece, tokens)) return;
-  std::vector<Symbol> symbols;
-  symbols.reserve(piece.size());
-  StartSymbols(piece, &symbols);
-  MergeSymbols(&symbols);
-  const size_t first = tokens->size();
-  for (const Symbol& symbol : symbols) tokens->push_back({symbol.id, symbol.begin, symbol.end});
-  if (cacheable)
-    cache_->Insert(piece, {tokens->begin() + static_cast<int64_t>(first), tokens->end()});
+  for (size_t begin = 0; begin < piece.size();) {
+    const size_t end = cut_at_words_ ? WordEnd(piece, begin) : piece.size();
+    TokenizeWord(piece.substr(begin, end - begin), static_cast<int32_t>(begin), tokens);
+    begin = end;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace attune

@@ -9,44 +9,27 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "worker/data/stages/piece_cache.h"
+#include "worker/data/stages/token_model.h"
 #include "worker/io/json.h"
 
 namespace attune {
 
-class PieceCache;
-
-struct BpeToken {
-  int32_t id;
-  int32_t begin;  // bytes of the piece
-  int32_t end;
-};
-
-class Bpe {
+class Bpe : public TokenModel {
  public:
-  // Ids must lie below this; so far the largest vocabularies have about a million tokens.
-  static constexpr int64_t kMaxTokens = 1 << 22;
-
   // `model` is the "model" of a tokenizer.json. INVALID_ARGUMENT: a merge of tokens that are not in
   // the vocabulary, an id twice or out of range, ... UNIMPLEMENTED: dropout, affixes.
-  static absl::StatusOr<std::unique_ptr<Bpe>> FromJson(const JsonField& model, bool on_bytes);
-  ~Bpe();
-  Bpe(const Bpe&) = delete;
-  Bpe& operator=(const Bpe&) = delete;
+  static absl::StatusOr<std::unique_ptr<const TokenModel>> FromJson(const JsonField& model,
+                                                                    bool on_bytes);
 
-  // Appends the piece's tokens. Characters that the vocabulary lacks are left out if there is
-  // neither byte_fallback nor unk.
-  void Tokenize(absl::string_view piece, std::vector<BpeToken>* tokens) const;
-
-  // Indexed by id; "" where no token has it.
-  const std::vector<std::string>& tokens() const { return tokens_; }
-  std::optional<int32_t> TokenToId(absl::string_view token) const;
+  // Characters that the vocabulary lacks are left out if there is neither byte_fallback nor unk.
+  absl::Status Tokenize(absl::string_view piece, std::vector<ModelToken>* tokens) const override;
 
  private:
   struct Merge {
@@ -56,12 +39,14 @@ class Bpe {
   struct Symbol;
 
   Bpe();
-  absl::Status ReadVocab(const JsonField& vocab);
+  void FindPieces();
   absl::Status ReadMerges(const JsonField& merges);
   absl::Status ReadOptions(const JsonField& model);
   absl::Status AddMerge(const JsonField& field, absl::string_view left, absl::string_view right,
                         int32_t rank);
   void FindByteTokens();
+  void FindWordStart();
+  void TokenizeWord(absl::string_view word, int32_t offset, std::vector<ModelToken>* tokens) const;
   const Merge* FindMerge(int32_t left, int32_t right) const;
   void StartSymbols(absl::string_view piece, std::vector<Symbol>* symbols) const;
   void MergeSymbols(std::vector<Symbol>* symbols) const;
@@ -71,8 +56,9 @@ class Bpe {
   bool byte_fallback_ = false;
   bool fuse_unk_ = false;
   int32_t unk_ = -1;
-  std::vector<std::string> tokens_;
-  absl::flat_hash_map<absl::string_view, int32_t> ids_;        // views into tokens_
+  // Where no token has a U+2581 after another character, a piece may be cut before each such place:
+  // no merge crosses it. Words then come from the cache, as they do behind a pre-tokenizer.
+  bool cut_at_words_ = false;
   std::vector<std::string> pieces_;                            // by id, as the pieces have them
   absl::flat_hash_map<absl::string_view, int32_t> piece_ids_;  // views into pieces_
   absl::flat_hash_map<uint64_t, Merge> merges_;                // left << 32 | right

@@ -1,6 +1,9 @@
-// Normalizer stage: null, NFC, NFD, NFKC, NFKD, Sequence.
+// Normalizer stage. Types: null, Sequence; NFC, NFD, NFKC, NFKD, Replace, Prepend, Strip (here);
+// Lowercase, StripAccents, Nmt, BertNormalizer, ByteLevel (character_normalizer.h);
+// Precompiled (precompiled.h).
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <string>
 
@@ -21,5 +24,8 @@ class Normalizer {
 
 // Null for null. UNIMPLEMENTED for a type that is not in the list above.
 absl::StatusOr<std::unique_ptr<const Normalizer>> MakeNormalizer(const JsonField& field);
+
+// NFC, NFD, NFKC or NFKD.
+absl::StatusOr<std::unique_ptr<const Normalizer>> MakeUnicodeForm(absl::string_view form);
 
 }  // namespace attune

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "worker/data/stages/bpe.h"
+#include "worker/data/stages/vocabulary.h"
 
 namespace attune {
 namespace {
@@ -16,7 +16,7 @@ absl::Status AppendSpecial(const JsonField& processor, const JsonField& item,
       processor.Get("special_tokens").Get(*name).Get("ids").IntArray();
   if (!token_ids.ok()) return token_ids.status();
   for (int64_t id : *token_ids) {
-    if (id < 0 || id >= Bpe::kMaxTokens) {
+    if (id < 0 || id >= Vocabulary::kMaxTokens) {
       return processor.Get("special_tokens").Get(*name).Error(absl::StrCat("has the id ", id));
     }
     ids->push_back(static_cast<int32_t>(id));
@@ -48,6 +48,23 @@ absl::StatusOr<PostProcessor> ReadTemplate(const JsonField& field) {
   return result;
 }
 
+// {"cls": ["<s>", 0], "sep": ["</s>", 2]}
+absl::StatusOr<PostProcessor> ReadClsSep(const JsonField& field) {
+  PostProcessor result;
+  for (const bool is_prefix : {true, false}) {
+    const JsonField pair = field.Get(is_prefix ? "cls" : "sep");
+    absl::StatusOr<const Json*> array = pair.Array();
+    if (!array.ok()) return array.status();
+    absl::StatusOr<int64_t> id = (*array)->size() == 2 ? pair.At(1).Int() : int64_t{-1};
+    if (!id.ok()) return id.status();
+    if (*id < 0 || *id >= Vocabulary::kMaxTokens) {
+      return pair.Error("is no token: [\"text\", id] is needed");
+    }
+    (is_prefix ? result.prefix : result.suffix).push_back(static_cast<int32_t>(*id));
+  }
+  return result;
+}
+
 }  // namespace
 
 absl::StatusOr<PostProcessor> MakePostProcessor(const JsonField& field) {
@@ -56,11 +73,13 @@ absl::StatusOr<PostProcessor> MakePostProcessor(const JsonField& field) {
   absl::StatusOr<std::string> type = field.Get("type").String();
   if (!type.ok()) return type.status();
   if (*type == "TemplateProcessing") return ReadTemplate(field);
+  if (*type == "BertProcessing" || *type == "RobertaProcessing") return ReadClsSep(field);
   if (*type == "ByteLevel") return result;  // trims offsets, which ours never are
   if (*type != "Sequence") {
-    return absl::UnimplementedError(absl::StrCat(
-        field.Get("type").Error("").message(), "is \"", *type,
-        "\"; attune reads the post-processors TemplateProcessing, ByteLevel and Sequence"));
+    return absl::UnimplementedError(
+        absl::StrCat(field.Get("type").Error("").message(), "is \"", *type,
+                     "\"; attune reads the post-processors TemplateProcessing, BertProcessing, "
+                     "RobertaProcessing, ByteLevel and Sequence"));
   }
   const JsonField list = field.Get("processors");
   absl::StatusOr<const Json*> array = list.Array();

@@ -1,5 +1,6 @@
 // Post-processor stage: what is put before and after the ids of a text.
-// Types: TemplateProcessing (its "single" template), ByteLevel (nothing), Sequence.
+// Types: TemplateProcessing (its "single" template), BertProcessing, RobertaProcessing, ByteLevel
+// (nothing), Sequence.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 // Pre-tokenizer stage: cuts text into pieces that tokens do not cross.
-// Types: Split, ByteLevel, Digits, Punctuation, Sequence.
+// Types: Split, ByteLevel, Metaspace, Digits, Punctuation, Sequence; BertPreTokenizer,
+// CharDelimiterSplit, FixedLength, UnicodeScripts, Whitespace, WhitespaceSplit.
 #pragma once
 
 #include <memory>
@@ -28,7 +29,8 @@ struct PreTokenizer {
   absl::Status Apply(PieceList* list) const;
 };
 
-// Of null: no step. UNIMPLEMENTED for a type that is not in the list above.
-absl::StatusOr<PreTokenizer> MakePreTokenizer(const JsonField& field);
+// Of null: no step. UNIMPLEMENTED for a type that is not in the list above. `model_takes_bytes`:
+// bytes_to_visible_at_end may be set.
+absl::StatusOr<PreTokenizer> MakePreTokenizer(const JsonField& field, bool model_takes_bytes);
 
 }  // namespace attune

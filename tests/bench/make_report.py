@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Writes docs/benchmarks.md and its plots from the recorded rows in docs/benchmarks/*.json.
+
+    python3 tests/bench/make_report.py
+
+A file holds one session on one GPU:
+  {"gpu": ..., "date": ..., "commit": ..., "note": ...,
+   "steps": [rows of train_bench --json], "peers": [{"program", "batch", "sequence", "tokens_per_s",
+   "peak_gib", "loss", "grad_norm"}], "kernels": [rows of {"op", "result", "roof"}]}
+Every figure in the page comes from these files; nothing is typed into the page by hand."""
+import json
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "benchmarks"
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
+
+
+def weights_of(row):
+    if row["weights"] != "nf4":
+        return row["weights"]
+    expanded = row["expanded"] or "expanded to bf16" in row.get("placement", "")
+    return "nf4, kept expanded" if expanded else "nf4, expanded at use"
+
+
+def placement_of(row):
+    if row.get("placement"):
+        return row["placement"].split(";", 1)[-1].strip() if ";" in row["placement"] else ""
+    parts = [f"{row[key]} layers: {what}" for key, what in
+             (("streams_on_host", "inputs and attention on host"),
+              ("gate_ups_on_host", "gate and up on host"),
+              ("gate_ups_rebuilt", "gate and up rebuilt")) if row[key]]
+    return "; ".join(parts)
+
+
+def step_rows(session):
+    for r in session["steps"]:
+        roof = r["frozen_roof_tokens_per_s"]
+        share = f"{100 * r['tokens_per_s'] / roof:.1f} % of {roof:,.0f}" if roof else ""
+        predicted = r["predicted_tokens_per_s"]
+        yield (r["model"], f"{r['batch']}x{r['sequence']}", r["micro_batch_tokens"],
+               weights_of(r), placement_of(r), f"{r['tokens_per_s']:,.0f}", share,
+               f"{r['peak_gib']:.2f}", f"{100 * (r['arena_gib'] / r['peak_gib'] - 1):+.1f} %",
+               f"{100 * (predicted / r['tokens_per_s'] - 1):+.1f} %",
+               f"{r['host_gib']:.2f}", f"{r['loss']:.3f}", f"{r['grad_norm']:.3f}",
+               f"{r['load_s']:.1f}", f"{r['first_step_s']:.1f}")
+
+
+def peer_rows(session):
+    """Each peer beside ours on the same work that takes no more memory."""
+    for p in session["peers"]:
+        ours = [r for r in session["steps"]
+                if r["model"] == p["model"] and r["batch"] == p["batch"]
+                and r["sequence"] == p["sequence"] and r["peak_gib"] <= 1.001 * p["peak_gib"]]
+        best = max(ours, key=lambda r: r["tokens_per_s"], default=None)
+        yield (p["program"], p["model"], f"{p['batch']}x{p['sequence']}",
+               f"{p['tokens_per_s']:,.0f}", f"{p['peak_gib']:.2f}", f"{p['loss']:.3f}",
+               f"{p['grad_norm']:.3f}", f"{best['tokens_per_s']:,.0f}" if best else "-",
+               f"{best['peak_gib']:.2f}" if best else "-",
+               f"{best['tokens_per_s'] / p['tokens_per_s']:.2f}" if best else "-")
+
+
+def plot(session, path):
+    """Tokens/s over peak memory (log) of every 8B row with 16k tokens a step."""
+    import math
+    points = [("attune", r["peak_gib"], r["tokens_per_s"]) for r in session["steps"]
+              if r["model"] == "8b" and r["sequence"] == 2048]
+    points += [(p["program"], p["peak_gib"], p["tokens_per_s"]) for p in session["peers"]
+               if p["model"] == "8b" and p["sequence"] == 2048]
+    if len(points) < 2:
+        return False
+    top = 1.1 * max(p[2] for p in points)
+    left, right = math.log(5), math.log(90)
+    colours = {}
+    palette = ["#1b6ca8", "#c8553d", "#588b3b", "#7a5195", "#8d6e00"]
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="420" '
+           'font-family="sans-serif" font-size="12">',
+           '<rect width="720" height="420" fill="white"/>']
+    for gib in (6, 8, 10, 14, 20, 30, 45, 65):
+        x = 70 + 620 * (math.log(gib) - left) / (right - left)
+        out.append(f'<line x1="{x:.0f}" y1="20" x2="{x:.0f}" y2="370" stroke="#ddd"/>'
+                   f'<text x="{x:.0f}" y="388" text-anchor="middle">{gib}</text>')
+    for k in range(0, int(top), 4000):
+        y = 370 - 350 * k / top
+        out.append(f'<line x1="70" y1="{y:.0f}" x2="690" y2="{y:.0f}" stroke="#ddd"/>'
+                   f'<text x="62" y="{y + 4:.0f}" text-anchor="end">{k:,}</text>')
+    for name, gib, speed in points:
+        colour = colours.setdefault(name, palette[len(colours) % len(palette)])
+        x = 70 + 620 * (math.log(gib) - left) / (right - left)
+        out.append(f'<circle cx="{x:.1f}" cy="{370 - 350 * speed / top:.1f}" r="5" '
+                   f'fill="{colour}"/>')
+    for i, (name, colour) in enumerate(colours.items()):
+        out.append(f'<circle cx="500" cy="{300 + 18 * i}" r="5" fill="{colour}"/>'
+                   f'<text x="512" y="{304 + 18 * i}">{name}</text>')
+    out.append('<text x="380" y="410" text-anchor="middle">peak device memory, GiB</text>')
+    out.append('<text x="16" y="200" transform="rotate(-90 16 200)" text-anchor="middle">'
+               'tokens/s</text></svg>')
+    path.write_text("\n".join(out) + "\n")
+    return True
+
+
+def main():
+    page = ["# Benchmarks", "",
+            "Generated by tests/bench/make_report.py from docs/benchmarks/*.json. Ours: "
+            "`train_bench` and `kernels_bench`",
+            "(tests/bench). Compare ratios within a session; sessions ran on different machines.",
+            "GPUs other than sm_90 were not run."]
+    for path in sorted(FOLDER.glob("*.json"), reverse=True):
+        session = json.loads(path.read_text())
+        page += ["", f"## {session['gpu']}, {session['date']}, commit {session['commit']}"]
+        if session.get("note"):
+            page += ["", session["note"]]
+        if session.get("steps"):
+            page += ["", "### Optimiser steps", "",
+                     "Random weights and tokens, full-length sequences, LoRA r 16 on all linear "
+                     "layers, bf16 products, AdamW;",
+                     "median of the timed steps. Roof: only the frozen model's products and "
+                     "attention, measured in the same",
+                     "run. Memory: the driver's peak less the context. `plan`: the planned arena "
+                     "against that peak; `model`: the",
+                     "predicted speed against the measured one.", ""]
+            page += table(("model", "step", "pack", "weights", "activations", "tok/s", "of roof",
+                           "GiB", "plan", "model", "host GiB", "loss", "grad norm", "load s",
+                           "first step s"), step_rows(session))
+        if session.get("peers"):
+            page += ["", "### Beside others on the same machine", "",
+                     "Each peer's own peak, and our fastest row on the same work that takes no "
+                     "more.", ""]
+            page += table(("program", "model", "step", "tok/s", "GiB", "loss", "grad norm",
+                           "attune tok/s", "GiB", "ratio"), peer_rows(session))
+            svg = path.with_suffix(".svg")
+            if plot(session, svg):
+                page += ["", f"![Speed over memory](benchmarks/{svg.name})"]
+        if session.get("kernels"):
+            page += ["", "### Ops", ""]
+            page += table(("op", "result", "of its roof"),
+                          [(k["op"], k["result"], k["roof"]) for k in session["kernels"]])
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page) + "\n")
+
+
+if __name__ == "__main__":
+    main()
