@@ -437,7 +437,8 @@ void AddDeviceFlags(CLI::App* app, std::string* device, std::vector<std::string>
 
 void AddStandaloneFlags(CLI::App* app, StandaloneFlags* flags) {
   app->add_option("--spec", flags->spec, "Job spec (YAML)");
-  app->add_option("--root", flags->roots, "Directory beneath which `path` sources lie, beside the spec's own");
+  app->add_option("--root", flags->roots,
+                  "Directory beneath which `path` sources lie, beside the spec's own");
   app->add_option("--threads", flags->threads, "CPU threads [cores / world size]");
 }
 
