@@ -2,7 +2,8 @@
 # Installs what the tests need, builds, and runs all of them: one optimised tree with everything,
 # then the targets without gRPC under AddressSanitizer and UBSan (with the fuzzers) and under
 # ThreadSanitizer. Can be run again; leaves no process behind.
-# Usage: ./test.sh [release|asan|tsan ...]   (default: all three)
+# Usage: ./test.sh [release|asan|tsan|bundle ...]   (default: the first three; bundle builds the
+# static programs and runs them in a root that holds nothing but glibc)
 set -euo pipefail
 cd "$(dirname "$0")"
 

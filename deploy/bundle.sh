@@ -3,11 +3,13 @@
 #   deploy/bundle.sh [OUTPUT.tar.xz]      (default: build/bundle/attune-<version>-<machine>.tar.xz)
 # The archive holds bin/ and lib/; it runs from wherever it is unpacked, on any Linux with a glibc
 # as new as the one it was built on. CUDA libraries are not in it: they are the target machine's.
-# BUILD_DIR names an existing build tree with ATTUNE_STATIC=ON to pack instead.
+# BUILD_DIR names an existing build tree with ATTUNE_STATIC=ON to pack instead; EXTRA_PROGRAMS names
+# further programs of it, such as tests to run on another machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-programs=(attuned attune-worker attune-trainer attune)
+read -r -a extra <<<"${EXTRA_PROGRAMS:-}"
+programs=(attuned attune-worker attune-trainer attune "${extra[@]}")
 build=${BUILD_DIR:-build/bundle}
 command -v patchelf >/dev/null || { echo "$0: needs patchelf" >&2; exit 1; }
 if [ -z "${BUILD_DIR:-}" ]; then

@@ -10,7 +10,7 @@ build=(g++ cmake ninja-build pkg-config ccache
   libgrpc++-dev protobuf-compiler-grpc protobuf-compiler libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libgtest-dev libgmock-dev libgloo-dev libsqlite3-dev libdnnl-dev
   ocl-icd-opencl-dev libicu-dev libpcre2-dev nlohmann-json3-dev libyaml-cpp-dev libcli11-dev
-  libssl-dev)
+  libssl-dev patchelf xz-utils)
 test=("${build[@]}" clang libclang-rt-14-dev libomp-14-dev prometheus python3 python3-yaml zsh)
 run=(libgrpc++1.51 libprotobuf32 libabsl20220623 libgloo0 libdnnl2 libgomp1 libsqlite3-0 libicu72
   libpcre2-8-0 libyaml-cpp0.7 libssl3 libprometheus-cpp-core1.0 libprometheus-cpp-pull1.0)

@@ -109,7 +109,7 @@ absl::StatusOr<std::unique_ptr<LocalService>> StartLocalService(const Invocation
   agent.coordinator.data_directory = data_directory;
   agent.state_directory = data_directory + "/worker";
   agent.trainer_program = invocation.trainer;
-  agent.cpu_slots = options.cpu_slots > 0 ? options.cpu_slots : devices;
+  agent.devices.cpu_slots = options.cpu_slots > 0 ? options.cpu_slots : devices;
   agent.roots = options.roots;
   std::error_code error;
   const fs::path directory = fs::absolute(options.file, error).parent_path();

@@ -153,6 +153,10 @@ std::string WorkersTable(const v1::ListWorkersResponse& workers, absl::Time now)
       for (const v1::DeviceUse& use : worker.uses()) {
         if (use.device() == device.id()) job = IdOf(use.job());
       }
+      for (const v1::DeviceStatus& status : worker.statuses()) {
+        const bool faulty = status.device() == device.id() && !status.fault().empty();
+        if (faulty) job = absl::StrCat("faulty: ", status.fault());
+      }
       table.Add({id, host, state, heard, device.id(), device.model(),
                  FormatBytes(device.memory_bytes()), absl::StrCat(device.threads()), job});
       // Of the worker's further devices only what is theirs.

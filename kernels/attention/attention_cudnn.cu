@@ -1,5 +1,3 @@
-#include "kernels/attention/attention_cudnn.h"
-
 #include <cmath>
 #include <limits>
 #include <map>
@@ -7,6 +5,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "kernels/attention/attention_cudnn.h"
 #include "kernels/attention/cudnn_graph.h"
 #include "kernels/core/cuda.cuh"
 #include "kernels/core/cuda_libraries.h"
@@ -171,9 +170,26 @@ void ClearTail(const Exec& exec, const AttentionSegments& s, const Tails& tails,
 // ---- The graphs ----
 
 enum Id : int64_t {
-  kQ = 1, kK, kV, kO, kStats, kDo, kDq, kDk, kDv, kScale, kNone, kOne, kLengths, kWindow, kCap,
+  kQ = 1,
+  kK,
+  kV,
+  kO,
+  kStats,
+  kDo,
+  kDq,
+  kDk,
+  kDv,
+  kScale,
+  kNone,
+  kOne,
+  kLengths,
+  kWindow,
+  kCap,
   kOffsets = 40,  // + Ragged
-  kRowSums = 60, kDqSum, kDkHeads, kDvHeads
+  kRowSums = 60,
+  kDqSum,
+  kDkHeads,
+  kDvHeads
 };
 
 // Builds the nodes that both directions share.
@@ -206,8 +222,7 @@ class Builder {
   }
   // (T, Hq) f32 as (B, Hq, Tmax, 1).
   Tensor Statistics(int64_t id) {
-    return g_->Strided({p_.segments, p_.hq, p_.tokens, 1},
-                       {p_.tokens * p_.hq, 1, p_.hq, 1},
+    return g_->Strided({p_.segments, p_.hq, p_.tokens, 1}, {p_.tokens * p_.hq, 1, p_.hq, 1},
                        {.id = id, .ragged = &offsets_[kRaggedStats]});
   }
   Tensor Scores(cudnnDataType_t dtype = CUDNN_DATA_FLOAT) {
@@ -296,12 +311,12 @@ void AddForward(Graph* g, const Problem& p) {
 
 // dk or dv: the transposed (keys, queries) matrix times (queries, d), summed over the heads of a
 // group.
-void AddKeyGradient(Graph* g, Builder* b, const Tensor& scores, const Tensor& rhs, const Tensor& out,
-                    int64_t d, int64_t heads_id) {
+void AddKeyGradient(Graph* g, Builder* b, const Tensor& scores, const Tensor& rhs,
+                    const Tensor& out, int64_t d, int64_t heads_id) {
   const Problem& p = b->problem();
   const int64_t B = p.segments, T = p.tokens;
-  const Tensor transposed = g->Strided({B, p.hq, T, T}, {p.hq * T * T, T * T, 1, T},
-                                       {.dtype = CUDNN_DATA_BFLOAT16});
+  const Tensor transposed =
+      g->Strided({B, p.hq, T, T}, {p.hq * T * T, T * T, 1, T}, {.dtype = CUDNN_DATA_BFLOAT16});
   g->Reshape(scores, transposed);
   const Tensor* n = &b->lengths();
   if (p.hq == p.hk) return g->MatMul(transposed, rhs, out, {.m = n, .k = n});
@@ -327,8 +342,8 @@ void AddBackward(Graph* g, const Problem& p) {
   const Tensor stats = b.Statistics(kStats);
   // delta = rowsum(o * d_o)
   const int64_t B = p.segments, T = p.tokens;
-  const Tensor product_o = g->Strided({B, p.hq, T, p.dv},
-                                      {p.hq * T * p.dv, T * p.dv, p.hq * p.dv, 1}, {});
+  const Tensor product_o =
+      g->Strided({B, p.hq, T, p.dv}, {p.hq * T * p.dv, T * p.dv, p.hq * p.dv, 1}, {});
   const Tensor row_sum = b.PerRow(), delta = b.Statistics(kRowSums);
   g->Pointwise(CUDNN_POINTWISE_MUL, d_o, product_o, {.b = &o});
   g->Reduce(CUDNN_REDUCE_TENSOR_ADD, product_o, row_sum);
@@ -353,8 +368,7 @@ void AddBackward(Graph* g, const Problem& p) {
   }
   ds = b.Map(CUDNN_POINTWISE_MUL, ds, &b.scale());
   AddKeyGradient(g, &b, ds, q, dk, p.dqk, kDkHeads);
-  const Tensor k = g->Strided({B, p.hk, T, p.dqk},
-                              {T * p.hk * p.dqk, p.dqk, p.hk * p.dqk, 1},
+  const Tensor k = g->Strided({B, p.hk, T, p.dqk}, {T * p.hk * p.dqk, p.dqk, p.hk * p.dqk, 1},
                               {.dtype = CUDNN_DATA_BFLOAT16});
   g->Reshape(kt, k);
   if (p.deterministic) return g->MatMul(ds, k, dq, {.m = n, .k = n});
@@ -388,15 +402,19 @@ const Graph* FindPlan(const Problem& p, int64_t workspace_bytes) {
   p.backward ? AddBackward(graph.get(), p) : AddForward(graph.get(), p);
   std::string reason;
   if (!graph->Build(&reason)) {
-    std::fprintf(stderr, "attention: cuDNN refuses %s of %lld tokens, %lld/%lld heads of %lld: %s; "
-                 "the slower own kernels run\n", p.backward ? "the backward" : "the forward",
-                 static_cast<long long>(p.tokens), static_cast<long long>(p.hq),
-                 static_cast<long long>(p.hk), static_cast<long long>(p.dqk), reason.c_str());
+    std::fprintf(stderr,
+                 "attention: cuDNN refuses %s of %lld tokens, %lld/%lld heads of %lld: %s; "
+                 "the slower own kernels run\n",
+                 p.backward ? "the backward" : "the forward", static_cast<long long>(p.tokens),
+                 static_cast<long long>(p.hq), static_cast<long long>(p.hk),
+                 static_cast<long long>(p.dqk), reason.c_str());
     return nullptr;
   }
   if (graph->workspace_bytes() > workspace_bytes) {
-    std::fprintf(stderr, "attention: cuDNN wants %lld bytes of workspace, %lld are planned; the "
-                 "slower own kernels run\n", static_cast<long long>(graph->workspace_bytes()),
+    std::fprintf(stderr,
+                 "attention: cuDNN wants %lld bytes of workspace, %lld are planned; the "
+                 "slower own kernels run\n",
+                 static_cast<long long>(graph->workspace_bytes()),
                  static_cast<long long>(workspace_bytes));
     return nullptr;
   }
@@ -417,8 +435,9 @@ using Pointers = std::vector<std::pair<int64_t, void*>>;
 
 template <typename Args>
 Pointers CommonPointers(const Args& a, const Problem& p, const Offsets& offsets, Scalars* scalars) {
-  Pointers out{{kQ, a.q.data},       {kK, a.k.data},      {kV, a.v.data},
-               {kO, a.o.data},       {kStats, a.lse.data}, {kScale, &scalars->scale},
+  Pointers out{{kQ, a.q.data},          {kK, a.k.data},
+               {kV, a.v.data},          {kO, a.o.data},
+               {kStats, a.lse.data},    {kScale, &scalars->scale},
                {kNone, &scalars->none}, {kLengths, offsets.lengths}};
   for (int i = 0; i < kRaggedKinds; ++i) {
     if (i != kRaggedDo || p.backward) out.emplace_back(kOffsets + i, offsets.of[i]);
@@ -482,8 +501,7 @@ bool CudnnForward(const Exec& exec, const AttentionForwardArgs& a) {
   ClearTail(exec, a.segments, {{TailOf(a.o), {}, {}}, Data<float>(a.lse), p.hq}, p.tokens);
   Scalars scalars = ScalarsOf(p);
   UseStream(exec);
-  plan->Execute(CommonPointers(a, p, offsets, &scalars),
-                Data<char>(a.workspace) + OffsetsBytes(p));
+  plan->Execute(CommonPointers(a, p, offsets, &scalars), Data<char>(a.workspace) + OffsetsBytes(p));
   return true;
 }
 
@@ -508,8 +526,11 @@ bool CudnnBackward(const Exec& exec, const AttentionBackwardArgs& a) {
   take(kDqSum, buffers.dq_sum);
   take(kDkHeads, buffers.dk_heads);
   take(kDvHeads, buffers.dv_heads);
-  const std::pair<int64_t, void*> more[] = {{kOne, &scalars.one}, {kDo, a.d_o.data},
-                                            {kDq, a.dq.data}, {kDk, a.dk.data}, {kDv, a.dv.data}};
+  const std::pair<int64_t, void*> more[] = {{kOne, &scalars.one},
+                                            {kDo, a.d_o.data},
+                                            {kDq, a.dq.data},
+                                            {kDk, a.dk.data},
+                                            {kDv, a.dv.data}};
   pointers.insert(pointers.end(), std::begin(more), std::end(more));
   UseStream(exec);
   plan->Execute(pointers, at);

@@ -47,10 +47,8 @@ CudnnGraph::Tensor CudnnGraph::Strided(const int64_t (&dims)[4], const int64_t (
   const Descriptor d = out.descriptor;
   const int64_t id = options.id != 0 ? options.id : next_id_++;
   Set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, options.dtype);
-  CUDNN_CHECK(
-      Cudnn().SetAttribute(d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, dims));
-  CUDNN_CHECK(
-      Cudnn().SetAttribute(d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, strides));
+  CUDNN_CHECK(Cudnn().SetAttribute(d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, dims));
+  CUDNN_CHECK(Cudnn().SetAttribute(d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, strides));
   Set(d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, id);
   Set(d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, int64_t{16});
   Set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, options.id == 0);

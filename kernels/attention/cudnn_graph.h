@@ -22,8 +22,8 @@ class CudnnGraph {
   // How a tensor of four dimensions lies in memory.
   struct TensorOptions {
     cudnnDataType_t dtype = CUDNN_DATA_FLOAT;
-    int64_t id = 0;                 // of a tensor that the caller provides; 0: inside the graph
-    bool by_value = false;          // a scalar in host memory, read when the graph is executed
+    int64_t id = 0;                  // of a tensor that the caller provides; 0: inside the graph
+    bool by_value = false;           // a scalar in host memory, read when the graph is executed
     const Tensor* ragged = nullptr;  // (B + 1) offsets of the first dimension, in elements
   };
 
@@ -36,8 +36,8 @@ class CudnnGraph {
                  const TensorOptions& options);
   // Inside the graph, row-major.
   Tensor Virtual(const int64_t (&dims)[4], cudnnDataType_t dtype = CUDNN_DATA_FLOAT);
-  Tensor Scalar(int64_t id);                   // (1) f32 by value
-  Tensor Counts(int64_t size, int64_t id);     // (size) i32
+  Tensor Scalar(int64_t id);                // (1) f32 by value
+  Tensor Counts(int64_t size, int64_t id);  // (size) i32
 
   // y = mode(x, b), with a selector t for BINARY_SELECT.
   struct PointwiseOptions {

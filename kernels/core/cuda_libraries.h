@@ -52,9 +52,9 @@ void SetCudaLibraryDirectories(const std::vector<std::string>& directories);
 // tried, a line each.
 void* OpenCudaLibrary(const std::string& soname, std::string* tried);
 
-// Empty if the driver and the libraries that ops need (cuBLASLt, cuDNN) could be loaded, else of each
-// that is missing what was looked for, where, and what to do. Call it at start, so that a missing library is an error of the environment
-// and not the end of the process.
+// Empty if the driver and the libraries that ops need (cuBLASLt, cuDNN) could be loaded, else of
+// each that is missing what was looked for, where, and what to do. Call it at start, so that a
+// missing library is an error of the environment and not the end of the process.
 std::string LoadCudaLibraries();
 
 // The loaded libraries. Each ends the process (CudaFailed) where it cannot be loaded.

@@ -104,8 +104,8 @@ inline std::vector<Tensor> RunOnGpu(const std::vector<Operand>& operands, const 
   return out;
 }
 
-// The GPU gives what the CPU gives, the same bits twice (if `repeatable`), and writes nothing beside
-// its outputs.
+// The GPU gives what the CPU gives, the same bits twice (if `repeatable`), and writes nothing
+// beside its outputs.
 inline void ExpectGpuAsCpu(const std::string& what, const std::vector<Operand>& operands,
                            const OpCall& call, bool repeatable = true) {
   const std::vector<Tensor> want = RunOnCpu(operands, call), got = RunOnGpu(operands, call);

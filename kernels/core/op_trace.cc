@@ -74,7 +74,8 @@ std::vector<OpTrace::Row> OpTrace::Rows(const Exec& exec) const {
   }
   std::vector<Row> rows;
   for (auto& [name, row] : by_name) rows.push_back(row);
-  std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.total_s > b.total_s; });
+  std::sort(rows.begin(), rows.end(),
+            [](const Row& a, const Row& b) { return a.total_s > b.total_s; });
   return rows;
 }
 

@@ -24,16 +24,14 @@ struct Extension {
 };
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void ExtendKernel(
-    const __grid_constant__ Extension<T> x) {
+__global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__ Extension<T> x) {
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < x.n * x.e) {
     const int64_t row = i / x.e;
     const int column = static_cast<int>(i - row * x.e), p = column / x.r;
     float value = 0.0f;
     if (p < x.parts && row >= x.part[p].begin && row < x.part[p].end) {
-      value = x.scale *
-              ToFloat(x.part[p].b[(row - x.part[p].begin) * x.r + column - p * x.r]);
+      value = x.scale * ToFloat(x.part[p].b[(row - x.part[p].begin) * x.r + column - p * x.r]);
     }
     x.w[row * x.stride + x.k + column] = FromFloat<T>(value);
     return;

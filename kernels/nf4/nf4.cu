@@ -42,6 +42,16 @@ struct Source {
   }
 };
 
+uint32_t MultiprocessorCount() {
+  static const uint32_t count = [] {
+    int device = 0, out = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&out, cudaDevAttrMultiProcessorCount, device));
+    return static_cast<uint32_t>(out);
+  }();
+  return count;
+}
+
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // loads in flight per thread
 
@@ -58,29 +68,33 @@ __global__ __launch_bounds__(kThreads) void DequantizeKernel(const __grid_consta
   map[threadIdx.x] = tables.map[threadIdx.x];
   __syncthreads();
   const uint32_t* packed = reinterpret_cast<const uint32_t*>(source.packed + first_element / 2);
-  const uint32_t base = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
-  uint32_t bytes[kUnroll];
-  float absmax[kUnroll];
+  // Blocks stay for many turns: filling the tables costs about as much as a turn.
+  for (uint64_t turn = blockIdx.x * (kThreads * kUnroll); turn < total;
+       turn += static_cast<uint64_t>(gridDim.x) * (kThreads * kUnroll)) {
+    const uint32_t base = static_cast<uint32_t>(turn) + threadIdx.x;
+    uint32_t bytes[kUnroll];
+    float absmax[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const uint32_t i = base + u * kThreads;
-    if (i >= total) continue;
-    bytes[u] = __ldg(packed + i);
-    absmax[u] = source.AbsMax(map, (first_element + 8 * static_cast<int64_t>(i)) / kNf4Block);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const uint32_t i = base + u * kThreads;
-    if (i >= total) continue;
-    const uint32_t row = i / packs;
-    Pack<T, 8> y;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t byte = bytes[u] >> (8 * j);
-      y.Set(2 * j, __fmul_rn(nf4[(byte >> 4) & 15], absmax[u]));
-      y.Set(2 * j + 1, __fmul_rn(nf4[byte & 15], absmax[u]));
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t i = base + u * kThreads;
+      if (i >= total) continue;
+      bytes[u] = __ldg(packed + i);
+      absmax[u] = source.AbsMax(map, (first_element + 8 * static_cast<int64_t>(i)) / kNf4Block);
     }
-    y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t i = base + u * kThreads;
+      if (i >= total) continue;
+      const uint32_t row = i / packs;
+      Pack<T, 8> y;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t byte = bytes[u] >> (8 * j);
+        y.Set(2 * j, __fmul_rn(nf4[(byte >> 4) & 15], absmax[u]));
+        y.Set(2 * j + 1, __fmul_rn(nf4[byte & 15], absmax[u]));
+      }
+      y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
+    }
   }
 }
 
@@ -121,7 +135,8 @@ void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
   }
   const uint32_t total = static_cast<uint32_t>(size / 8);
   const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
-  const uint32_t blocks = (total + kThreads * kUnroll - 1) / (kThreads * kUnroll);
+  const uint32_t blocks = std::min<uint32_t>(
+      (total + kThreads * kUnroll - 1) / (kThreads * kUnroll), 8 * MultiprocessorCount());
   DequantizeKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(
       MakeTables(), source, a.first_element, Data<T>(a.out), a.out.stride(0), packs, total);
   CUDA_CHECK(cudaGetLastError());

@@ -29,8 +29,9 @@ void Table(const RopeTableArgs& a) {
 }
 
 template <typename T>
-ATTUNE_CLONES void RotateHead(const T* x, T* y, const AccumulatorOf<T>* cos, const AccumulatorOf<T>* sin,
-                              AccumulatorOf<T> sign, int64_t half, int64_t head_dim) {
+ATTUNE_CLONES void RotateHead(const T* x, T* y, const AccumulatorOf<T>* cos,
+                              const AccumulatorOf<T>* sin, AccumulatorOf<T> sign, int64_t half,
+                              int64_t head_dim) {
   using A = AccumulatorOf<T>;
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
@@ -52,9 +53,8 @@ void Rotate(const RopeArgs& a) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t h = 0; h < heads; ++h) {
       RotateHead(a.x.As<T>() + t * a.x.stride(0) + h * a.x.stride(1),
-                 y.As<T>() + t * y.stride(0) + h * y.stride(1),
-                 a.cos.As<A>() + t * a.cos.stride(0), a.sin.As<A>() + t * a.sin.stride(0), sign,
-                 half, a.x.dim(2));
+                 y.As<T>() + t * y.stride(0) + h * y.stride(1), a.cos.As<A>() + t * a.cos.stride(0),
+                 a.sin.As<A>() + t * a.sin.stride(0), sign, half, a.x.dim(2));
     }
   }
 }

@@ -256,6 +256,7 @@ std::vector<v1::Worker> Coordinator::ListWorkers() const {
     v1::Worker worker = entry.worker;
     worker.set_connected(entry.session != 0);
     *worker.mutable_last_heartbeat_time() = ToProto(entry.last_heard);
+    for (const auto& [device, status] : entry.statuses) *worker.add_statuses() = status;
     for (int64_t epoch : entry.live) {
       const LeaseRecord& lease = leases_.at({epoch, name});
       for (const std::string& device : lease.devices) {
@@ -319,9 +320,12 @@ CoordinatorStats Coordinator::Stats() const {
     for (const v1::Device& device : entry.worker.devices()) {
       const char* use = entry.session == 0               ? "away"
                         : leased.count(device.id()) != 0 ? "leased"
+                        : entry.Faulty(device.id())      ? "faulty"
                                                          : "free";
       ++stats.devices[{device.type(), use}];
     }
+    if (entry.session == 0) continue;
+    for (const auto& [device, status] : entry.statuses) stats.gpus.emplace_back(name, status);
   }
   return stats;
 }

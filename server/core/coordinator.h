@@ -44,6 +44,7 @@ struct CoordinatorStats {
   std::map<std::pair<v1::DeviceType, std::string>, int64_t> devices;  // (type, use) -> count
   double tokens_per_s = 0;
   int64_t sessions = 0;
+  std::vector<std::pair<std::string, v1::DeviceStatus>> gpus;  // of connected workers, with names
 };
 
 struct JobPage {
@@ -93,6 +94,12 @@ class Coordinator {
     absl::Time last_heard;
     bool lost = false;
     std::set<int64_t> live;  // epochs of leases that have not ended
+    std::map<std::string, v1::DeviceStatus> statuses;  // of its GPUs, as last heard, by Device.id
+
+    bool Faulty(const std::string& device) const {
+      const auto it = statuses.find(device);
+      return it != statuses.end() && !it->second.fault().empty();
+    }
   };
   using LeaseKey = std::pair<int64_t, std::string>;  // (epoch, worker)
 
@@ -116,6 +123,8 @@ class Coordinator {
   // coordinator_workers.cc: what workers say.
   void On(const RegisterEvent& event);
   void On(const HeartbeatEvent& event);
+  void TakeStatuses(const google::protobuf::RepeatedPtrField<v1::DeviceStatus>& statuses,
+                    WorkerEntry* worker);
   void On(const ReportEvent& event);
   void On(const RendezvousSetEvent& event);
   void On(const RendezvousGetEvent& event);

@@ -49,6 +49,7 @@ sched::Snapshot Coordinator::MakeSnapshot() const {
     }
     sched::Worker worker{.name = name, .connected = entry.session != 0};
     for (const v1::Device& device : entry.worker.devices()) {
+      if (entry.Faulty(device.id())) continue;  // as if it were not there
       worker.devices.push_back(
           {device.id(), ToSchedType(device.type()), leased.count(device.id()) == 0});
     }
@@ -67,9 +68,12 @@ sched::Snapshot Coordinator::MakeSnapshot() const {
   return snapshot;
 }
 
-// The least busy connected worker, one with devices of the job's type if there is any.
+// The least busy connected worker, one with devices of the job's type if there is any. A job for
+// any type is meant for GPUs where there are some: so does the scheduler, and what validation
+// resolves (precision) is of the device.
 void Coordinator::AssignValidation(JobEntry* entry) {
-  const v1::DeviceType wanted = entry->job().spec().resources().device_type();
+  v1::DeviceType wanted = entry->job().spec().resources().device_type();
+  if (wanted == v1::DEVICE_TYPE_ANY) wanted = v1::DEVICE_TYPE_CUDA;
   WorkerEntry* best = nullptr;
   std::pair<bool, int64_t> best_key;  // (lacks the type, validations)
   for (auto& [name, worker] : workers_) {
@@ -80,9 +84,9 @@ void Coordinator::AssignValidation(JobEntry* entry) {
     }
     if (validations >= options_.validations_per_worker) continue;
     const auto& devices = worker.worker.devices();
-    const bool has_type =
-        std::any_of(devices.begin(), devices.end(), [&](const v1::Device& device) {
-          return wanted == v1::DEVICE_TYPE_ANY || device.type() == wanted;
+    const bool has_type = std::any_of(
+        devices.begin(), devices.end(), [&, &worker = worker](const v1::Device& device) {
+          return device.type() == wanted && !worker.Faulty(device.id());
         });
     const std::pair<bool, int64_t> key{!has_type, validations};
     if (best == nullptr || key < best_key) {

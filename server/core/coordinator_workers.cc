@@ -83,6 +83,8 @@ void Coordinator::On(const RegisterEvent& event) {
   worker.set_version(event.message.version());
   *worker.mutable_devices() = event.message.devices();
   entry.worker = worker;
+  entry.statuses.clear();
+  TakeStatuses(event.message.statuses(), &entry);
   out_.effects.push_back(PutWorker{std::move(worker)});
   ReconcileLeases(&entry, event.message);
   schedule_needed_ = true;
@@ -145,7 +147,22 @@ void Coordinator::ReconcileLease(LeaseRecord* lease, bool held, v1::Registered* 
 }
 
 void Coordinator::On(const HeartbeatEvent& event) {
-  HeardFrom(event.session);
+  WorkerEntry* worker = HeardFrom(event.session);
+  if (worker != nullptr) TakeStatuses(event.message.statuses(), worker);
+}
+
+// Only of devices that the worker has registered.
+void Coordinator::TakeStatuses(const google::protobuf::RepeatedPtrField<v1::DeviceStatus>& statuses,
+                               WorkerEntry* worker) {
+  std::map<std::string, v1::DeviceStatus> news;
+  for (const v1::DeviceStatus& status : statuses) news[status.device()] = status;
+  for (const v1::Device& device : worker->worker.devices()) {
+    const auto it = news.find(device.id());
+    if (it == news.end()) continue;
+    const bool was_faulty = worker->Faulty(device.id());
+    worker->statuses[device.id()] = it->second;
+    schedule_needed_ = schedule_needed_ || was_faulty != worker->Faulty(device.id());
+  }
 }
 
 void Coordinator::On(const SessionClosedEvent& event) {

@@ -233,5 +233,60 @@ TEST_F(CoordinatorTest, ABrokenRegistrationIsRefused) {
   EXPECT_TRUE(coordinator_->ListWorkers().empty());
 }
 
+TEST_F(CoordinatorTest, AFaultyGpuIsNotLeasedUntilItsWorkerRegistersItAsHealthy) {
+  const auto status = [](const char* device, const char* fault) {
+    v1::DeviceStatus status;
+    status.set_device(device);
+    status.set_fault(fault);
+    return status;
+  };
+  RegisterEvent hello{++session_, {}};
+  hello.message.set_worker("workers/g");
+  for (const char* id : {"cuda:GPU-a", "cuda:GPU-b"}) {
+    v1::Device* device = hello.message.add_devices();
+    device->set_id(id);
+    device->set_type(v1::DEVICE_TYPE_CUDA);
+    *hello.message.add_statuses() = status(id, "");
+  }
+  Do(hello);
+  HeartbeatEvent beat{session_, {}};
+  *beat.message.add_statuses() = status("cuda:GPU-a", "XID 79");
+  *beat.message.add_statuses() = status("cuda:GPU-none", "nobody registered it");
+  Do(beat);
+  const std::string pair = Create(MakeSpec(2));
+  Validate(session_);
+  EXPECT_EQ(Get(pair).reason(), "NO_SUCH_DEVICES");
+  const std::string one = Create(MakeSpec(1));
+  Validate(session_);
+  EXPECT_THAT(LastLease(session_, v1::LEASE_KIND_TRAIN).devices(), ElementsAre("cuda:GPU-b"));
+  EXPECT_EQ(Get(one).spec().resources().device_type(), v1::DEVICE_TYPE_CUDA);
+  const auto workers = coordinator_->ListWorkers();
+  ASSERT_EQ(workers.size(), 1);
+  ASSERT_EQ(workers[0].statuses_size(), 2);
+  EXPECT_EQ(workers[0].statuses(0).fault(), "XID 79");
+  EXPECT_EQ((coordinator_->Stats().devices[{v1::DEVICE_TYPE_CUDA, "faulty"}]), 1);
+  End(session_, LastLease(session_, v1::LEASE_KIND_TRAIN).epoch(), v1::LEASE_OUTCOME_FAILED,
+      v1::FAILURE_CAUSE_INVALID);
+  EXPECT_EQ(Get(pair).state(), v1::JOB_STATE_QUEUED);
+  hello.session = ++session_;
+  Do(hello);
+  EXPECT_EQ(Get(pair).state(), v1::JOB_STATE_STARTING);
+}
+
+TEST_F(CoordinatorTest, AJobForAnyDeviceIsValidatedWhereGpusAre) {
+  const SessionId cpu = Register("workers/a", 4);
+  RegisterEvent hello{++session_, {}};
+  hello.message.set_worker("workers/g");
+  hello.message.add_devices()->set_id("cuda:GPU-a");
+  hello.message.mutable_devices(0)->set_type(v1::DEVICE_TYPE_CUDA);
+  Do(hello);
+  Create(MakeSpec(1));
+  EXPECT_NE(LastLease(session_, v1::LEASE_KIND_VALIDATE).epoch(), 0);
+  v1::JobSpec spec = MakeSpec(1);
+  spec.mutable_resources()->set_device_type(v1::DEVICE_TYPE_CPU);
+  Create(spec);
+  EXPECT_NE(LastLease(cpu, v1::LEASE_KIND_VALIDATE).epoch(), 0);
+}
+
 }  // namespace
 }  // namespace attune

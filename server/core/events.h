@@ -74,6 +74,7 @@ struct RegisterEvent {
 };
 struct HeartbeatEvent {
   SessionId session = 0;
+  v1::Heartbeat message = {};
 };
 struct ReportEvent {
   SessionId session = 0;

@@ -68,6 +68,15 @@ struct Metrics::Families {
   prometheus::Family<prometheus::Counter>& started = MakeCounter(metrics::kGrpcServerStartedTotal);
   prometheus::Family<prometheus::Counter>& handled = MakeCounter(metrics::kGrpcServerHandledTotal);
   prometheus::Family<Histogram>& handling = MakeHistogram(metrics::kGrpcServerHandlingSeconds);
+  using GaugeFamily = prometheus::Family<prometheus::Gauge>;
+  GaugeFamily& gpu_utilization = MakeGauge(metrics::kGpuUtilizationRatio);
+  GaugeFamily& gpu_memory = MakeGauge(metrics::kGpuMemoryUsedBytes);
+  GaugeFamily& gpu_power = MakeGauge(metrics::kGpuPowerWatts);
+  GaugeFamily& gpu_temperature = MakeGauge(metrics::kGpuTemperatureCelsius);
+  GaugeFamily& gpu_ecc = MakeGauge(metrics::kGpuEccErrors);
+  GaugeFamily& gpu_xid = MakeGauge(metrics::kGpuXidErrors);
+  GaugeFamily& gpu_healthy = MakeGauge(metrics::kGpuHealthy);
+  std::vector<std::pair<GaugeFamily*, prometheus::Gauge*>> gpu_gauges;  // that exist now
   Histogram& queue_wait = MakeHistogram(metrics::kJobQueueWaitSeconds).Add({}, WaitBuckets());
   Histogram& commit = MakeHistogram(metrics::kStoreCommitSeconds).Add({}, CallBuckets());
   prometheus::Gauge& tokens_per_s = MakeGauge(metrics::kTokensPerSecond).Add({});
@@ -137,14 +146,42 @@ void Metrics::Gauges(const CoordinatorStats& stats) {
   }
   // A use that no device is in any more is 0, not the last value.
   for (v1::DeviceType type : {v1::DEVICE_TYPE_CPU, v1::DEVICE_TYPE_CUDA}) {
-    for (const char* use : {"free", "leased", "away"}) {
+    for (const char* use : {"free", "leased", "faulty", "away"}) {
       const auto it = stats.devices.find({type, use});
       families_->devices.Add(WithValues(metrics::kDevices, {TypeLabel(type), use}))
           .Set(it == stats.devices.end() ? 0 : static_cast<double>(it->second));
     }
   }
+  Gpus(stats);
   families_->tokens_per_s.Set(stats.tokens_per_s);
   families_->sessions.Set(static_cast<double>(stats.sessions));
+}
+
+// A GPU whose worker is away has no series: its last values say nothing.
+void Metrics::Gpus(const CoordinatorStats& stats) {
+  for (auto& [family, gauge] : families_->gpu_gauges) family->Remove(gauge);
+  families_->gpu_gauges.clear();
+  const auto set = [&](prometheus::Family<prometheus::Gauge>* family, const char* name,
+                       std::vector<std::string> labels, double value) {
+    prometheus::Gauge& gauge = family->Add(WithValues(name, std::move(labels)));
+    gauge.Set(value);
+    families_->gpu_gauges.emplace_back(family, &gauge);
+  };
+  Families& f = *families_;
+  for (const auto& [worker, s] : stats.gpus) {
+    const std::vector<std::string> labels = {worker, s.device()};
+    set(&f.gpu_utilization, metrics::kGpuUtilizationRatio, labels, s.utilization());
+    set(&f.gpu_memory, metrics::kGpuMemoryUsedBytes, labels,
+        static_cast<double>(s.memory_used_bytes()));
+    set(&f.gpu_power, metrics::kGpuPowerWatts, labels, s.power_w());
+    set(&f.gpu_temperature, metrics::kGpuTemperatureCelsius, labels, s.temperature_c());
+    set(&f.gpu_xid, metrics::kGpuXidErrors, labels, static_cast<double>(s.xid_errors()));
+    set(&f.gpu_healthy, metrics::kGpuHealthy, labels, s.fault().empty() ? 1 : 0);
+    set(&f.gpu_ecc, metrics::kGpuEccErrors, {worker, s.device(), "corrected"},
+        static_cast<double>(s.ecc_corrected_errors()));
+    set(&f.gpu_ecc, metrics::kGpuEccErrors, {worker, s.device(), "uncorrected"},
+        static_cast<double>(s.ecc_uncorrected_errors()));
+  }
 }
 
 void Metrics::Started(const std::string& service, const std::string& method) {

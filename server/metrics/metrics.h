@@ -32,6 +32,8 @@ class Metrics final : public Observer, public RpcObserver {
 
  private:
   struct Families;
+  void Gpus(const CoordinatorStats& stats);
+
   std::unique_ptr<Families> families_;
 };
 

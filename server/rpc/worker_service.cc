@@ -113,7 +113,7 @@ class SessionReactor final
         *event = RegisterEvent{id_, std::move(*incoming_.mutable_register_())};
         break;
       case v1::WorkerMessage::kHeartbeat:
-        *event = HeartbeatEvent{id_};
+        *event = HeartbeatEvent{id_, std::move(*incoming_.mutable_heartbeat())};
         break;
       case v1::WorkerMessage::kReport:
         *event = ReportEvent{id_, std::move(*incoming_.mutable_report())};

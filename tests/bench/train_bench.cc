@@ -18,6 +18,7 @@
 #include "worker/io/json.h"
 #include "worker/memory/device.h"
 #include "worker/train/engine.h"
+#include "worker/train/placement.h"
 
 namespace attune {
 namespace {
@@ -33,10 +34,10 @@ struct Flags {
   int64_t batch = 8, sequence = 2048, micro_tokens = 0;
   int64_t r = 16;
   int64_t steps = 6, warm_up = 2;
-  bool dense = false, resident = false, separate = false, deterministic = false;
+  bool dense = false, resident = false, prefetch = false, separate = false, deterministic = false;
   ActivationPolicy policy;
   int64_t logits_mib = 512;
-  double roof_s = 0;
+  double roof_s = 0, memory_gib = 0;
   bool profile = false;
   std::string json, label;
 };
@@ -165,6 +166,7 @@ EngineOptions OptionsOf(const Flags& flags) {
                         .deterministic = flags.deterministic,
                         .fused_lora = !flags.separate,
                         .resident = flags.resident,
+                        .prefetch = flags.prefetch,
                         .activations = flags.policy,
                         .logits_bytes = flags.logits_mib << 20,
                         .model = ConfigOf(flags.model),
@@ -180,7 +182,8 @@ struct StepTimes {
   double load_s = 0, first_step_s = 0, median_s = 0;
   double loss = 0, grad_norm = 0;
   double peak_gib = 0, arena_gib = 0, host_gib = 0;
-  double tokens_per_s = 0;
+  double tokens_per_s = 0, predicted_tokens_per_s = 0;
+  std::string placement;  // if it was chosen
 };
 
 int64_t UsedBytes() {
@@ -201,12 +204,36 @@ void PrintProfile(Engine* engine, double seconds, const OpTrace& trace) {
   }
 }
 
+// As the flags place it, or with --memory-gib as a job would be placed within that.
+absl::StatusOr<v1::MemoryEstimate> PlanOf(const Flags& flags, const RandomWeights& weights,
+                                          EngineOptions* options) {
+  if (flags.memory_gib > 0) {
+    const PlacementLimits limits{
+        .device_bytes = static_cast<int64_t>(flags.memory_gib * static_cast<double>(1 << 30)),
+        .host_bytes = QueryDeviceMemory(DeviceKind::kCpu).value().total_bytes / 2};
+    const double context = static_cast<double>(std::min(flags.sequence, flags.micro_tokens));
+    absl::StatusOr<v1::MemoryEstimate> chosen =
+        ChoosePlacement(limits, RatesOf(DeviceName()), context, options);
+    if (!chosen.ok()) return chosen.status();
+    // Loading takes scratch that shapes alone do not show.
+    absl::StatusOr<v1::MemoryEstimate> plan = Engine::Plan(*options, weights);
+    if (plan.ok()) plan->set_placement(chosen->placement());
+    return plan;
+  }
+  return Engine::Plan(*options, weights);
+}
+
 absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) {
-  const EngineOptions options = OptionsOf(flags);
-  absl::StatusOr<v1::MemoryEstimate> plan = Engine::Plan(options, weights);
+  EngineOptions options = OptionsOf(flags);
+  absl::StatusOr<v1::MemoryEstimate> plan = PlanOf(flags, weights, &options);
   if (!plan.ok()) return plan.status();
   const int64_t before = UsedBytes();
   StepTimes out;
+  out.placement = plan->placement();
+  out.predicted_tokens_per_s =
+      static_cast<double>(flags.micro_tokens) /
+      PredictMicroBatchSeconds(options, RatesOf(DeviceName()),
+                               static_cast<double>(std::min(flags.sequence, flags.micro_tokens)));
   const Clock::time_point start = Clock::now();
   auto engine = Engine::Create(options, weights, plan->peak_bytes(), [] {});
   if (!engine.ok()) return engine.status();
@@ -239,9 +266,9 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
   }
   out.peak_gib = static_cast<double>(UsedBytes() - before) / (1 << 30);
   out.arena_gib = static_cast<double>(plan->peak_bytes()) / (1 << 30);
-  out.host_gib = static_cast<double>((*engine)->model().HostBytes((*engine)->context(),
-                                                                  flags.micro_tokens)) /
-                 (1 << 30);
+  out.host_gib =
+      static_cast<double>((*engine)->model().HostBytes((*engine)->context(), flags.micro_tokens)) /
+      (1 << 30);
   std::vector<double> timed(times.begin() + flags.warm_up, times.end());
   std::sort(timed.begin(), timed.end());
   out.median_s = timed[timed.size() / 2];
@@ -336,7 +363,8 @@ class Roof {
   static TensorView As(const TensorView& flat, int64_t rows, int64_t columns) {
     return flat.Slice(0, 0, rows * columns).Reshape({rows, columns});
   }
-  static TensorView AsHeads(const TensorView& flat, int64_t begin, int64_t t, int64_t h, int64_t d) {
+  static TensorView AsHeads(const TensorView& flat, int64_t begin, int64_t t, int64_t h,
+                            int64_t d) {
     return flat.Slice(0, begin, begin + t * h * d).Reshape({t, h, d});
   }
   void Multiply(MatMulArgs args) {
@@ -344,7 +372,9 @@ class Roof {
     MatMul(exec_, args);
   }
   void Product(int64_t in, int64_t out) {
-    Multiply({.a = As(a_, tokens_, in), .b = As(w_, out, in), .d = As(d_, tokens_, out),
+    Multiply({.a = As(a_, tokens_, in),
+              .b = As(w_, out, in),
+              .d = As(d_, tokens_, out),
               .trans_b = true});
   }
   void InputGradient(int64_t in, int64_t out) {
@@ -352,8 +382,8 @@ class Roof {
   }
   void Head(int64_t rows) {
     const int64_t C = config_.hidden_size, V = config_.vocab_size;
-    Multiply({.a = As(a_, rows, C), .b = As(head_, V, C), .d = As(logits_, rows, V),
-              .trans_b = true});
+    Multiply(
+        {.a = As(a_, rows, C), .b = As(head_, V, C), .d = As(logits_, rows, V), .trans_b = true});
     Multiply({.a = As(logits_, rows, V), .b = As(head_, V, C), .d = As(d_, rows, C)});
   }
   void Attention(bool backward) {
@@ -365,15 +395,26 @@ class Roof {
                      v = AsHeads(kv_, kv, T, c.num_kv_heads, D);
     const TensorView o = AsHeads(o_, 0, T, c.num_heads, D);
     if (!backward) {
-      return AttentionForward(exec_, {.q = q, .k = k, .v = v, .o = o, .lse = lse_,
-                                      .segments = segments_, .options = options,
+      return AttentionForward(exec_, {.q = q,
+                                      .k = k,
+                                      .v = v,
+                                      .o = o,
+                                      .lse = lse_,
+                                      .segments = segments_,
+                                      .options = options,
                                       .workspace = workspace_});
     }
-    AttentionBackward(exec_, {.q = q, .k = k, .v = v, .o = o, .lse = lse_, .d_o = o,
+    AttentionBackward(exec_, {.q = q,
+                              .k = k,
+                              .v = v,
+                              .o = o,
+                              .lse = lse_,
+                              .d_o = o,
                               .dq = AsHeads(o_, T * c.q_size(), T, c.num_heads, D),
                               .dk = AsHeads(kv_, 2 * kv, T, c.num_kv_heads, D),
                               .dv = AsHeads(kv_, 3 * kv, T, c.num_kv_heads, D),
-                              .segments = segments_, .options = options,
+                              .segments = segments_,
+                              .options = options,
                               .workspace = workspace_});
   }
 
@@ -409,17 +450,23 @@ absl::StatusOr<double> RoofTokensPerSecond(const Flags& flags) {
 
 void Report(const Flags& flags, const StepTimes& t, double roof) {
   std::printf(
-      "%s %s r%lld %lldx%lld micro %lld%s%s%s host %lld/%lld rebuilt %lld: %.0f tok/s, step %.1f ms, "
+      "%s %s r%lld %lldx%lld micro %lld%s%s%s host %lld/%lld rebuilt %lld: %.0f tok/s, step %.1f "
+      "ms, "
       "%.2f GiB (arena %.2f, host %.2f), loss %.4f, grad norm %.4f, load %.2f s, first step "
       "ends at %.2f s",
       flags.model.c_str(), flags.dense ? "bf16" : "nf4", static_cast<long long>(flags.r),
       static_cast<long long>(flags.batch), static_cast<long long>(flags.sequence),
-      static_cast<long long>(flags.micro_tokens), flags.resident ? " expanded" : "",
+      static_cast<long long>(flags.micro_tokens),
+      flags.resident   ? " expanded"
+      : flags.prefetch ? " prefetch"
+                       : "",
       flags.separate ? " separate" : "", flags.deterministic ? " deterministic" : "",
       static_cast<long long>(flags.policy.streams_on_host),
       static_cast<long long>(flags.policy.gate_ups_on_host),
       static_cast<long long>(flags.policy.gate_ups_rebuilt), t.tokens_per_s, t.median_s * 1e3,
       t.peak_gib, t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
+  std::printf(", predicted %.0f tok/s", t.predicted_tokens_per_s);
+  if (!t.placement.empty()) std::printf(", placed: %s", t.placement.c_str());
   if (roof > 0) std::printf(", %.1f %% of the frozen roof %.0f", 100 * t.tokens_per_s / roof, roof);
   std::printf("\n");
   std::fflush(stdout);
@@ -432,11 +479,15 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
                     {"sequence", flags.sequence},
                     {"micro_batch_tokens", flags.micro_tokens},
                     {"expanded", flags.resident},
+                    {"prefetch", flags.prefetch},
                     {"streams_on_host", flags.policy.streams_on_host},
                     {"gate_ups_on_host", flags.policy.gate_ups_on_host},
                     {"gate_ups_rebuilt", flags.policy.gate_ups_rebuilt},
                     {"logits_mib", flags.logits_mib},
+                    {"placement", t.placement},
+                    {"device", DeviceName()},
                     {"tokens_per_s", t.tokens_per_s},
+                    {"predicted_tokens_per_s", t.predicted_tokens_per_s},
                     {"step_s", t.median_s},
                     {"peak_gib", t.peak_gib},
                     {"arena_gib", t.arena_gib},
@@ -461,6 +512,7 @@ int Main(int argc, char** argv) {
   app.add_option("--warm-up", flags.warm_up, "Steps before them");
   app.add_flag("--dense", flags.dense, "bf16 base instead of NF4");
   app.add_flag("--expanded", flags.resident, "Keep the NF4 values expanded");
+  app.add_flag("--prefetch", flags.prefetch, "Expand NF4 weights one ahead");
   app.add_flag("--separate", flags.separate, "Base and adapter as separate products");
   app.add_flag("--deterministic", flags.deterministic);
   app.add_option("--streams-on-host", flags.policy.streams_on_host, "Layers");
@@ -468,6 +520,8 @@ int Main(int argc, char** argv) {
   app.add_option("--gate-ups-rebuilt", flags.policy.gate_ups_rebuilt, "Layers");
   app.add_option("--logits-mib", flags.logits_mib, "Logits that exist at once");
   app.add_option("--roof", flags.roof_s, "Measure the frozen roof, for so many seconds");
+  app.add_option("--memory-gib", flags.memory_gib,
+                 "Choose the placement, within this much device memory");
   app.add_flag("--profile", flags.profile, "Time every op of one more step");
   app.add_option("--json", flags.json, "Append a row to this file");
   app.add_option("--label", flags.label, "Of the row");

@@ -177,7 +177,7 @@ class FakeCoordinator::Artifacts : public v1::ArtifactService::Service {
     std::lock_guard<std::mutex> lock(store_->mutex);
     FakeStore::StoredArtifact& stored = store_->artifacts[request->name()];
     for (const v1::ArtifactFile& file : stored.artifact.files()) {
-      if (Sha256(stored.content[file.path()]) != file.sha256()) {
+      if (Sha256Hex(stored.content[file.path()]) != file.sha256()) {
         return grpc::Status(grpc::StatusCode::DATA_LOSS, "wrong SHA-256 of " + file.path());
       }
     }

@@ -67,6 +67,9 @@ class FakeTrainer {
     std::fflush(stdout);
     std::fprintf(stderr, "rank %d of %d starts, OMP_NUM_THREADS=%s\n", assignment_.rank(),
                  assignment_.world_size(), std::getenv("OMP_NUM_THREADS"));
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    std::fprintf(stderr, "device %s, CUDA_VISIBLE_DEVICES=%s\n", assignment_.device().id().c_str(),
+                 visible == nullptr ? "(unset)" : visible);
     if (assignment_.kind() == v1::LEASE_KIND_VALIDATE) return Validate();
     Progress("load");
     Sleep(Script("load", 0));

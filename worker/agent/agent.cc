@@ -29,6 +29,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr absl::Duration kTick = absl::Milliseconds(20);
+constexpr absl::Duration kGpuInterval = absl::Seconds(1);
 // Reports of one lease that are on the way at once.
 constexpr int64_t kReportWindow = 1024;
 // Reports that were sent and not acknowledged for so long are sent again.
@@ -61,9 +62,9 @@ absl::StatusOr<std::string> KeptWorkerId(const std::string& path) {
 std::vector<std::string> CleanEnvironment(const char* const* environment) {
   static constexpr const char* kNames[] = {
       "PATH", "HOME", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "LD_PRELOAD"};
-  static constexpr const char* kPrefixes[] = {"LC_",     "CUDA_", "NVIDIA_", "NCCL_",
-                                              "GLOO_",   "OMP_",  "GOMP_",   "DNNL_",
-                                              "ONEDNN_", "ASAN_", "UBSAN_",  "TSAN_"};
+  static constexpr const char* kPrefixes[] = {
+      "LC_",   "CUDA_",        "NVIDIA_", "NCCL_", "GLOO_",  "OMP_", "GOMP_",
+      "DNNL_", "ATTUNE_CUDA_", "ONEDNN_", "ASAN_", "UBSAN_", "TSAN_"};
   std::vector<std::string> kept;
   for (; *environment != nullptr; ++environment) {
     const absl::string_view entry(*environment);
@@ -75,6 +76,17 @@ std::vector<std::string> CleanEnvironment(const char* const* environment) {
     if (keep && name != "OMP_NUM_THREADS") kept.emplace_back(entry);
   }
   return kept;
+}
+
+void AddLibraryDirectory(const std::string& directory, std::vector<std::string>* environment) {
+  constexpr absl::string_view kName = "ATTUNE_CUDA_LIBRARY_DIRS=";
+  for (std::string& entry : *environment) {
+    if (absl::StartsWith(entry, kName)) {
+      absl::StrAppend(&entry, ":", directory);
+      return;
+    }
+  }
+  environment->push_back(absl::StrCat(kName, directory));
 }
 
 absl::StatusOr<std::unique_ptr<Agent>> Agent::Start(AgentOptions options) {
@@ -118,7 +130,11 @@ absl::Status Agent::Open() {
   context_.find = [coordinator = options_.coordinator] { return FindCoordinator(coordinator); };
   cache_ = std::make_unique<ArtifactCache>(state + "/cache", options_.cache_bytes, context_.find);
   context_.cache = cache_.get();
-  context_.devices = CpuSlots(ReadHostCpu(), options_.cpu_slots);
+  absl::StatusOr<std::vector<v1::Device>> devices = FindDevices(options_.devices, &gpus_);
+  if (!devices.ok()) return devices.status();
+  context_.devices = *std::move(devices);
+  context_.gpus_are_shared = options_.devices.trainers_per_gpu > 1;
+  if (gpus_ != nullptr) statuses_ = gpus_->Read();
   context_.trainer_program = options_.trainer_program;
   context_.environment = options_.environment;
   context_.bind_address = options_.bind_address;
@@ -158,10 +174,17 @@ absl::Status Agent::Recover() {
 
 void Agent::StartThreads() {
   loop_ = std::thread([this] { Loop(); });
+  if (gpus_ != nullptr) gpu_watcher_ = std::thread([this] { WatchGpus(); });
   SessionEvents events;
   events.make_register = [this] {
     v1::Register message;
     Call([&] { message = MakeRegister(); });
+    return message;
+  };
+  events.heartbeat = [this] {
+    v1::Heartbeat message;
+    std::lock_guard<std::mutex> lock(mutex_);
+    *message.mutable_statuses() = {statuses_.begin(), statuses_.end()};
     return message;
   };
   events.registered = [this](int64_t stream, const v1::Registered& registered) {
@@ -210,7 +233,9 @@ Agent::~Agent() {
       stopping_ = true;
     }
     changed_.notify_all();
+    gpu_watcher_stopped_.notify_all();
     loop_.join();
+    if (gpu_watcher_.joinable()) gpu_watcher_.join();
   }
   held_.clear();
   retired_.clear();
@@ -269,6 +294,19 @@ void Agent::Loop() {
   retired_.clear();
 }
 
+// A thread of its own: a GPU that hangs must hold up neither leases nor heartbeats.
+void Agent::WatchGpus() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    const auto interval = absl::ToChronoNanoseconds(kGpuInterval);
+    if (gpu_watcher_stopped_.wait_for(lock, interval, [this] { return stopping_; })) return;
+    lock.unlock();
+    std::vector<v1::DeviceStatus> statuses = gpus_->Read();
+    lock.lock();
+    statuses_ = std::move(statuses);
+  }
+}
+
 v1::Register Agent::MakeRegister() {
   v1::Register message;
   message.set_worker(name_);
@@ -277,6 +315,10 @@ v1::Register Agent::MakeRegister() {
   message.set_hostname(hostname);
   message.set_version(ATTUNE_VERSION);
   for (const v1::Device& device : context_.devices) *message.add_devices() = device;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    *message.mutable_statuses() = {statuses_.begin(), statuses_.end()};
+  }
   // Also those whose processes are gone, until their end is acknowledged: what they reported is
   // still to come.
   for (const auto& [epoch, held] : held_) {

@@ -25,6 +25,7 @@
 #include "absl/time/time.h"
 #include "proto/coordinator_endpoint.h"
 #include "worker/agent/device_fence.h"
+#include "worker/agent/devices.h"
 #include "worker/agent/lease_runner.h"
 #include "worker/agent/session.h"
 
@@ -35,7 +36,7 @@ struct AgentOptions {
   std::string state_directory;
   std::string trainer_program;
   std::vector<std::string> roots;
-  int cpu_slots = 1;
+  DeviceOptions devices;
   int64_t cache_bytes = int64_t{50} << 30;
   // On which trainers of other hosts reach those of this one; for jobs that span hosts.
   std::string bind_address = "127.0.0.1";
@@ -46,6 +47,9 @@ struct AgentOptions {
 // Of an environment what trainers need: paths, locale, temporary directory, and the variables of
 // the GPU and communication libraries. Nothing that may hold a secret of the agent's user.
 std::vector<std::string> CleanEnvironment(const char* const* environment);
+
+// Adds a directory to the list of ATTUNE_CUDA_LIBRARY_DIRS, where trainers look for libraries.
+void AddLibraryDirectory(const std::string& directory, std::vector<std::string>* environment);
 
 class Agent {
  public:
@@ -60,6 +64,7 @@ class Agent {
 
   // "workers/{id}"
   const std::string& name() const { return name_; }
+  const std::vector<v1::Device>& devices() const { return context_.devices; }
   // Whether there is a session now.
   bool connected() const;
 
@@ -75,6 +80,7 @@ class Agent {
   absl::Status Recover();
   void StartThreads();
   void Loop();
+  void WatchGpus();
   void Post(std::function<void()> function);
   // Runs it in the loop and waits for it.
   void Call(const std::function<void()>& function);
@@ -98,6 +104,7 @@ class Agent {
   std::unique_ptr<SourceRoots> roots_;
   std::unique_ptr<ArtifactCache> cache_;
   std::unique_ptr<DeviceFence> fence_;
+  std::unique_ptr<GpuMonitor> gpus_;  // null where none is offered; of its thread
   LeaseContext context_;
 
   // The loop's alone.
@@ -107,10 +114,13 @@ class Agent {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
+  std::condition_variable gpu_watcher_stopped_;
   std::deque<std::function<void()>> posted_;
   bool stopping_ = false;
   bool connected_ = false;
+  std::vector<v1::DeviceStatus> statuses_;  // of the GPUs
   std::thread loop_;
+  std::thread gpu_watcher_;
   std::unique_ptr<Session> session_;
 };
 

@@ -71,7 +71,7 @@ class AgentTest : public testing::Test {
     options.state_directory = directory_ + "/state";
     options.trainer_program = std::string(ATTUNE_BIN_DIR) + "/fake_trainer";
     options.roots = {directory_ + "/root"};
-    options.cpu_slots = slots;
+    options.devices = {.offer = DeviceOffer::kCpu, .cpu_slots = slots};
     options.environment = CleanEnvironment(environ);
     return options;
   }
@@ -194,7 +194,8 @@ TEST_F(AgentTest, PassesLinesOnWithTheThreadsOfTheDevice) {
   for (const v1::Report& report : Reports(7)) {
     if (report.has_log() && report.log().rank() == 1) lines.push_back(report.log().text());
   }
-  EXPECT_THAT(lines, ElementsAre(absl::StrCat("rank 1 of 2 starts, OMP_NUM_THREADS=", threads)));
+  EXPECT_THAT(lines, ElementsAre(absl::StrCat("rank 1 of 2 starts, OMP_NUM_THREADS=", threads),
+                                 "device cpu:1, CUDA_VISIBLE_DEVICES="));
 }
 
 TEST_F(AgentTest, LimitsWhatATrainerPrints) {

@@ -16,6 +16,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "proto/log.h"
 
 namespace attune {
 namespace {
@@ -77,6 +78,28 @@ std::vector<v1::Device> CpuSlots(const HostCpu& host, int slots) {
     device.set_bf16(host.bf16);
     devices.push_back(std::move(device));
   }
+  return devices;
+}
+
+absl::StatusOr<std::vector<v1::Device>> FindDevices(const DeviceOptions& options,
+                                                    std::unique_ptr<GpuMonitor>* gpus) {
+  const HostCpu host = ReadHostCpu();
+  std::vector<v1::Device> devices;
+  if (options.offer != DeviceOffer::kCpu) {
+    auto monitor = GpuMonitor::Open(options.visible_gpus.has_value() ? options.visible_gpus->c_str()
+                                                                     : nullptr);
+    if (monitor.ok()) {
+      *gpus = *std::move(monitor);
+      devices = (*gpus)->Devices(host.cores, options.trainers_per_gpu);
+    } else if (options.offer == DeviceOffer::kCuda) {
+      return monitor.status();
+    } else if (!absl::IsNotFound(monitor.status())) {
+      LOG(WARNING) << "no GPU is offered: " << monitor.status();
+    }
+  }
+  if (options.offer == DeviceOffer::kCuda) return devices;
+  const int slots = options.cpu_slots > 0 ? options.cpu_slots : devices.empty() ? 1 : 0;
+  for (v1::Device& device : CpuSlots(host, slots)) devices.push_back(std::move(device));
   return devices;
 }
 

@@ -15,6 +15,8 @@ namespace {
 using Kind = LeaseAction::Kind;
 
 // A rank that lost a peer may be heard before the peer whose fault it is.
+// As kernels/core/cuda_error.h has it; the agent knows no CUDA.
+constexpr int kCudaFailedExitCode = 17;
 constexpr absl::Duration kPeerLostGrace = absl::Seconds(1);
 constexpr size_t kMessageLines = 8;
 constexpr size_t kMaxMessageBytes = 16384;
@@ -257,6 +259,8 @@ LeaseMachine::Actions LeaseMachine::OnExit(int rank, const TrainerExit& exit, ab
     v1::FailureCause cause = v1::FAILURE_CAUSE_TRAINER_CRASH;
     if (r.failure.has_value() && r.failure->cause() != v1::FAILURE_CAUSE_UNSPECIFIED) {
       cause = r.failure->cause();
+    } else if (!exit.signaled && exit.code == kCudaFailedExitCode) {
+      cause = v1::FAILURE_CAUSE_DEVICE;
     }
     const bool first = !failure_.has_value();
     Fail(cause, DescribeExit(rank, exit), &actions);

@@ -10,6 +10,7 @@
 #include <random>
 #include <sstream>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
@@ -336,6 +337,19 @@ v1::TrainerAssignment LeaseRunner::AssignmentOf(int rank) const {
   return assignment;
 }
 
+// A trainer sees the GPU of its assignment, and no other.
+void LeaseRunner::AddGpu(const v1::TrainerAssignment& assignment,
+                         std::vector<std::string>* environment) const {
+  std::erase_if(*environment, [](const std::string& entry) {
+    return absl::StartsWith(entry, "CUDA_VISIBLE_DEVICES=");
+  });
+  environment->push_back(absl::StrCat("CUDA_VISIBLE_DEVICES=", assignment.device().uuid()));
+  // NCCL takes several ranks on one GPU for a mistake, unless they seem to be of several hosts.
+  if (context_->gpus_are_shared) {
+    environment->push_back(absl::StrCat("NCCL_HOSTID=rank", assignment.rank()));
+  }
+}
+
 absl::Status LeaseRunner::StartTrainer(int rank) {
   const v1::TrainerAssignment assignment = AssignmentOf(rank);
   TrainerProcessOptions options;
@@ -347,6 +361,7 @@ absl::Status LeaseRunner::StartTrainer(int rank) {
   options.environment = context_->environment;
   options.environment.push_back(
       absl::StrCat("OMP_NUM_THREADS=", std::max(1, assignment.device().threads())));
+  AddGpu(assignment, &options.environment);
   absl::Status status = WriteFileDurably(options.assignment_file, assignment.SerializeAsString());
   if (!status.ok()) return status;
   absl::StatusOr<std::unique_ptr<TrainerProcess>> process =

@@ -38,6 +38,7 @@ struct LeaseContext {
   ArtifactCache* cache;
   ArtifactClient::Find find;
   std::vector<v1::Device> devices;
+  bool gpus_are_shared = false;  // several devices may be one GPU
   std::string trainer_program;
   std::vector<std::string> environment;
   std::string bind_address;
@@ -101,6 +102,7 @@ class LeaseRunner {
   void OnPrepared(absl::StatusOr<Sources> sources);
   absl::Status StartTrainers();
   absl::Status StartTrainer(int rank);
+  void AddGpu(const v1::TrainerAssignment& assignment, std::vector<std::string>* environment) const;
   TrainerProcessEvents EventsOf(int rank);
   v1::TrainerAssignment AssignmentOf(int rank) const;
   void Upload(const v1::CheckpointWritten& checkpoint);

@@ -25,6 +25,8 @@ int main(int argc, char** argv) {
       attune::DefaultDataDirectory(std::getenv("XDG_DATA_HOME"), std::getenv("HOME"));
   std::string state_directory;
   double cache_gib = 50;
+  std::string devices = "auto";
+  std::vector<std::string> library_directories;
 
   CLI::App app("Offers this host's devices to an attune coordinator and runs its trainers.",
                "attune-worker");
@@ -39,9 +41,20 @@ int main(int argc, char** argv) {
                  "where leases, reports and downloads are kept [DATA-DIR/worker]");
   app.add_option("--root", options.roots,
                  "directory beneath which jobs may name paths (repeatable)");
-  app.add_option("--cpu-slots", options.cpu_slots, "CPU devices to offer")
-      ->check(CLI::Range(1, 256))
+  app.add_option("--devices", devices,
+                 "what to offer: auto (GPUs, or without any a CPU device), cpu or cuda")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
+  app.add_option("--cpu-slots", options.devices.cpu_slots,
+                 "CPU devices to offer, also beside GPUs [1 where there is no GPU]")
+      ->check(CLI::Range(1, 256));
+  app.add_option("--trainers-per-gpu", options.devices.trainers_per_gpu,
+                 "trainers on one GPU at a time; more than one is for tests: they share its "
+                 "memory, and ranks of one job talk through the network")
+      ->check(CLI::Range(1, 8))
+      ->capture_default_str();
+  app.add_option("--cuda-library-dir", library_directories,
+                 "where trainers find CUDA libraries, beside where the system looks (repeatable)");
   app.add_option("--cache-gib", cache_gib, "downloads that are kept, in GiB")
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
@@ -55,6 +68,14 @@ int main(int argc, char** argv) {
       state_directory.empty() ? options.coordinator.data_directory + "/worker" : state_directory;
   options.cache_bytes = static_cast<int64_t>(cache_gib * (int64_t{1} << 30));
   options.environment = attune::CleanEnvironment(environ);
+  for (const std::string& directory : library_directories) {
+    attune::AddLibraryDirectory(directory, &options.environment);
+  }
+  if (devices == "cpu") options.devices.offer = attune::DeviceOffer::kCpu;
+  if (devices == "cuda") options.devices.offer = attune::DeviceOffer::kCuda;
+  if (const char* visible = std::getenv("CUDA_VISIBLE_DEVICES")) {
+    options.devices.visible_gpus = visible;
+  }
 
   // Before any thread, so that only sigwait takes them.
   sigset_t signals;
@@ -68,8 +89,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "attune-worker: %s\n", std::string(agent.status().message()).c_str());
     return 1;
   }
-  LOG(INFO) << (*agent)->name() << " offers " << options.cpu_slots << " CPU device"
-            << (options.cpu_slots == 1 ? "" : "s");
+  for (const attune::v1::Device& device : (*agent)->devices()) {
+    LOG(INFO) << (*agent)->name() << " offers " << device.id() << ", " << device.model();
+  }
   int received = 0;
   sigwait(&signals, &received);
   LOG(INFO) << "ending: " << strsignal(received);

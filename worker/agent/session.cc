@@ -162,7 +162,7 @@ void Session::Write(Stream* stream, double heartbeat_interval_s) {
         outgoing_.push_front(std::move(message));
         message.Clear();
       }
-      message.mutable_heartbeat();
+      *message.mutable_heartbeat() = events_.heartbeat();
       next_heartbeat = std::chrono::steady_clock::now() + interval;
     }
     if (message.message_case() == v1::WorkerMessage::MESSAGE_NOT_SET) {

@@ -23,8 +23,9 @@
 namespace attune {
 
 struct SessionEvents {
-  // All are called from the session's thread, one after the other.
+  // All but `heartbeat` are called from the session's thread, one after the other.
   std::function<v1::Register()> make_register;
+  std::function<v1::Heartbeat()> heartbeat;  // from another thread, and must not block
   std::function<void(int64_t stream, const v1::Registered&)> registered;
   std::function<void(int64_t stream, v1::CoordinatorMessage)> message;
   std::function<void(int64_t stream, absl::Status)> disconnected;  // after `registered` only

@@ -248,10 +248,8 @@ TensorView TransformerBlock::RebuildGateUp(const LayerContext& ctx, const SavedB
   const TensorView rows = ctx.Scratch({T, 2 * F + gate_up.extension()});
   ArenaScope scope(ctx.arena);
   const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
-  RmsNormRebuild(ctx.exec, {.x = saved.x2,
-                            .rstd = saved.rstd2,
-                            .w = mlp_norm,
-                            .y = Columns(n2, 0, C)});
+  RmsNormRebuild(ctx.exec,
+                 {.x = saved.x2, .rstd = saved.rstd2, .w = mlp_norm, .y = Columns(n2, 0, C)});
   gate_up.Forward(ctx, n2, Columns(rows, 0, 2 * F));
   return rows;
 }
@@ -269,8 +267,8 @@ void TransformerBlock::BackwardMlp(const LayerContext& ctx, const SavedBlock& sa
     const TensorView dh = ctx.Scratch({T, F});
     down.BackwardInput(ctx, dy, dh);
     // The activations are not needed again: their gradients take their place, and h that of dh.
-    GatedActivationBackward(
-        ctx.exec, {.dh = dh, .gate = gate, .up = up, .dgate = gate, .dup = up, .h = dh});
+    GatedActivationBackward(ctx.exec,
+                            {.dh = dh, .gate = gate, .up = up, .dgate = gate, .dup = up, .h = dh});
     down.BackwardParameters(ctx, dy, dh, saved.s_down);
   }
   const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
@@ -301,8 +299,7 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
     const TensorView dy = Columns(dx, 0, C + o.extension());
     const TensorView d_o = ctx.Scratch({T, shape.q_size()});
     o.BackwardInput(ctx, dy, d_o);
-    o.BackwardParameters(ctx, dy, SavedO(saved),
-                         Columns(saved.o_s, shape.q_size(), o.extension()));
+    o.BackwardParameters(ctx, dy, SavedO(saved), Columns(saved.o_s, shape.q_size(), o.extension()));
     BackwardHeads(ctx, batch, saved, d_o, dqkv);
   }
   const TensorView n1 = ctx.Scratch({T, C});

@@ -36,14 +36,14 @@ struct BlockShape {
 //   gate_up  [gate|up|.]: may travel, or be rebuilt from x2
 //   small    the statistics and the other s: stay
 struct SavedBlock {
-  TensorView x1;                      // (T, C)
-  TensorView q;                       // (T, Hq D)  after rope
-  TensorView k, v;                    // (T, Hk D)
-  TensorView o_s;                     // (T, Hq D + E)
-  TensorView x2;                      // (T, C)
-  TensorView gate_up;                 // (T, 2 F + E), undefined where it is rebuilt
-  TensorView rstd1, rstd2;            // (T)      f32 (f64)
-  TensorView lse;                     // (T, Hq)  f32 (f64)
+  TensorView x1;                        // (T, C)
+  TensorView q;                         // (T, Hq D)  after rope
+  TensorView k, v;                      // (T, Hk D)
+  TensorView o_s;                       // (T, Hq D + E)
+  TensorView x2;                        // (T, C)
+  TensorView gate_up;                   // (T, 2 F + E), undefined where it is rebuilt
+  TensorView rstd1, rstd2;              // (T)      f32 (f64)
+  TensorView lse;                       // (T, Hq)  f32 (f64)
   TensorView s_qkv, s_gate_up, s_down;  // (T, E)
 };
 enum class SavedGroup : uint8_t { kStream, kGateUp, kSmall };

@@ -19,6 +19,8 @@ struct DropoutStream {
   TensorView step_pack;  // (2) i32 on the device
 };
 
+class WeightPrefetcher;
+
 struct LayerContext {
   Exec exec;
   Arena* arena = nullptr;
@@ -26,6 +28,7 @@ struct LayerContext {
   DropoutStream dropout;
   // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
   bool fused_lora = false;
+  WeightPrefetcher* prefetcher = nullptr;  // null: weights are expanded when they are used
 
   // Statistics, losses and master weights: f64 for f64, else f32.
   DType accumulator() const { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }

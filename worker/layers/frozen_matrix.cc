@@ -67,8 +67,7 @@ void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const 
   const TensorView absmax = ctx.arena->NewScratch(DType::kF32, {to.codes.dim(0)});
   Nf4Quantize(ctx.exec, {.w = w, .packed = to.packed, .absmax = absmax});
   Nf4DoubleQuantize(
-      ctx.exec,
-      {.absmax = absmax, .codes = to.codes, .absmax2 = to.absmax2, .offset = to.offset});
+      ctx.exec, {.absmax = absmax, .codes = to.codes, .absmax2 = to.absmax2, .offset = to.offset});
 }
 
 void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Part& from, const TensorView& to) {
@@ -80,11 +79,21 @@ void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Part& from, cons
                            .out = to});
 }
 
+TensorView FrozenMatrix::ExpansionShape(const LayerContext& ctx) const {
+  const int64_t E = options_.extension;
+  return TensorView(nullptr, ctx.dtype, {rows_ + E, in_ + E});
+}
+
+void FrozenMatrix::ExpandInto(const LayerContext& ctx, const TensorView& expansion) const {
+  CHECK(!expanded() && expansion.SameShape(ExpansionShape(ctx)));
+  for (int i = 0; i < parts(); ++i) Dequantize(ctx, parts_[i], RowsOf(expansion, i));
+}
+
 TensorView FrozenMatrix::Expand(const LayerContext& ctx) const {
   if (expanded()) return dense_;
-  const int64_t E = options_.extension;
-  const TensorView w = ctx.Scratch({rows_ + E, in_ + E});
-  for (int i = 0; i < parts(); ++i) Dequantize(ctx, parts_[i], RowsOf(w, i));
+  const TensorView shape = ExpansionShape(ctx);
+  const TensorView w = ctx.Scratch({shape.dim(0), shape.dim(1)});
+  ExpandInto(ctx, w);
   return w;
 }
 

@@ -44,6 +44,9 @@ class FrozenMatrix {
   // (N + E, K + E): the lasting one, else in scratch, which lives as long as the caller's
   // ArenaScope and whose share of the adapter is not filled.
   TensorView Expand(const LayerContext& ctx) const;
+  // W into `expansion`, where there is no lasting one.
+  void ExpandInto(const LayerContext& ctx, const TensorView& expansion) const;
+  TensorView ExpansionShape(const LayerContext& ctx) const;  // without memory
 
  private:
   struct Nf4Part {

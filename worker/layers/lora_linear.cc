@@ -2,6 +2,7 @@
 
 #include "kernels/dropout/dropout.h"
 #include "kernels/lora/lora.h"
+#include "worker/layers/weight_prefetcher.h"
 
 namespace attune {
 namespace {
@@ -47,17 +48,29 @@ void LoraLinear::Extend(const LayerContext& ctx, const TensorView& expansion) co
   LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
 }
 
+void LoraLinear::FillExpansion(const LayerContext& ctx, const TensorView& expansion) const {
+  w->ExpandInto(ctx, expansion);
+  if (Fused(ctx)) Extend(ctx, expansion);
+}
+
 TensorView LoraLinear::Expand(const LayerContext& ctx) const {
+  if (w->expanded()) return w->Expand(ctx);
+  if (ctx.prefetcher != nullptr) return ctx.prefetcher->Acquire(ctx, *this);
   const TensorView expansion = w->Expand(ctx);
-  if (!w->expanded() && Fused(ctx)) Extend(ctx, expansion);
+  if (Fused(ctx)) Extend(ctx, expansion);
   return expansion;
+}
+
+void LoraLinear::GiveBack(const LayerContext& ctx) const {
+  if (!w->expanded() && ctx.prefetcher != nullptr) ctx.prefetcher->Release(ctx);
 }
 
 void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
   if (w->expanded() && ctx.fused_lora && !adapters.empty()) Extend(ctx, w->Expand(ctx));
 }
 
-void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const {
+void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
+                         const TensorView& y) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
@@ -66,9 +79,10 @@ void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s, const T
     const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
     MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
     MatMul(ctx, {.a = x_s, .b = expansion.Slice(0, 0, N), .d = y, .trans_b = true});
-    return;
+    return GiveBack(ctx);
   }
   MatMul(ctx, {.a = x, .b = Columns(expansion.Slice(0, 0, N), 0, K), .d = y, .trans_b = true});
+  GiveBack(ctx);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
     const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
@@ -88,11 +102,12 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
     const TensorView expansion = Expand(ctx);
     MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
     if (dx.defined()) MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx});
-    return;
+    return GiveBack(ctx);
   }
   if (dx.defined()) {
     ArenaScope expansion_scope(ctx.arena);
-    MatMul(ctx, {.a = dy, .b = Columns(w->Expand(ctx).Slice(0, 0, N), 0, K), .d = dx});
+    MatMul(ctx, {.a = dy, .b = Columns(Expand(ctx).Slice(0, 0, N), 0, K), .d = dx});
+    GiveBack(ctx);
   }
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];

@@ -45,6 +45,8 @@ struct LoraLinear {
   void BackwardParameters(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
                           const TensorView& s) const;
 
+  // W and, where base and adapter are one product, the adapter, into memory for an expansion.
+  void FillExpansion(const LayerContext& ctx, const TensorView& expansion) const;
   // Puts the adapter into the lasting expansion, if there is one. After every change of A or B.
   void RefreshExpansion(const LayerContext& ctx) const;
 
@@ -53,8 +55,10 @@ struct LoraLinear {
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;
   bool Fused(const LayerContext& ctx) const;
-  // The expansion with W and, if `Fused`, the adapter.
+  // The expansion with W and, if `Fused`, the adapter; given back when its products are in the
+  // stream.
   TensorView Expand(const LayerContext& ctx) const;
+  void GiveBack(const LayerContext& ctx) const;
   void Extend(const LayerContext& ctx, const TensorView& expansion) const;
 };
 

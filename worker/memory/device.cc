@@ -21,7 +21,8 @@ namespace attune {
 namespace {
 
 constexpr char kNoCuda[] =
-    "this attune-trainer was built without the CUDA backend; use the CPU, or build it where nvcc is";
+    "this attune-trainer was built without the CUDA backend; use the CPU, or build it where nvcc "
+    "is";
 
 #ifdef ATTUNE_HAS_CUDA
 
@@ -107,10 +108,10 @@ absl::Status OpenDevice(DeviceKind kind, int index) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "no CUDA device can be used: ",
-        error != cudaSuccess ? cudaGetErrorString(error) : "the driver shows none",
-        ". Check `nvidia-smi`, or train on the CPU (resources.device: cpu)"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("no CUDA device can be used: ",
+                     error != cudaSuccess ? cudaGetErrorString(error) : "the driver shows none",
+                     ". Check `nvidia-smi`, or train on the CPU (resources.device: cpu)"));
   }
   if (index < 0 || index >= count) {
     return absl::FailedPreconditionError(

@@ -37,9 +37,9 @@ class TravellingBuffers {
  private:
   // Between the stream of the computation and that of the copies.
   struct Slot {
-    TensorView memory;     // (piece_bytes) u8
-    StreamEvent used;      // by the computation
-    StreamEvent copied;    // by the copies, in either direction
+    TensorView memory;   // (piece_bytes) u8
+    StreamEvent used;    // by the computation
+    StreamEvent copied;  // by the copies, in either direction
   };
   char* HostPiece(int64_t k) const { return host_.data() + k * piece_bytes_; }
   bool Stays(int64_t k) const { return k + kSlots >= pieces_; }

@@ -72,8 +72,8 @@ absl::StatusOr<TensorView> Get(const LayerContext& ctx, const WeightSource& sour
   return w;
 }
 
-// w of the host into `to` on the device, of any floating dtypes. In pieces, so that the scratch of a
-// conversion stays small.
+// w of the host into `to` on the device, of any floating dtypes. In pieces, so that the scratch of
+// a conversion stays small.
 void CopyWeight(const LayerContext& ctx, const TensorView& w, const TensorView& to) {
   if (ctx.exec.device == DeviceKind::kCpu) return Copy(ctx.exec, {.x = w, .y = to});
   if (w.dtype == to.dtype && to.contiguous()) return CopyToDevice(ctx.exec, w.data, to);
@@ -135,6 +135,10 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     block.o.w = &w.o;
     block.gate_up.w = &w.gate_up;
     block.down.w = &w.down;
+    if (!options.prefetch || w.qkv.expanded()) continue;
+    for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
+      prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx).bytes());
+    }
   }
   head_ = {.norm = dense({C}),
            .weight = config.tied_embeddings ? embedding_ : dense({config.vocab_size, C}),
@@ -241,6 +245,16 @@ void Model::RefreshExpansions(const LayerContext& ctx) const {
   expanded_version_ = adapters_->version();
 }
 
+LayerContext Model::BeginPass(const LayerContext& ctx) const {
+  RefreshExpansions(ctx);
+  LayerContext pass = ctx;
+  if (prefetch_bytes_ > 0) {
+    prefetcher_.BeginPass(ctx, prefetch_bytes_);
+    pass.prefetcher = &prefetcher_;
+  }
+  return pass;
+}
+
 Model::Places Model::PlacesOf(int64_t layer) const {
   const int64_t L = config_.num_layers;
   // Layer i is the k-th of n that are spread evenly over L, if it is one.
@@ -282,9 +296,9 @@ void Model::PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens,
                    saved);
 }
 
-Hidden Model::Forward(const LayerContext& ctx, const PackBatch& batch, SavedModel* saved) const {
+Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedModel* saved) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
-  RefreshExpansions(ctx);
+  const LayerContext ctx = BeginPass(outer);
   streams_.BeginPass(ctx.arena, ctx.exec);
   gate_ups_.BeginPass(ctx.arena, ctx.exec);
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
@@ -305,10 +319,10 @@ Hidden Model::Forward(const LayerContext& ctx, const PackBatch& batch, SavedMode
   return {x, delta};
 }
 
-Hidden Model::Infer(const LayerContext& ctx, const PackBatch& batch,
+Hidden Model::Infer(const LayerContext& outer, const PackBatch& batch,
                     const std::vector<KvCache>* caches, int64_t cache_begin) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
-  RefreshExpansions(ctx);
+  const LayerContext ctx = BeginPass(outer);
   const TensorView x = ctx.Saved(ctx.dtype, {T, C});
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
   EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
@@ -316,9 +330,8 @@ Hidden Model::Infer(const LayerContext& ctx, const PackBatch& batch,
     ArenaScope scope(ctx.arena, ArenaEnd::kBottom);
     SavedBlock saved;
     for (SavedGroup group : {SavedGroup::kSmall, SavedGroup::kStream}) {
-      const TensorView memory =
-          ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
-                              blocks_[i].SavedBytes(ctx, T, group));
+      const TensorView memory = ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
+                                                    blocks_[i].SavedBytes(ctx, T, group));
       blocks_[i].PlaceSaved(ctx, T, group, memory, &saved);
     }
     const TensorView x2 =
@@ -333,8 +346,10 @@ int64_t Model::dx_columns() const {
   return config_.hidden_size + blocks_[0].dx_extension();
 }
 
-void Model::Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
+void Model::Backward(const LayerContext& outer, const PackBatch& batch, const SavedModel& saved,
                      const TensorView& dx) const {
+  LayerContext ctx = outer;  // of the pass that Forward began
+  if (prefetch_bytes_ > 0) ctx.prefetcher = &prefetcher_;
   for (int64_t i = config_.num_layers - 1; i >= 0; --i) {
     const Places places = PlacesOf(i);
     // The slots are those of the forward pass, so the views still hold.

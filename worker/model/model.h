@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "worker/layers/block.h"
 #include "worker/layers/lm_head.h"
+#include "worker/layers/weight_prefetcher.h"
 #include "worker/memory/travel.h"
 #include "worker/model/adapter_set.h"
 #include "worker/model/config.h"
@@ -49,6 +50,7 @@ struct ActivationPolicy {
 struct ModelOptions {
   WeightStorage storage = WeightStorage::kDense;
   bool resident = false;  // see FrozenMatrixOptions
+  bool prefetch = false;  // expand NF4 weights one ahead, in two buffers
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
 };
@@ -104,6 +106,8 @@ class Model {
 
   void Adapt(const AdapterSet& adapters, int64_t layer);
   void RefreshExpansions(const LayerContext& ctx) const;
+  // The context of a pass, with what lasts as long as it does.
+  LayerContext BeginPass(const LayerContext& ctx) const;
   Places PlacesOf(int64_t layer) const;
   void PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens, SavedBlock* saved) const;
   absl::Status LoadBlock(const LayerContext& ctx, const WeightNames& names,
@@ -119,6 +123,8 @@ class Model {
   const AdapterSet* adapters_;
   // State of a pass and caches, not of the model.
   mutable TravellingBuffers streams_, gate_ups_;
+  mutable WeightPrefetcher prefetcher_;
+  int64_t prefetch_bytes_ = 0;  // of a buffer; 0: weights are expanded when they are used
   mutable int64_t expanded_version_ = -1;
 };
 

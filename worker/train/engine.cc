@@ -48,6 +48,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
   model_ = std::make_unique<Model>(ctx_, options.model,
                                    ModelOptions{.storage = StorageOf(options.spec.quantization()),
                                                 .resident = options.resident,
+                                                .prefetch = options.prefetch,
                                                 .activations = options.activations,
                                                 .logits_bytes = options.logits_bytes},
                                    adapters_.get());

@@ -27,6 +27,7 @@ struct EngineOptions {
   // Base and adapter as one product; not with dropout.
   bool fused_lora = false;
   bool resident = false;  // NF4 values kept expanded
+  bool prefetch = false;  // else: expanded one ahead
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
   ModelConfig model;

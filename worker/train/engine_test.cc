@@ -79,8 +79,7 @@ TEST_P(PlanTest, PeakOfThePlanIsThePeakOfTheRun) {
     GoldenStep step = StepOf(golden, s);
     step.input.learning_rate = 1e-3;
     ASSERT_TRUE(engine->TrainStep(step.input, step.packs, self.get(), [] {}).ok());
-    ASSERT_TRUE(
-        engine->Evaluate(step.packs, step.input.trained_tokens, self.get(), [] {}).ok());
+    ASSERT_TRUE(engine->Evaluate(step.packs, step.input.trained_tokens, self.get(), [] {}).ok());
   }
   EXPECT_EQ(engine->peak_bytes(), plan.peak_bytes());
   EXPECT_GT(plan.weights_bytes(), 0);
@@ -140,9 +139,21 @@ TEST(EngineTest, WhereActivationsAreKeptChangesNoBit) {
     golden.options.activations = policy;
     const StepOutcome other = OneStep(golden);
     EXPECT_EQ(other.loss, kept.loss);
-    EXPECT_EQ(other.grad, kept.grad)
-        << policy.streams_on_host << " " << policy.gate_ups_on_host << " "
-        << policy.gate_ups_rebuilt;
+    EXPECT_EQ(other.grad, kept.grad) << policy.streams_on_host << " " << policy.gate_ups_on_host
+                                     << " " << policy.gate_ups_rebuilt;
+  }
+}
+
+TEST(EngineTest, ExpandingAheadChangesNoBit) {
+  for (const bool fused : {false, true}) {
+    GoldenCase golden = LoadGoldenCase(kGolden + "nf4", DType::kF32);
+    golden.options.fused_lora = fused;
+    golden.options.activations.gate_ups_rebuilt = 1;
+    const StepOutcome when_used = OneStep(golden);
+    golden.options.prefetch = true;
+    const StepOutcome ahead = OneStep(golden);
+    EXPECT_EQ(ahead.loss, when_used.loss);
+    EXPECT_EQ(ahead.grad, when_used.grad);
   }
 }
 

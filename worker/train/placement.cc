@@ -77,9 +77,9 @@ struct GroupBytes {
 GroupBytes GroupsOf(const EngineOptions& options) {
   const ModelConfig& c = options.model;
   const double T = static_cast<double>(options.spec.batch().micro_batch_tokens());
-  return {.stream = 2 * T * static_cast<double>(2 * c.hidden_size + 2 * c.q_size() +
-                                                2 * c.kv_size()),
-          .gate_up = 2 * T * static_cast<double>(2 * c.intermediate_size)};
+  return {
+      .stream = 2 * T * static_cast<double>(2 * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size()),
+      .gate_up = 2 * T * static_cast<double>(2 * c.intermediate_size)};
 }
 
 // A choice, and what it is expected to cost.
@@ -126,9 +126,8 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
       }
     }
   }
-  std::stable_sort(out.begin(), out.end(), [](const Candidate& a, const Candidate& b) {
-    return a.seconds < b.seconds;
-  });
+  std::stable_sort(out.begin(), out.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.seconds < b.seconds; });
   return out;
 }
 
@@ -141,7 +140,7 @@ int64_t HostBytes(const EngineOptions& options) {
 
 std::string Describe(const EngineOptions& options) {
   const ActivationPolicy& a = options.activations;
-  std::string text = !IsNf4(options)     ? "weights dense"
+  std::string text = !IsNf4(options)    ? "weights dense"
                      : options.resident ? "weights expanded to bf16"
                                         : "weights in NF4, expanded as they are used";
   const auto add = [&](int64_t layers, const char* what) {
@@ -221,10 +220,10 @@ double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates&
   const double attention = 2.0 * T * mean_context * static_cast<double>(c.q_size());
   const double products = 2 * T * parameters / rates.product_flops_per_s;
   const double moved = 2 * T / rates.memory_bytes_per_s;
-  double forward = products + attention / rates.attention_forward_flops_per_s +
-                   moved * traffic.forward;
-  double backward = products + 2.5 * attention / rates.attention_backward_flops_per_s +
-                    moved * traffic.backward;
+  double forward =
+      products + attention / rates.attention_forward_flops_per_s + moved * traffic.forward;
+  double backward =
+      products + 2.5 * attention / rates.attention_backward_flops_per_s + moved * traffic.backward;
   if (IsNf4(options) && !options.resident) {
     const double expand = 2.516 * parameters / (0.7 * rates.memory_bytes_per_s);
     forward += expand;
@@ -264,9 +263,8 @@ absl::StatusOr<v1::MemoryEstimate> ChoosePlacement(const PlacementLimits& limits
   return absl::ResourceExhaustedError(absl::StrFormat(
       "the job needs at least %.2f GiB of device memory, and %.2f are there: weights %.2f, "
       "adapters %.2f, optimiser %.2f, activations %.2f, workspace %.2f (%s). %s",
-      Gib(m.peak_bytes()), Gib(limits.device_bytes), Gib(m.weights_bytes()),
-      Gib(m.adapter_bytes()), Gib(m.optimizer_bytes()), Gib(m.activations_bytes()),
-      Gib(m.workspace_bytes()), m.placement(),
+      Gib(m.peak_bytes()), Gib(limits.device_bytes), Gib(m.weights_bytes()), Gib(m.adapter_bytes()),
+      Gib(m.optimizer_bytes()), Gib(m.activations_bytes()), Gib(m.workspace_bytes()), m.placement(),
       fitting > 0 ? absl::StrCat("batch.micro_batch_tokens: ", fitting, " would fit")
                   : "No smaller micro-batch would fit: use a larger device, or quantise"));
 }

@@ -17,11 +17,11 @@ namespace attune {
 
 // What a GPU model does in a long run, at its power limit. Measured with train_bench.
 struct DeviceRates {
-  double product_flops_per_s = 0;             // bf16 matrix products
-  double attention_forward_flops_per_s = 0;   // causal, counting visible pairs only
+  double product_flops_per_s = 0;            // bf16 matrix products
+  double attention_forward_flops_per_s = 0;  // causal, counting visible pairs only
   double attention_backward_flops_per_s = 0;
-  double memory_bytes_per_s = 0;              // read and written
-  double host_copy_bytes_per_s = 0;           // pinned, one direction
+  double memory_bytes_per_s = 0;     // read and written
+  double host_copy_bytes_per_s = 0;  // pinned, one direction
 };
 // By the name that the driver gives; those of an H100 for one that was not measured.
 DeviceRates RatesOf(const std::string& device_name);

@@ -34,8 +34,7 @@ EngineOptions Llama8B(int64_t micro_batch_tokens) {
   names = {.embedding = "embedding", .final_norm = "norm", .head = "head"};
   names.attention_norm = names.mlp_norm = [](int64_t) { return "norm"; };
   names.linear = [](int64_t layer, Linear linear) {
-    return "layers." + std::to_string(layer) + ".linear" +
-           std::to_string(static_cast<int>(linear));
+    return "layers." + std::to_string(layer) + ".linear" + std::to_string(static_cast<int>(linear));
   };
   options.adapters = SelectAdapters(c, names, 16, 16, {"all-linear"}).value();
   return options;
@@ -60,9 +59,9 @@ TEST(PlacementTest, FitsAndIsNeverSlowerWithMoreMemory) {
 
 TEST(PlacementTest, KeepsEverythingWhereThereIsRoom) {
   EngineOptions options = Llama8B(16384);
-  ASSERT_TRUE(ChoosePlacement({.device_bytes = 78 * kGib, .host_bytes = 64 * kGib}, kRates, 2048,
-                              &options)
-                  .ok());
+  ASSERT_TRUE(
+      ChoosePlacement({.device_bytes = 78 * kGib, .host_bytes = 64 * kGib}, kRates, 2048, &options)
+          .ok());
   EXPECT_TRUE(options.resident);
   EXPECT_EQ(options.activations.streams_on_host, 0);
   EXPECT_EQ(options.activations.gate_ups_rebuilt, 0);
