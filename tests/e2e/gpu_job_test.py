@@ -49,7 +49,7 @@ class GpuService(Service):
     def submit_on_gpus(self, name):
         path = self.write_spec(name, steps=STEPS, tokens=512, stall=120)
         text = path.read_text().replace("device_type: cpu", "device_type: cuda")
-        path.write_text(text.replace("precision: f32\n", ""))
+        path.write_text(text.replace("precision: f32\n", "") + "deterministic: true\n")
         return json.loads(self.cli("submit", path, "-o", "json").stdout)["name"]
 
 
