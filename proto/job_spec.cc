@@ -91,6 +91,8 @@ void DefaultService(JobSpec* spec) {
   using v1::RetrySpec;
   ResourceSpec* resources = spec->mutable_resources();
   Default(resources, &ResourceSpec::has_devices, &ResourceSpec::set_devices, 1);
+  Default(resources, &ResourceSpec::has_device_memory_gib, &ResourceSpec::set_device_memory_gib,
+          0.0);
   if (resources->device_type() == v1::DEVICE_TYPE_UNSPECIFIED) {
     resources->set_device_type(v1::DEVICE_TYPE_ANY);
   }
@@ -281,7 +283,7 @@ void CheckService(const JobSpec& spec, Checker* check) {
   check->Range("resources.devices", spec.resources().devices(), 1, 65536);
   check->Enum("resources.device_type", *v1::DeviceType_descriptor(),
               spec.resources().device_type());
-  if (spec.resources().has_device_memory_gib()) {
+  if (spec.resources().device_memory_gib() != 0) {
     check->Range("resources.device_memory_gib", spec.resources().device_memory_gib(), 0.5, 1e6);
   }
   if (spec.parallelism().data() != spec.resources().devices()) {

@@ -1,5 +1,5 @@
-// A file of any bytes, read as lines: gzip and Zstandard that are damaged end with an error, and what
-// is read stays within what was asked for.
+// A file of any bytes, read as lines: gzip and Zstandard that are damaged end with an error, and
+// what is read stays within what was asked for.
 #include <sys/mman.h>
 #include <unistd.h>
 

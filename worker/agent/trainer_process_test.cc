@@ -120,7 +120,7 @@ TEST_F(TrainerProcessTest, EverythingIsDeliveredBeforeTheExit) {
   EXPECT_FALSE(exit.signaled);
   EXPECT_EQ(exit.code, 0);
   EXPECT_EQ(last_step_, 20);
-  EXPECT_EQ(lines_.size(), 501u);
+  EXPECT_EQ(lines_.size(), 502u);
   EXPECT_THAT(exit.last_lines, Contains(HasSubstr("OMP_NUM_THREADS=1")));
 }
 

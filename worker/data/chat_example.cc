@@ -193,7 +193,8 @@ absl::Status ParsePreference(const OrderedJson& line, ExampleText* example) {
   const OrderedJson* rejected = FindKey(line, "rejected");
   if (chosen == nullptr) return Wrong("the line", "has no \"chosen\"");
   if (rejected == nullptr) return Wrong("the line", "has no \"rejected\"");
-  if (*chosen == *rejected) return Wrong("chosen and rejected", "are the same: nothing is preferred");
+  if (*chosen == *rejected)
+    return Wrong("chosen and rejected", "are the same: nothing is preferred");
   example->kind = ExampleText::Kind::kPreference;
   if (chosen->is_string() && rejected->is_string()) {
     if (prompt == nullptr || !prompt->is_string()) {

@@ -1,5 +1,5 @@
-// Dataset: JSONL files (plain or compressed), tokenised, with the mask of what is trained. The formats
-// of lines are those of LineFormat (chat_example.h).
+// Dataset: JSONL files (plain or compressed), tokenised, with the mask of what is trained. The
+// formats of lines are those of LineFormat (chat_example.h).
 //
 // The mask of a conversation comes from the template's `generation` marks where it has them. Else
 // the conversation is rendered up to before (with the generation prompt) and up to after each
@@ -93,7 +93,8 @@ class Dataset {
   ExampleView operator[](int64_t i) const;
   int64_t length(int64_t i) const;
   const DatasetCounts& counts() const { return counts_; }
-  // Examples that repeat one of this dataset, ascending; of training examples that this one repeats.
+  // Examples that repeat one of this dataset, ascending; of training examples, which this one
+  // repeats.
   const std::vector<Repeat>& repeats() const { return repeats_; }
   const std::vector<Repeat>& leaks() const { return leaks_; }
 

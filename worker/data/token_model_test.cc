@@ -33,10 +33,11 @@ constexpr char kUnigram[] = R"({"type": "Unigram", "unk_id": 0, "vocab": [["<unk
 TEST(Unigram, TakesTheBestSumOfScores) {
   absl::StatusOr<Tokenizer> tokenizer = Make(absl::StrCat(kUnigram, "}"));
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-  EXPECT_THAT(tokenizer->Encode("ab", false)->ids, ElementsAre(3));       // -4 against -4.5
-  EXPECT_THAT(tokenizer->Encode("abc", false)->ids, ElementsAre(3, 5));   // -7 against -9
-  EXPECT_THAT(tokenizer->Encode("xya", false)->ids, ElementsAre(0, 1));   // one unknown
-  EXPECT_THAT(tokenizer->Encode("xya", false)->offsets, ElementsAre(ByteSpan{0, 2}, ByteSpan{2, 3}));
+  EXPECT_THAT(tokenizer->Encode("ab", false)->ids, ElementsAre(3));      // -4 against -4.5
+  EXPECT_THAT(tokenizer->Encode("abc", false)->ids, ElementsAre(3, 5));  // -7 against -9
+  EXPECT_THAT(tokenizer->Encode("xya", false)->ids, ElementsAre(0, 1));  // one unknown
+  EXPECT_THAT(tokenizer->Encode("xya", false)->offsets,
+              ElementsAre(ByteSpan{0, 2}, ByteSpan{2, 3}));
 }
 
 TEST(Unigram, FallsBackToBytes) {
@@ -67,12 +68,13 @@ TEST(WordPiece, CutsGreedilyOrNotAtAll) {
   absl::StatusOr<Tokenizer> tokenizer = Make(
       R"({"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
           "max_input_chars_per_word": 6, "vocab": {"[UNK]": 0, "un": 1, "##do": 2, "##don": 3,
-          "##e": 4, "##n": 5}})", R"(, "pre_tokenizer": {"type": "WhitespaceSplit"})");
+          "##e": 4, "##n": 5}})",
+      R"(, "pre_tokenizer": {"type": "WhitespaceSplit"})");
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
   EXPECT_THAT(tokenizer->Encode("undone undo", false)->ids, ElementsAre(1, 3, 4, 1, 2));
-  EXPECT_THAT(tokenizer->Encode("undox", false)->ids, ElementsAre(0));     // a rest without token
-  EXPECT_THAT(tokenizer->Encode("undonen", false)->ids, ElementsAre(0));   // seven characters
-  EXPECT_THAT(tokenizer->Encode("e", false)->ids, ElementsAre(0));         // only as a continuation
+  EXPECT_THAT(tokenizer->Encode("undox", false)->ids, ElementsAre(0));    // a rest without token
+  EXPECT_THAT(tokenizer->Encode("undonen", false)->ids, ElementsAre(0));  // seven characters
+  EXPECT_THAT(tokenizer->Encode("e", false)->ids, ElementsAre(0));        // only as a continuation
 }
 
 TEST(WordPiece, BrokenModelsAreNamed) {
@@ -89,8 +91,9 @@ TEST(Stages, BrokenOnesAreNamed) {
               HasSubstr("precompiled_charsmap is not base64"));
   EXPECT_THAT(error(R"("normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="})"),
               HasSubstr("precompiled_charsmap is no character map"));
-  EXPECT_THAT(error(R"("normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""})"),
-              HasSubstr("normalizer.pattern.Regex"));
+  EXPECT_THAT(
+      error(R"("normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""})"),
+      HasSubstr("normalizer.pattern.Regex"));
   EXPECT_THAT(error(R"("pre_tokenizer": {"type": "Metaspace", "replacement": "__"})"),
               HasSubstr("replacement is not one character"));
   EXPECT_THAT(error(R"("pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "last"})"),
@@ -99,8 +102,9 @@ TEST(Stages, BrokenOnesAreNamed) {
               HasSubstr("delimiter is not one character"));
   EXPECT_THAT(error(R"("pre_tokenizer": {"type": "FixedLength", "length": 0})"),
               HasSubstr("length must be at least 1"));
-  EXPECT_THAT(error(R"("post_processor": {"type": "BertProcessing", "sep": ["x"], "cls": ["y", 1]})"),
-              HasSubstr("post_processor.sep is no token"));
+  EXPECT_THAT(
+      error(R"("post_processor": {"type": "BertProcessing", "sep": ["x"], "cls": ["y", 1]})"),
+      HasSubstr("post_processor.sep is no token"));
   EXPECT_THAT(error(R"("decoder": {"type": "Strip", "content": "ab"})"),
               HasSubstr("decoder.content is not one character"));
   EXPECT_THAT(error(R"("decoder": {"type": "CTC", "pad_token": ""})"),

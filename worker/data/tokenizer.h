@@ -3,7 +3,8 @@
 //   text -> added tokens cut out -> normalizer -> pre-tokenizer -> model -> post-processor -> ids
 //
 // Each stage is a file in stages/: added_tokens, normalizer, pre_tokenizer, token_model (bpe,
-// unigram, word_piece), post_processor, decoder. A stage type that is not there is UNIMPLEMENTED at Load, by its name.
+// unigram, word_piece), post_processor, decoder. A stage type that is not there is UNIMPLEMENTED at
+// Load, by its name.
 // Ids equal those of Hugging Face `tokenizers`; the Unicode tables are those of PCRE2 and ICU.
 // The file's truncation and padding are not applied: they belong to a call, not to a vocabulary.
 //

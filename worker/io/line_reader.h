@@ -1,4 +1,5 @@
-// Lines of a text file, plain or compressed, one at a time: memory is bounded by the longest line that is allowed.
+// Lines of a text file, plain or compressed, one at a time: memory is bounded by the longest line
+// that is allowed.
 #pragma once
 
 #include <cstdint>

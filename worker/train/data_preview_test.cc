@@ -59,7 +59,8 @@ TEST(DataPreview, HistogramCountsEveryExample) {
   const PreparedJob job = Job(lines);
   const std::string text = DescribeData(job);
   EXPECT_THAT(text, HasSubstr("30 examples"));
-  EXPECT_THAT(text, HasSubstr("       4-7               20 ████████████████████████████████████████\n"));
+  EXPECT_THAT(text, HasSubstr("       4-7               20 "
+                              "████████████████████████████████████████\n"));
   EXPECT_THAT(text, HasSubstr("10 ████████████████████\n"));
 }
 

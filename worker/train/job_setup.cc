@@ -357,7 +357,7 @@ PlacementLimits LimitsOf(const v1::ResourceSpec& resources) {
   const absl::StatusOr<DeviceMemory> host = QueryDeviceMemory(DeviceKind::kCpu);
   PlacementLimits limits{.device_bytes = device.ok() ? device->free_bytes - kLibraryBytes
                                                      : kAssumedDeviceBytes};
-  if (resources.has_device_memory_gib()) {
+  if (resources.device_memory_gib() > 0) {
     const auto limit =
         static_cast<int64_t>(resources.device_memory_gib() * static_cast<double>(1 << 30));
     limits.device_bytes = device.ok() ? std::min(limits.device_bytes, limit) : limit;

@@ -20,8 +20,8 @@ absl::Status IcuError(UErrorCode code) {
   return absl::InternalError(absl::StrCat("Unicode normalisation: ", u_errorName(code)));
 }
 
-// The normalisation tables of Hugging Face are those of Unicode 9: later characters stay as they are
-// (U+32FF, the era name Reiwa, has a decomposition since 12.1).
+// The normalisation tables of Hugging Face are those of Unicode 9: later characters stay as they
+// are (U+32FF, the era name Reiwa, has a decomposition since 12.1).
 const icu::UnicodeSet& NormalizedCharacters() {
   static const icu::UnicodeSet* set = [] {
     UErrorCode code = U_ZERO_ERROR;

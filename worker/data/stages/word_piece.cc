@@ -11,8 +11,8 @@ namespace attune {
 namespace {
 
 absl::Status NoUnknownToken(absl::string_view word) {
-  return absl::FailedPreconditionError(
-      absl::StrCat("\"", word, "\" has no token, and the vocabulary does not have model.unk_token"));
+  return absl::FailedPreconditionError(absl::StrCat(
+      "\"", word, "\" has no token, and the vocabulary does not have model.unk_token"));
 }
 
 int64_t CountCharacters(absl::string_view text) {
