@@ -139,8 +139,9 @@ class Inventory(unittest.TestCase):
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a GPU")
     def test_without_nvml_gpus_cannot_be_required_but_are_not_missed(self):
         with Service(slots=1) as service:
-            listed = json.loads(service.cli("workers", "-o", "json").stdout)
-            self.assertEqual([d["id"] for d in listed["workers"][0]["devices"]], ["cpu:0"])
+            worker = wait_until("the agent registers", lambda: next(iter(
+                json.loads(service.cli("workers", "-o", "json").stdout).get("workers", [])), None))
+            self.assertEqual([d["id"] for d in worker["devices"]], ["cpu:0"])
             done = subprocess.run(
                 [BIN / "attune-worker", "--data-dir", service.data_dir, "--state-dir",
                  service.directory / "other", "--devices", "cuda"], capture_output=True, text=True,
