@@ -4,7 +4,7 @@
 // One plan serves every packing of T tokens into at most S segments: lengths and offsets are read
 // on the device, by kernels that run just before. Rows that no segment owns are written here, as
 // the contract wants.
-// Cost: a plan takes 0.1 to 2 s when its shape is first seen; see BuildAttentionPlans.
+// Cost: a plan takes 0.1 to 2 s when its shape is first seen, and is kept for the process.
 #pragma once
 
 #include "kernels/attention/attention.h"

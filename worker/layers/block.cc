@@ -80,6 +80,15 @@ void KeepS(const LayerContext& ctx, const TensorView& x_s, const TensorView& s) 
   Copy(ctx.exec, {.x = Columns(x_s, x_s.dim(1) - s.dim(1), s.dim(1)), .y = s});
 }
 
+// dx, the gradient that reaches x past its norm, plus what comes through the norm's output.
+void AddNormGradient(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
+                     const TensorView& rstd, const TensorView& w, const TensorView& dx) {
+  RmsNormBackwardArgs norm = {.dy = dy, .x = x, .rstd = rstd, .w = w, .dresidual = dx, .dx = dx};
+  norm.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                       RmsNormBackwardWorkspaceBytes(ctx.exec, norm));
+  RmsNormBackward(ctx.exec, norm);
+}
+
 // Views one behind the other in a piece of memory; without memory it only counts.
 class Carver {
  public:
@@ -275,16 +284,7 @@ void TransformerBlock::BackwardMlp(const LayerContext& ctx, const SavedBlock& sa
   gate_up.BackwardInput(ctx, rows, dn2);
   RmsNormRebuild(ctx.exec, {.x = saved.x2, .rstd = saved.rstd2, .w = mlp_norm, .y = n2});
   gate_up.BackwardParameters(ctx, rows, n2, saved.s_gate_up);
-  const TensorView residual = Columns(dx, 0, C);
-  RmsNormBackwardArgs norm = {.dy = dn2,
-                              .x = saved.x2,
-                              .rstd = saved.rstd2,
-                              .w = mlp_norm,
-                              .dresidual = residual,
-                              .dx = residual};
-  norm.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
-                                       RmsNormBackwardWorkspaceBytes(ctx.exec, norm));
-  RmsNormBackward(ctx.exec, norm);
+  AddNormGradient(ctx, dn2, saved.x2, saved.rstd2, mlp_norm, Columns(dx, 0, C));
 }
 
 // dx: gradient of x1 + a -> gradient of x1.
@@ -308,16 +308,7 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
   RmsNormRebuild(ctx.exec, {.x = saved.x1, .rstd = saved.rstd1, .w = attention_norm, .y = n1});
   qkv.BackwardParameters(ctx, dqkv, n1, saved.s_qkv);
   if (!options.want_dx) return;
-  const TensorView residual = Columns(dx, 0, C);
-  RmsNormBackwardArgs norm = {.dy = dn1,
-                              .x = saved.x1,
-                              .rstd = saved.rstd1,
-                              .w = attention_norm,
-                              .dresidual = residual,
-                              .dx = residual};
-  norm.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
-                                       RmsNormBackwardWorkspaceBytes(ctx.exec, norm));
-  RmsNormBackward(ctx.exec, norm);
+  AddNormGradient(ctx, dn1, saved.x1, saved.rstd1, attention_norm, Columns(dx, 0, C));
 }
 
 void TransformerBlock::BackwardHeads(const LayerContext& ctx, const PackBatch& batch,
