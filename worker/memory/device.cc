@@ -105,6 +105,10 @@ bool IsCuda(const Exec& exec) {
 absl::Status OpenDevice(DeviceKind kind, int index) {
   if (kind == DeviceKind::kCpu) return absl::OkStatus();
 #ifdef ATTUNE_HAS_CUDA
+  // First: the names of what is missing help more than what the CUDA runtime makes of it.
+  if (const std::string missing = LoadCudaLibraries(); !missing.empty()) {
+    return absl::FailedPreconditionError(missing);
+  }
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
@@ -116,9 +120,6 @@ absl::Status OpenDevice(DeviceKind kind, int index) {
   if (index < 0 || index >= count) {
     return absl::FailedPreconditionError(
         absl::StrCat("there is no CUDA device ", index, "; the driver shows ", count));
-  }
-  if (const std::string missing = LoadCudaLibraries(); !missing.empty()) {
-    return absl::FailedPreconditionError(missing);
   }
   CUDA_CHECK(cudaSetDevice(index));
   CUDA_CHECK(cudaFree(nullptr));  // makes the context

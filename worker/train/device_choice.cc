@@ -21,16 +21,6 @@ bool DriverIsLoaded() {
          std::filesystem::exists("/dev/dxg", error);
 }
 
-absl::Status OpenCuda(int index) {
-#ifdef ATTUNE_HAS_CUDA
-  // First: the names of what is missing help more than what the CUDA runtime makes of it.
-  if (const std::string missing = LoadCudaLibraries(); !missing.empty()) {
-    return absl::FailedPreconditionError(missing);
-  }
-#endif
-  return OpenDevice(DeviceKind::kCuda, index);
-}
-
 }  // namespace
 
 void SetLibraryDirectories(const std::vector<std::string>& directories) {
@@ -57,14 +47,14 @@ absl::StatusOr<DeviceChoice> ParseDeviceChoice(absl::string_view text) {
 absl::Status OpenChosenDevice(DeviceChoice* choice, std::string* note) {
   if (choice->decided) {
     if (choice->kind == DeviceKind::kCpu) return absl::OkStatus();
-    const absl::Status status = OpenCuda(choice->index);
+    const absl::Status status = OpenDevice(DeviceKind::kCuda, choice->index);
     if (status.ok()) return status;
     return absl::Status(status.code(),
                         absl::StrCat(status.message(), "\nOr use the CPU: --device cpu"));
   }
   GuessDevice(choice);
   if (choice->kind == DeviceKind::kCpu) return absl::OkStatus();
-  const absl::Status status = OpenCuda(choice->index);
+  const absl::Status status = OpenDevice(DeviceKind::kCuda, choice->index);
   if (status.ok()) return status;
   *note = absl::StrCat("the CPU is used, and this machine's GPU is not: ", status.message());
   choice->kind = DeviceKind::kCpu;
@@ -80,7 +70,7 @@ void GuessDevice(DeviceChoice* choice) {
 }
 
 absl::Status OpenAssignedDevice(const v1::Device& device) {
-  return KindOf(device) == DeviceKind::kCpu ? absl::OkStatus() : OpenCuda(0);
+  return OpenDevice(KindOf(device), 0);
 }
 
 DeviceKind KindOf(const v1::Device& device) {
