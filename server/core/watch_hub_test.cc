@@ -2,8 +2,11 @@
 
 #include <unistd.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
-#include <future>
+#include <mutex>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
@@ -18,9 +21,27 @@ namespace {
 class Subscriber final : public WatchSubscriber {
  public:
   void Deliver(std::vector<StreamItem> items) override {}
-  void End(absl::Status status) override { ended.set_value(std::move(status)); }
-  std::promise<absl::Status> ended;
+  void End(absl::Status status) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ended_ = std::move(status);
+    changed_.notify_all();
+  }
+
+  /// The status that the stream ended with; none within `patience`: the stream goes on.
+  std::optional<absl::Status> Ended(std::chrono::milliseconds patience) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait_for(lock, patience, [this] { return ended_.has_value(); });
+    return ended_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<absl::Status> ended_;
 };
+
+constexpr std::chrono::milliseconds kShort(100);
+constexpr std::chrono::milliseconds kLong(30000);
 
 class WatchHubTest : public testing::Test {
  protected:
@@ -58,7 +79,7 @@ class WatchHubTest : public testing::Test {
 TEST_F(WatchHubTest, ATokenOlderThanWhatIsKeptIsRefusedWithTheOldestThatWorks) {
   auto subscriber = std::make_shared<Subscriber>();
   hub_->Subscribe({.kind = StreamKind::kLogs, .job = "jobs/a", .after = 1}, subscriber);
-  const absl::Status status = subscriber->ended.get_future().get();
+  const absl::Status status = subscriber->Ended(kLong).value_or(absl::OkStatus());
   EXPECT_TRUE(absl::IsOutOfRange(status)) << status;
   EXPECT_EQ(ReasonOf(status), "RESUME_TOKEN_EXPIRED");
   EXPECT_THAT(status.ToString(), testing::HasSubstr(MakeResumeToken(StreamKind::kLogs, 2)));
@@ -67,17 +88,15 @@ TEST_F(WatchHubTest, ATokenOlderThanWhatIsKeptIsRefusedWithTheOldestThatWorks) {
 TEST_F(WatchHubTest, ATokenAtTheEdgeIsServedAndShutdownEndsIt) {
   auto subscriber = std::make_shared<Subscriber>();
   hub_->Subscribe({.kind = StreamKind::kLogs, .job = "jobs/a", .after = 2}, subscriber);
-  auto ended = subscriber->ended.get_future();
-  EXPECT_EQ(ended.wait_for(std::chrono::milliseconds(100)), std::future_status::timeout);
+  EXPECT_EQ(subscriber->Ended(kShort), std::nullopt);
   hub_.reset();
-  EXPECT_TRUE(absl::IsUnavailable(ended.get()));
+  EXPECT_TRUE(absl::IsUnavailable(subscriber->Ended(kLong).value_or(absl::OkStatus())));
 }
 
 TEST_F(WatchHubTest, TheEndOfAJobEndsStreamsOfEveryKind) {
   auto subscriber = std::make_shared<Subscriber>();
   hub_->Subscribe({.kind = StreamKind::kMetrics, .job = "jobs/a", .until_end = true}, subscriber);
-  auto ended = subscriber->ended.get_future();
-  EXPECT_EQ(ended.wait_for(std::chrono::milliseconds(100)), std::future_status::timeout);
+  EXPECT_EQ(subscriber->Ended(kShort), std::nullopt);
   JobRecord job;
   job.seq = 1;
   job.job.set_name("jobs/a");
@@ -87,7 +106,7 @@ TEST_F(WatchHubTest, TheEndOfAJobEndsStreamsOfEveryKind) {
   event.set_job("jobs/a");
   ASSERT_TRUE(store_->Commit({PutJob{job}, AppendEvent{event}, PutCounters{13, 0, 1}}).ok());
   hub_->Notify({{StreamKind::kEvents, "jobs/a"}});
-  EXPECT_TRUE(ended.get().ok());
+  EXPECT_EQ(subscriber->Ended(kLong), absl::OkStatus());
 }
 
 }  // namespace

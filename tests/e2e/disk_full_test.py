@@ -111,9 +111,13 @@ class DiskFull(unittest.TestCase):
             ballast = fill(service.small)
 
             def refused():
+                """Asked without the client's help: the coordinator may end while it is asked."""
                 if service.coordinator.poll() is not None:
                     return "ended"
-                return service.job(name)["state"] == "JOB_STATE_PAUSED" and "paused"
+                asked = service.cli("get", name, "-o", "json", check=False)
+                if asked.returncode != 0:
+                    return None
+                return json.loads(asked.stdout)["state"] == "JOB_STATE_PAUSED" and "paused"
 
             how = wait_until("the coordinator ends or the job waits", refused, 60)
             if how == "ended":
