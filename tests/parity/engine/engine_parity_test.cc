@@ -60,20 +60,18 @@ TEST_P(EngineParityTest, Logits) {
   // The engine's arena is planned for training; logits of all rows need their own.
   Arena arena = Arena::Allocate(DeviceKind::kCpu, 64 << 20).value();
   ctx.arena = &arena;
-  const PackBuffers buffers(ctx, golden_.steps[0][0].ids.size(),
-                            golden_.options.model.head_dim);
+  const PackBuffers buffers(ctx, golden_.steps[0][0].ids.size(), engine->model().ropes());
   for (size_t i = 0; i < golden_.steps[0].size(); ++i) {
     ArenaScope scope(&arena, ArenaEnd::kBottom);
     const Pack& pack = golden_.steps[0][i];
-    const PackBatch batch = buffers.Upload(ctx, pack, engine->model().inverse_frequencies());
+    const PackBatch batch = buffers.Upload(ctx, pack);
     const Hidden hidden = engine->model().Infer(ctx, batch, nullptr, 0);
     const int64_t rows = pack.q_begin[pack.num_segments];
-    const TensorView logits =
-        ctx.Saved(DType::kF32, {rows, golden_.options.model.vocab_size});
+    const TensorView logits = ctx.Saved(DType::kF32, {rows, golden_.options.model.vocab_size});
     engine->model().head().Logits(ctx, hidden.x, hidden.delta, 0, logits);
-    EXPECT_LT(RelativeError(Values(ctx.exec, logits),
-                            golden_.Expected("logits." + std::to_string(i))),
-              1e-4);
+    EXPECT_LT(
+        RelativeError(Values(ctx.exec, logits), golden_.Expected("logits." + std::to_string(i))),
+        1e-4);
   }
 }
 
@@ -99,16 +97,28 @@ TEST_P(EngineParityTest, LossGradientNormAndEveryGradient) {
         << entry.module;
     compared += 2;
   }
-  EXPECT_GE(compared, 12);
+  EXPECT_GE(compared, 8);
 }
 
-TEST_P(EngineParityTest, EveryLossOfTheRunAndTheAdapterAfterIt) {
+TEST_P(EngineParityTest, EveryLossOfTheRun) {
   std::unique_ptr<Engine> engine = StartEngine(golden_);
   const std::vector<double> losses = Losses(engine.get(), /*zero_gradients=*/false);
   const auto expected = golden_.json["losses"].get<std::vector<double>>();
+  ASSERT_EQ(losses.size(), expected.size());
   for (size_t s = 0; s < losses.size(); ++s) {
     EXPECT_NEAR(losses[s], expected[s], 1e-3 * expected[s]) << "step " << s;
   }
+}
+
+const auto kName = [](const auto& info) { return std::string(info.param); };
+INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest, testing::Values("dense", "nf4", "qlora60"),
+                         kName);
+INSTANTIATE_TEST_SUITE_P(Families, EngineParityTest, testing::ValuesIn(kFamilyCases), kName);
+
+using EngineParityOfAdapters = EngineParityTest;
+TEST_P(EngineParityOfAdapters, TheAdapterAfterTheRun) {
+  std::unique_ptr<Engine> engine = StartEngine(golden_);
+  Losses(engine.get(), /*zero_gradients=*/false);
   const AdapterSet& adapters = *engine->adapters();
   for (const AdapterEntry& entry : adapters.layout().entries) {
     const std::string prefix = "final.base_model.model." + entry.module;
@@ -118,9 +128,8 @@ TEST_P(EngineParityTest, EveryLossOfTheRunAndTheAdapterAfterIt) {
         << entry.module;
   }
 }
-
-INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest, testing::Values("dense", "nf4", "qlora60"),
-                         [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Cases, EngineParityOfAdapters, testing::Values("dense", "nf4", "qlora60"),
+                         kName);
 
 // What the comparison of losses is worth: training that does nothing must not pass it.
 using EngineParityControl = EngineParityTest;
@@ -128,14 +137,15 @@ TEST_P(EngineParityControl, ZeroedGradientsFailTheSameCheck) {
   std::unique_ptr<Engine> engine = StartEngine(golden_);
   const std::vector<double> losses = Losses(engine.get(), /*zero_gradients=*/true);
   const auto expected = golden_.json["losses"].get<std::vector<double>>();
-  EXPECT_GT(expected.front() - expected.back(), 1.0) << "the oracle's loss does not really fall";
+  EXPECT_LT(expected.back(), 0.8 * expected.front()) << "the oracle's loss does not really fall";
   int outside = 0;
   for (size_t s = 0; s < losses.size(); ++s) {
     outside += std::abs(losses[s] - expected[s]) > 1e-3 * expected[s];
   }
   EXPECT_GT(outside, static_cast<int>(losses.size()) * 3 / 4);
 }
-INSTANTIATE_TEST_SUITE_P(Cases, EngineParityControl, testing::Values("qlora60"));
+INSTANTIATE_TEST_SUITE_P(Cases, EngineParityControl, testing::Values("qlora60"), kName);
+INSTANTIATE_TEST_SUITE_P(Families, EngineParityControl, testing::ValuesIn(kFamilyCases), kName);
 
 }  // namespace
 }  // namespace attune
