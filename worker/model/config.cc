@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "worker/model/llama.h"
+#include "worker/model/mistral.h"
 #include "worker/model/qwen.h"
 
 namespace attune {
@@ -179,7 +180,8 @@ int64_t CountParameters(const ModelConfig& config, const WeightNames& names) {
 }
 
 const std::vector<Family>& Families() {
-  static const auto* const families = new std::vector<Family>{LlamaFamily(), Qwen2Family()};
+  static const auto* const families =
+      new std::vector<Family>{LlamaFamily(), Qwen2Family(), Qwen3Family(), MistralFamily()};
   return *families;
 }
 

@@ -31,6 +31,26 @@ QWEN2_5 = dict(  # Qwen/Qwen2.5-7B-Instruct
     torch_dtype="bfloat16", transformers_version="4.43.1", use_cache=True,
     use_sliding_window=False, vocab_size=152064)
 
+QWEN3 = dict(  # Qwen/Qwen3-0.6B
+    architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    bos_token_id=151643, eos_token_id=151645, head_dim=128, hidden_act="silu", hidden_size=1024,
+    initializer_range=0.02, intermediate_size=3072, max_position_embeddings=40960,
+    max_window_layers=28, model_type="qwen3", num_attention_heads=16, num_hidden_layers=28,
+    num_key_value_heads=8, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000,
+    sliding_window=None, tie_word_embeddings=True, torch_dtype="bfloat16",
+    transformers_version="4.51.0", use_cache=True, use_sliding_window=False, vocab_size=151936)
+
+MISTRAL = dict(  # mistralai/Mistral-7B-v0.1
+    architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu",
+    hidden_size=4096, initializer_range=0.02, intermediate_size=14336,
+    max_position_embeddings=32768, model_type="mistral", num_attention_heads=32,
+    num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=10000.0,
+    sliding_window=4096, tie_word_embeddings=False, torch_dtype="bfloat16",
+    transformers_version="4.34.0.dev0", use_cache=True, vocab_size=32000)
+
+# With a head_dim of its own, which is one that cuDNN takes.
+APART = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=3,
+             num_key_value_heads=1, head_dim=24, vocab_size=61)
 SMALL = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, vocab_size=61)
 
@@ -47,4 +67,6 @@ FAMILIES = {
                                 sliding_window=7, max_window_layers=1,
                                 rope_scaling=dict(factor=4.0, type="yarn",
                                                   original_max_position_embeddings=32))),
+    "qwen3": dict(release=QWEN3, cut=APART),
+    "mistral": dict(release=MISTRAL, cut=dict(SMALL, sliding_window=7)),
 }

@@ -68,7 +68,8 @@ inline Pack PackDocuments(const Json& documents, int64_t T) {
 }
 
 // The cases that make_golden.py makes of released configurations.
-constexpr const char* kFamilyCases[] = {"smollm2", "llama_biases", "qwen2", "qwen2_long"};
+constexpr const char* kFamilyCases[] = {"smollm2", "llama_biases", "qwen2", "qwen2_long", "qwen3",
+                                        "mistral"};
 
 inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   GoldenCase golden;
