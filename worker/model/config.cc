@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "worker/model/llama.h"
 #include "worker/model/mistral.h"
+#include "worker/model/phi3.h"
 #include "worker/model/qwen.h"
 
 namespace attune {
@@ -180,8 +181,8 @@ int64_t CountParameters(const ModelConfig& config, const WeightNames& names) {
 }
 
 const std::vector<Family>& Families() {
-  static const auto* const families =
-      new std::vector<Family>{LlamaFamily(), Qwen2Family(), Qwen3Family(), MistralFamily()};
+  static const auto* const families = new std::vector<Family>{
+      LlamaFamily(), Qwen2Family(), Qwen3Family(), MistralFamily(), Phi3Family()};
   return *families;
 }
 

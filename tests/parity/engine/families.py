@@ -48,11 +48,41 @@ MISTRAL = dict(  # mistralai/Mistral-7B-v0.1
     sliding_window=4096, tie_word_embeddings=False, torch_dtype="bfloat16",
     transformers_version="4.34.0.dev0", use_cache=True, vocab_size=32000)
 
+PHI3 = dict(  # microsoft/Phi-3-mini-4k-instruct
+    architectures=["Phi3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    auto_map={"AutoConfig": "configuration_phi3.Phi3Config",
+              "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    bos_token_id=1, embd_pdrop=0.0, eos_token_id=32000, hidden_act="silu", hidden_size=3072,
+    initializer_range=0.02, intermediate_size=8192, max_position_embeddings=4096,
+    model_type="phi3", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+    original_max_position_embeddings=4096, pad_token_id=32000, resid_pdrop=0.0,
+    rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0, sliding_window=2047,
+    tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.40.2",
+    use_cache=True, vocab_size=32064)
+
+PHI4_MINI = dict(  # microsoft/Phi-4-mini-instruct; of the factors the first
+    architectures=["Phi3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    auto_map={"AutoConfig": "configuration_phi3.Phi3Config",
+              "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+              "AutoTokenizer": "Xenova/gpt-4o"},
+    bos_token_id=199999, embd_pdrop=0.0, eos_token_id=199999, full_attn_mod=1, hidden_act="silu",
+    hidden_size=3072, initializer_range=0.02, interpolate_factor=1, intermediate_size=8192,
+    lm_head_bias=False, max_position_embeddings=131072, mlp_bias=False, model_type="phi3",
+    num_attention_heads=24, num_hidden_layers=32, num_key_value_heads=8,
+    original_max_position_embeddings=4096, pad_token_id=199999, partial_rotary_factor=0.75,
+    resid_pdrop=0.0, rms_norm_eps=1e-05,
+    rope_scaling=dict(
+        long_factor=[1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897,
+                     1.956131817, 2.187582649, 2.446418898],
+        short_factor=[1.0] * 9, type="longrope"),
+    rope_theta=10000.0, sliding_window=262144, tie_word_embeddings=True, torch_dtype="bfloat16",
+    transformers_version="4.45.0", use_cache=True, vocab_size=200064)
+
 # With a head_dim of its own, which is one that cuDNN takes.
 APART = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=3,
-             num_key_value_heads=1, head_dim=24, vocab_size=61)
+             num_key_value_heads=1, head_dim=24, vocab_size=61, pad_token_id=0)
 SMALL = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=1, vocab_size=61)
+             num_key_value_heads=1, vocab_size=61, pad_token_id=0)
 
 FAMILIES = {
     "smollm2": dict(release=SMOLLM2, cut=SMALL),
@@ -69,4 +99,10 @@ FAMILIES = {
                                                   original_max_position_embeddings=32))),
     "qwen3": dict(release=QWEN3, cut=APART),
     "mistral": dict(release=MISTRAL, cut=dict(SMALL, sliding_window=7)),
+    "phi3": dict(release=PHI3, cut=dict(SMALL, num_key_value_heads=2, num_hidden_layers=1,
+                                        sliding_window=7)),
+    # Heads of 24, 18 of them turned; documents on both sides of the original context.
+    "phi4_mini": dict(release=PHI4_MINI,
+                      cut=dict(SMALL, hidden_size=48, intermediate_size=30,
+                               original_max_position_embeddings=16, max_position_embeddings=128)),
 }

@@ -76,7 +76,10 @@ def expand_nf4(w):
         group = centred[begin:begin + 256]
         scale = np.float32(np.abs(group).max())
         unit = group / scale
-        nearest = np.abs(unit[:, None] - table[None, :]).argmin(axis=1)
+        distances = np.abs(unit[:, None] - table[None, :])
+        nearest = distances.argmin(axis=1)
+        two = np.partition(distances, 1, axis=1)[:, :2]
+        assert (two[:, 1] > two[:, 0]).all(), "two codes are as near: take other sizes"
         back[begin:begin + 256] = table[nearest] * scale + offset
     values = state.code.numpy().astype(np.float32)[nibbles]
     blocks = np.repeat(back, 64)[: values.size]
