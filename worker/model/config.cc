@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "worker/model/gemma.h"
 #include "worker/model/llama.h"
 #include "worker/model/mistral.h"
 #include "worker/model/phi3.h"
@@ -181,8 +182,9 @@ int64_t CountParameters(const ModelConfig& config, const WeightNames& names) {
 }
 
 const std::vector<Family>& Families() {
-  static const auto* const families = new std::vector<Family>{
-      LlamaFamily(), Qwen2Family(), Qwen3Family(), MistralFamily(), Phi3Family()};
+  static const auto* const families =
+      new std::vector<Family>{LlamaFamily(), Qwen2Family(), Qwen3Family(),  MistralFamily(),
+                              Phi3Family(),  GemmaFamily(), Gemma2Family(), Gemma3TextFamily()};
   return *families;
 }
 

@@ -78,8 +78,39 @@ PHI4_MINI = dict(  # microsoft/Phi-4-mini-instruct; of the factors the first
     rope_theta=10000.0, sliding_window=262144, tie_word_embeddings=True, torch_dtype="bfloat16",
     transformers_version="4.45.0", use_cache=True, vocab_size=200064)
 
+GEMMA = dict(  # google/gemma-2b-it
+    architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    bos_token_id=2, eos_token_id=1, head_dim=256, hidden_act="gelu", hidden_size=2048,
+    initializer_range=0.02, intermediate_size=16384, max_position_embeddings=8192,
+    model_type="gemma", num_attention_heads=8, num_hidden_layers=18, num_key_value_heads=1,
+    pad_token_id=0, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=10000.0,
+    torch_dtype="bfloat16", transformers_version="4.38.0.dev0", use_cache=True,
+    vocab_size=256000)
+
+GEMMA2 = dict(  # google/gemma-2-2b-it
+    architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    attn_logit_softcapping=50.0, bos_token_id=2, cache_implementation="hybrid",
+    eos_token_id=[1, 107], final_logit_softcapping=30.0, head_dim=256,
+    hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=2304,
+    initializer_range=0.02, intermediate_size=9216, max_position_embeddings=8192,
+    model_type="gemma2", num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4,
+    pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_theta=10000.0,
+    sliding_window=4096, torch_dtype="bfloat16", transformers_version="4.42.4", use_cache=True,
+    vocab_size=256000)
+
+GEMMA3 = dict(  # google/gemma-3-1b-it
+    architectures=["Gemma3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    attn_logit_softcapping=None, bos_token_id=2, cache_implementation="hybrid",
+    eos_token_id=[1, 106], final_logit_softcapping=None, head_dim=256,
+    hidden_activation="gelu_pytorch_tanh", hidden_size=1152, initializer_range=0.02,
+    intermediate_size=6912, max_position_embeddings=32768, model_type="gemma3_text",
+    num_attention_heads=4, num_hidden_layers=26, num_key_value_heads=1, pad_token_id=0,
+    query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_local_base_freq=10000, rope_scaling=None,
+    rope_theta=1000000, sliding_window=512, sliding_window_pattern=6, torch_dtype="bfloat16",
+    transformers_version="4.50.0.dev0", use_cache=True, vocab_size=262144)
+
 # With a head_dim of its own, which is one that cuDNN takes.
-APART = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=3,
+APART = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=24, vocab_size=61, pad_token_id=0)
 SMALL = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, vocab_size=61, pad_token_id=0)
@@ -105,4 +136,12 @@ FAMILIES = {
     "phi4_mini": dict(release=PHI4_MINI,
                       cut=dict(SMALL, hidden_size=48, intermediate_size=30,
                                original_max_position_embeddings=16, max_position_embeddings=128)),
+    "gemma": dict(release=GEMMA, cut=APART),
+    "gemma2": dict(release=GEMMA2, cut=dict(APART, sliding_window=7),
+                   lr=5e-3,
+                   gains={"q_proj.weight": 5, "k_proj.weight": 5, "model.norm.weight": 8}),
+    # Two layers with windows, and one without: the pattern is a size too.
+    "gemma3": dict(release=GEMMA3,
+                   cut=dict(APART, num_hidden_layers=3, sliding_window=7,
+                            sliding_window_pattern=3)),
 }

@@ -145,7 +145,8 @@ def family_model(case, out):
     (out / "model" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     # Softcaps are in the eager attention only.
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out / "model"),
-                                             attn_implementation="eager").float().eval()
+                                             dtype=torch.float32,
+                                             attn_implementation="eager").eval()
     around = 0.0 if "gemma" in config["model_type"] else 1.0  # where norms multiply with 1 + w
     with torch.no_grad():
         for name, parameter in model.named_parameters():
