@@ -7,10 +7,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "worker/model/gemma.h"
+#include "worker/model/granite.h"
 #include "worker/model/llama.h"
 #include "worker/model/mistral.h"
 #include "worker/model/phi3.h"
 #include "worker/model/qwen.h"
+#include "worker/model/smollm3.h"
 
 namespace attune {
 namespace {
@@ -182,9 +184,9 @@ int64_t CountParameters(const ModelConfig& config, const WeightNames& names) {
 }
 
 const std::vector<Family>& Families() {
-  static const auto* const families =
-      new std::vector<Family>{LlamaFamily(), Qwen2Family(), Qwen3Family(),  MistralFamily(),
-                              Phi3Family(),  GemmaFamily(), Gemma2Family(), Gemma3TextFamily()};
+  static const auto* const families = new std::vector<Family>{
+      LlamaFamily(), Qwen2Family(),  Qwen3Family(),      MistralFamily(), Phi3Family(),
+      GemmaFamily(), Gemma2Family(), Gemma3TextFamily(), GraniteFamily(), SmolLm3Family()};
   return *families;
 }
 

@@ -41,7 +41,7 @@ def check(binary, model_directory, adapter, prompts):
             worst = max(worst, error)
             print(f"{len(ids)} tokens: relative error {error:.2e}")
         change = float((theirs - plain).norm() / plain.norm())
-        assert change > 0.02, f"the adapter changes nothing: {change}"
+        assert change > 0.01, f"the adapter changes nothing: {change}"
     assert worst < 1e-4, worst
     return worst
 

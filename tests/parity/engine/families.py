@@ -109,6 +109,27 @@ GEMMA3 = dict(  # google/gemma-3-1b-it
     rope_theta=1000000, sliding_window=512, sliding_window_pattern=6, torch_dtype="bfloat16",
     transformers_version="4.50.0.dev0", use_cache=True, vocab_size=262144)
 
+GRANITE = dict(  # ibm-granite/granite-3.1-2b-instruct
+    architectures=["GraniteForCausalLM"], attention_bias=False, attention_dropout=0.1,
+    attention_multiplier=0.015625, bos_token_id=0, embedding_multiplier=12.0, eos_token_id=0,
+    hidden_act="silu", hidden_size=2048, initializer_range=0.02, intermediate_size=8192,
+    logits_scaling=8.0, max_position_embeddings=131072, mlp_bias=False, model_type="granite",
+    num_attention_heads=32, num_hidden_layers=40, num_key_value_heads=8, pad_token_id=0,
+    residual_multiplier=0.22, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=5000000.0,
+    tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.47.0",
+    use_cache=True, vocab_size=49155)
+
+SMOLLM3 = dict(  # HuggingFaceTB/SmolLM3-3B
+    architectures=["SmolLM3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    bos_token_id=None, eos_token_id=128012, hidden_act="silu", hidden_size=2048,
+    initializer_range=0.02, intermediate_size=11008, layer_types=["full_attention"] * 36,
+    max_position_embeddings=65536, max_window_layers=28, mlp_bias=False, model_type="smollm3",
+    no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9, num_attention_heads=16,
+    num_hidden_layers=36, num_key_value_heads=4, pad_token_id=128004, pretraining_tp=2,
+    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=5000000.0, sliding_window=None,
+    torch_dtype="bfloat16", transformers_version="4.54.0.dev0", use_cache=False,
+    use_sliding_window=False, vocab_size=128256)
+
 # With a head_dim of its own, which is one that cuDNN takes.
 APART = dict(hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=24, vocab_size=61, pad_token_id=0)
@@ -135,13 +156,17 @@ FAMILIES = {
     # Heads of 24, 18 of them turned; documents on both sides of the original context.
     "phi4_mini": dict(release=PHI4_MINI,
                       cut=dict(SMALL, hidden_size=48, intermediate_size=30,
-                               original_max_position_embeddings=16, max_position_embeddings=128)),
+                               original_max_position_embeddings=16, max_position_embeddings=128,
+                               sliding_window=23)),
     "gemma": dict(release=GEMMA, cut=APART),
-    "gemma2": dict(release=GEMMA2, cut=dict(APART, sliding_window=7),
-                   lr=5e-3,
+    "gemma2": dict(release=GEMMA2, cut=dict(APART, sliding_window=7), lr=5e-3,
                    gains={"q_proj.weight": 5, "k_proj.weight": 5, "model.norm.weight": 8}),
     # Two layers with windows, and one without: the pattern is a size too.
     "gemma3": dict(release=GEMMA3,
                    cut=dict(APART, num_hidden_layers=3, sliding_window=7,
                             sliding_window_pattern=3)),
+    "granite": dict(release=GRANITE, cut=SMALL, lr=4e-2,
+                    gains={"embed_tokens.weight": 4, "q_proj.weight": 5, "k_proj.weight": 5}),
+    "smollm3": dict(release=SMOLLM3, cut=dict(SMALL, layer_types=["full_attention"] * 2,
+                                              no_rope_layers=[1, 0])),
 }

@@ -70,7 +70,7 @@ inline Pack PackDocuments(const Json& documents, int64_t T) {
 // The cases that make_golden.py makes of released configurations.
 constexpr const char* kFamilyCases[] = {"smollm2", "llama_biases", "qwen2", "qwen2_long", "qwen3",
                                         "mistral", "phi3", "phi4_mini", "gemma",
-                                        "gemma2", "gemma3"};
+                                        "gemma2", "gemma3", "granite", "smollm3"};
 
 inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   GoldenCase golden;
