@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 namespace attune {
 namespace {
 
@@ -148,6 +150,134 @@ TEST(ConfigTest, Qwen2HasWindowsOnlyWhereTheyAreSwitchedOn) {
   config["layer_types"][2] = "linear_attention";
   EXPECT_THAT(std::string(Parse(config).status().message()),
               HasSubstr("layer_types: \"linear_attention\""));
+}
+
+TEST(ConfigTest, Qwen3HasNormsOfHeadsAndAHeadOf128) {
+  const ModelConfig c = Parsed(Base("qwen3"));
+  EXPECT_TRUE(c.qk_norm && !c.qkv_bias);
+  EXPECT_EQ(c.head_dim, 128);
+}
+
+TEST(ConfigTest, MistralAndPhi3HaveTheirWindowInEveryLayer) {
+  for (const char* type : {"mistral", "phi3"}) {
+    json config = Base(type);
+    config["sliding_window"] = nullptr;
+    EXPECT_EQ(Windows(Parsed(config)), (Numbers{0, 0, 0, 0}));
+    config["sliding_window"] = 9;
+    EXPECT_EQ(Windows(Parsed(config)), (Numbers{9, 9, 9, 9}));
+  }
+  // Transformers ignores it for Mistral, whatever it says.
+  json config = Base("mistral");
+  config["layer_types"] = {"sliding_attention"};
+  EXPECT_THAT(std::string(Parse(config).status().message()), HasSubstr("layer_types"));
+}
+
+TEST(ConfigTest, Phi3HasFusedModulesAndLongRope) {
+  json config = Base("phi3");
+  config["partial_rotary_factor"] = 0.75;
+  config["original_max_position_embeddings"] = 1024;
+  config["rope_scaling"] = {{"type", "su"},
+                            {"short_factor", json::array({1, 1, 1, 1, 1, 2})},
+                            {"long_factor", json::array({1, 2, 3, 4, 5, 6})}};
+  const ModelConfig c = Parsed(config);
+  EXPECT_TRUE(c.fused_modules);
+  EXPECT_EQ(LinearsOf(c).size(), 4u);
+  EXPECT_EQ(ShapeOf(c, Linear::kQkv).out, (4 + 2 * 2) * 16);
+  const RopeConfig& rope = c.ropes[0];
+  EXPECT_EQ(rope.RotaryDim(16), 12);
+  EXPECT_EQ(rope.original_max_position, 1024);
+  EXPECT_NEAR(rope.attention_factor, std::sqrt(1 + std::log(4.0) / std::log(1024.0)), 1e-12);
+  const std::vector<float> at_short = rope.InverseFrequencies(16),
+                           at_long = rope.InverseFrequencies(16, /*is_long=*/true);
+  EXPECT_FLOAT_EQ(at_short[5], 3 * at_long[5]);
+  config["rope_scaling"]["long_factor"].push_back(7);
+  EXPECT_THAT(std::string(Parse(config).status().message()),
+              HasSubstr("rope_scaling.long_factor: must be a list of 6"));
+}
+
+TEST(ConfigTest, GemmasHaveTheirScalesAndTiedEmbeddings) {
+  json config = Base("gemma");
+  config["hidden_act"] = "gelu";
+  ModelConfig c = Parsed(config);
+  EXPECT_EQ(c.activation, Activation::kGeluTanh);
+  EXPECT_TRUE(c.tied_embeddings && c.norm_weight_offset == 1 && c.embedding_scale == 8);
+  config["use_bidirectional_attention"] = true;
+  EXPECT_THAT(std::string(Parse(config).status().message()),
+              HasSubstr("use_bidirectional_attention"));
+
+  config = Base("gemma2");
+  config["query_pre_attn_scalar"] = 144;
+  config["attn_logit_softcapping"] = 50.0;
+  config["final_logit_softcapping"] = 30.0;
+  config["sliding_window"] = 5;
+  c = Parsed(config);
+  EXPECT_TRUE(c.post_norms && !c.qk_norm);
+  EXPECT_EQ(c.attention_scale, 1.0 / 12);
+  EXPECT_EQ(c.attention_softcap, 50);
+  EXPECT_EQ(c.logit_softcap, 30);
+  EXPECT_EQ(Windows(c), (Numbers{5, 0, 5, 0}));
+}
+
+TEST(ConfigTest, Gemma3HasTwoRopesAsOldAndNewCheckpointsSpellThem) {
+  json old_way = Base("gemma3_text"), new_way = Base("gemma3_text");
+  for (json* config : {&old_way, &new_way}) {
+    (*config)["sliding_window"] = 5;
+    (*config)["sliding_window_pattern"] = 3;
+  }
+  old_way["rope_theta"] = 1e6;
+  old_way["rope_local_base_freq"] = 2e4;
+  old_way["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 8.0}};
+  new_way["rope_parameters"] = {
+      {"full_attention", {{"rope_type", "linear"}, {"factor", 8.0}, {"rope_theta", 1e6}}},
+      {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 2e4}}}};
+  for (const json& config : {old_way, new_way}) {
+    const ModelConfig c = Parsed(config);
+    EXPECT_TRUE(c.post_norms && c.qk_norm);
+    EXPECT_EQ(Windows(c), (Numbers{5, 5, 0, 5}));
+    ASSERT_EQ(c.ropes.size(), 2u);
+    EXPECT_EQ(c.layer(0).rope, 1);
+    EXPECT_EQ(c.layer(2).rope, 0);
+    EXPECT_EQ(c.ropes[0].theta, 1e6);
+    EXPECT_EQ(c.ropes[0].factor, 8);
+    EXPECT_EQ(c.ropes[1].theta, 2e4);
+    EXPECT_EQ(c.ropes[1].scaling, RopeScaling::kNone);
+  }
+  // Transformers keeps the field and does nothing with it.
+  old_way["attn_logit_softcapping"] = 50.0;
+  EXPECT_THAT(std::string(Parse(old_way).status().message()), HasSubstr("attn_logit_softcapping"));
+}
+
+TEST(ConfigTest, GraniteHasItsMultipliers) {
+  json config = Base("granite");
+  config["embedding_multiplier"] = 12.0;
+  config["residual_multiplier"] = 0.22;
+  config["attention_multiplier"] = 0.015625;
+  config["logits_scaling"] = 8.0;
+  const ModelConfig c = Parsed(config);
+  EXPECT_EQ(c.embedding_scale, 12);
+  EXPECT_EQ(c.residual_scale, 0.22);
+  EXPECT_EQ(c.attention_scale, 0.015625);
+  EXPECT_EQ(c.logit_scale, 0.125);
+  // Without it, scores are not scaled at all.
+  EXPECT_EQ(Parsed(Base("granite")).attention_scale, 1);
+}
+
+TEST(ConfigTest, SmolLm3HasLayersWithoutRope) {
+  json config = Base("smollm3");
+  const auto ropes = [&] {
+    const ModelConfig c = Parsed(config);
+    Numbers out;
+    for (int64_t i = 0; i < c.num_layers; ++i) out.push_back(c.layer(i).rope);
+    return out;
+  };
+  EXPECT_EQ(ropes(), (Numbers{0, 0, 0, -1}));
+  config["no_rope_layer_interval"] = 2;
+  EXPECT_EQ(ropes(), (Numbers{0, -1, 0, -1}));
+  config["no_rope_layers"] = {0, 1, 1, 1};
+  EXPECT_EQ(ropes(), (Numbers{-1, 0, 0, 0}));
+  config["use_sliding_window"] = true;
+  config["sliding_window"] = 6;
+  EXPECT_EQ(Windows(Parsed(config)), (Numbers{6, 0, 0, 0}));
 }
 
 }  // namespace
