@@ -13,6 +13,7 @@ using nlohmann::json;
 
 constexpr int64_t kMaxSize = int64_t{1} << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
+constexpr int64_t kMaxHeadDim = 512;  // of the kernels
 
 // Fields that may hold something and change nothing here: names and versions, token ids, how the
 // weights were drawn, how text is generated elsewhere, heads for other tasks.
@@ -227,7 +228,7 @@ void ReadSizes(ConfigReader* reader, const ConfigDefaults& defaults, ModelConfig
   c->rms_norm_eps = reader->Number("rms_norm_eps", 0, 1);
   c->tied_embeddings = reader->BoolOr("tie_word_embeddings", defaults.tied_embeddings);
   c->activation = ReadActivation(reader, "hidden_act", Activation::kSilu);
-  c->head_dim = reader->IntegerOr("head_dim", 2, 4096, defaults.head_dim);
+  c->head_dim = reader->IntegerOr("head_dim", 2, kMaxHeadDim, defaults.head_dim);
   if (!reader->ok()) return;
   if (c->head_dim == 0) {
     if (c->hidden_size % c->num_heads != 0) {
@@ -235,6 +236,9 @@ void ReadSizes(ConfigReader* reader, const ConfigDefaults& defaults, ModelConfig
                           "must divide hidden_size where head_dim is not given");
     }
     c->head_dim = c->hidden_size / c->num_heads;
+  }
+  if (c->head_dim > kMaxHeadDim) {
+    reader->Refuse("num_attention_heads", "heads of more than 512 elements are not built");
   }
   if (c->head_dim % 2 != 0) reader->Fail("head_dim", "must be even");
   if (c->num_heads % c->num_kv_heads != 0) {

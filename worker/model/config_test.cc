@@ -96,6 +96,7 @@ TEST(ConfigTest, SizesThatDoNotFitAreRefused) {
   EXPECT_THAT(error("head_dim", 7), HasSubstr("head_dim"));
   EXPECT_THAT(error("num_key_value_heads", 3), HasSubstr("num_key_value_heads"));
   EXPECT_THAT(error("attention_bias", 1), HasSubstr("attention_bias"));
+  EXPECT_THAT(error("head_dim", 514), HasSubstr("head_dim: is 514"));
 }
 
 TEST(ConfigTest, DropoutOfPretrainingIsSaidNotToBeApplied) {
@@ -201,6 +202,9 @@ TEST(ConfigTest, GemmasHaveTheirScalesAndTiedEmbeddings) {
   ModelConfig c = Parsed(config);
   EXPECT_EQ(c.activation, Activation::kGeluTanh);
   EXPECT_TRUE(c.tied_embeddings && c.norm_weight_offset == 1 && c.embedding_scale == 8);
+  config["hidden_act"] = "silu";
+  EXPECT_THAT(std::string(Parse(config).status().message()), HasSubstr("hidden_act"));
+  config["hidden_act"] = "gelu";
   config["use_bidirectional_attention"] = true;
   EXPECT_THAT(std::string(Parse(config).status().message()),
               HasSubstr("use_bidirectional_attention"));

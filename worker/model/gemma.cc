@@ -20,6 +20,9 @@ void ReadShared(ConfigReader* reader, ModelConfig* c) {
   if (reader->BoolOr("use_bidirectional_attention", false)) {
     reader->Refuse("use_bidirectional_attention", "a model that sees what comes next is not built");
   }
+  if (reader->Has("hidden_act") && c->activation == Activation::kSilu) {
+    reader->Refuse("hidden_act", "a Gemma whose gate is not GELU is not built");
+  }
   // "gelu" in the first checkpoints is a slip: the models were trained with its tanh form.
   c->activation = ReadActivation(reader, "hidden_activation", Activation::kGeluTanh);
   if (c->activation == Activation::kGeluErf) c->activation = Activation::kGeluTanh;
