@@ -119,12 +119,16 @@ TensorView& NormOf(TransformerBlock* block, BlockNorm norm) {
 
 Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
              const AdapterSet* adapters)
-    : config_(config), policy_(options.activations), adapters_(adapters) {
+    : config_(config),
+      embedding_on_host_(options.embedding_on_host && !config.tied_embeddings),
+      policy_(options.activations),
+      adapters_(adapters) {
   const auto dense = [&](std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
   };
   const int64_t C = config.hidden_size;
-  embedding_ = dense({config.vocab_size, C});
+  embedding_ = embedding_on_host_ ? TensorView(nullptr, ctx.dtype, {config.vocab_size, C})
+                                  : dense({config.vocab_size, C});
   weights_.reserve(config.num_layers);
   blocks_.resize(config.num_layers);
   for (int64_t i = 0; i < config.num_layers; ++i) {
@@ -243,7 +247,9 @@ void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
 
 absl::Status Model::Load(const LayerContext& ctx, const WeightNames& names,
                          const WeightSource& source, const std::function<void()>& progress) {
-  absl::Status status = LoadDense(ctx, source, names.embedding, embedding_);
+  LayerContext embedding_ctx = ctx;
+  if (embedding_on_host_) embedding_ctx.exec.device = DeviceKind::kCpu;
+  absl::Status status = LoadDense(embedding_ctx, source, names.embedding, embedding_);
   if (!status.ok()) return status;
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     if (status = LoadBlock(ctx, names, source, layer); !status.ok()) return status;
@@ -297,7 +303,12 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
   return absl::OkStatus();
 }
 
-absl::Status Model::PrepareTravel(const LayerContext& ctx, int64_t tokens) {
+absl::Status Model::TakeHostMemory(const LayerContext& ctx, int64_t tokens) {
+  if (embedding_on_host_ && !ctx.exec.plan) {
+    absl::Status status = host_embedding_.Allocate(ctx.exec.device, embedding_.bytes());
+    if (!status.ok()) return status;
+    embedding_.data = host_embedding_.data();
+  }
   const TransformerBlock& block = blocks_[0];
   const auto prepare = [&](TravellingBuffers* travel, int64_t pieces, SavedGroup group) {
     return travel->Prepare(ctx.exec, pieces, block.SavedBytes(ctx, tokens, group));
@@ -309,7 +320,8 @@ absl::Status Model::PrepareTravel(const LayerContext& ctx, int64_t tokens) {
 
 int64_t Model::HostBytes(const LayerContext& ctx, int64_t tokens) const {
   const TransformerBlock& block = blocks_[0];
-  return TravellingBuffers::HostBytes(policy_.streams_on_host,
+  return (embedding_on_host_ ? embedding_.bytes() : 0) +
+         TravellingBuffers::HostBytes(policy_.streams_on_host,
                                       block.SavedBytes(ctx, tokens, SavedGroup::kStream)) +
          TravellingBuffers::HostBytes(policy_.gate_ups_on_host,
                                       block.SavedBytes(ctx, tokens, SavedGroup::kGateUp));

@@ -59,6 +59,9 @@ struct ModelOptions {
   WeightStorage storage = WeightStorage::kDense;
   bool resident = false;  // see FrozenMatrixOptions
   bool prefetch = false;  // expand NF4 weights one ahead, in two buffers
+  // Keep the table of token embeddings in pinned host memory: the device reads the rows of a pack
+  // from there. Not where the head is the same table.
+  bool embedding_on_host = false;
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
 };
@@ -77,8 +80,8 @@ class Model {
   absl::Status Load(const LayerContext& ctx, const WeightNames& names, const WeightSource& source,
                     const std::function<void()>& progress);
 
-  // Takes the host memory that the policy wants for packs of `tokens` tokens, once, before Forward.
-  absl::Status PrepareTravel(const LayerContext& ctx, int64_t tokens);
+  // Takes the host memory that the options want for packs of `tokens` tokens, once, before Load.
+  absl::Status TakeHostMemory(const LayerContext& ctx, int64_t tokens);
   int64_t HostBytes(const LayerContext& ctx, int64_t tokens) const;
 
   // Keeps activations on the arena's bottom for Backward; the caller releases them.
@@ -126,6 +129,8 @@ class Model {
 
   ModelConfig config_;
   TensorView embedding_;  // (V, C)
+  PinnedMemory host_embedding_;  // behind embedding_, if that is on the host
+  bool embedding_on_host_;
   std::vector<BlockWeights> weights_;
   std::vector<TransformerBlock> blocks_;
   LmHead head_;

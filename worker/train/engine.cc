@@ -49,6 +49,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
                                    ModelOptions{.storage = StorageOf(options.spec.quantization()),
                                                 .resident = options.resident,
                                                 .prefetch = options.prefetch,
+                                                .embedding_on_host = options.embedding_on_host,
                                                 .activations = options.activations,
                                                 .logits_bytes = options.logits_bytes},
                                    adapters_.get());
@@ -71,7 +72,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
 absl::Status Engine::Load(const WeightSource& weights, const std::function<void()>& progress) {
   arena_.BeginPhase("load");
   const int64_t tokens = options_.spec.batch().micro_batch_tokens();
-  if (absl::Status s = model_->PrepareTravel(ctx_, tokens); !s.ok()) return s;
+  if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
   adapters_->Initialise(ctx_, options_.spec.seed());
   return model_->Load(ctx_, options_.names, weights, progress);
 }

@@ -161,6 +161,19 @@ TEST_P(PlacesTest, WhereActivationsAreKeptChangesNoBit) {
 INSTANTIATE_TEST_SUITE_P(Cases, PlacesTest, testing::Values("nf4"));
 INSTANTIATE_TEST_SUITE_P(Families, PlacesTest, testing::ValuesIn(kFamilyCases));
 
+TEST(EngineTest, EmbeddingsOnTheHostChangeNoBit) {
+  GoldenCase golden = LoadGoldenCase(kGolden + "dense", DType::kF32);
+  ASSERT_FALSE(golden.options.model.tied_embeddings);
+  const int64_t bytes = Engine::Plan(golden.options, *golden.weights).value().peak_bytes();
+  const StepOutcome on_device = OneStep(golden);
+  golden.options.embedding_on_host = true;
+  const StepOutcome on_host = OneStep(golden);
+  EXPECT_EQ(on_host.loss, on_device.loss);
+  EXPECT_EQ(on_host.grad, on_device.grad);
+  const int64_t table = golden.options.model.vocab_size * golden.options.model.hidden_size * 4;
+  EXPECT_LE(Engine::Plan(golden.options, *golden.weights).value().peak_bytes(), bytes - table);
+}
+
 TEST(EngineTest, ExpandingAheadChangesNoBit) {
   for (const bool fused : {false, true}) {
     GoldenCase golden = LoadGoldenCase(kGolden + "nf4", DType::kF32);

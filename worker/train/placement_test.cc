@@ -99,6 +99,16 @@ TEST(PlacementTest, TakesNoMoreHostMemoryThanThereIs) {
   EXPECT_EQ(options.activations.streams_on_host, 0);
 }
 
+TEST(PlacementTest, TrainsInSixGibWithTheEmbeddingsOnTheHost) {
+  EngineOptions options = Llama8B(2048);
+  const absl::StatusOr<v1::MemoryEstimate> memory =
+      ChoosePlacement({.device_bytes = 6 * kGib, .host_bytes = 64 * kGib}, kRates, 2048, &options);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_LE(memory->peak_bytes(), 6 * kGib);
+  EXPECT_TRUE(options.embedding_on_host);
+  EXPECT_THAT(memory->placement(), HasSubstr("embeddings in host memory"));
+}
+
 TEST(PlacementTest, RefusesWithWhatWouldFit) {
   EngineOptions options = Llama8B(65536);
   const absl::Status status =
