@@ -6,16 +6,17 @@
 
 BIN_DIR holds logits_tool and train_case; MODEL, ADAPTER and CASE are directories. Needs torch,
 transformers and peft. Fails above a relative error of 1e-4 (fp32), and if the adapter changes
-nothing.
+nothing. Cases also with config.json as this Transformers writes it.
 """
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def ours(binary, model, adapter, ids):
@@ -54,12 +55,23 @@ def job_prompts(adapter):
         yield tokenizer(text, add_special_tokens=False).input_ids
 
 
+def check_saved_anew(binary, model, ids):
+    """config.json as this Transformers writes it is the same model as that of the release."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = shutil.copytree(model, pathlib.Path(directory) / "model")
+        AutoConfig.from_pretrained(model).save_pretrained(copy)
+        assert ours(binary, str(copy), "-", ids).equal(ours(binary, str(model), "-", ids)), model
+
+
 def check_case(binary, case):
     with tempfile.TemporaryDirectory() as adapter:
         subprocess.run([f"{binary}/train_case", case, "10", adapter], check=True)
         # Within a window, beyond it, and beyond a chunk of our prefill.
         prompts = [[(5 + 3 * i) % 61 for i in range(n)] for n in (5, 40, 300)]
-        return check(binary, str(pathlib.Path(case) / "model"), adapter, prompts)
+        model = pathlib.Path(case) / "model"
+        worst = check(binary, str(model), adapter, prompts)
+        check_saved_anew(binary, model, prompts[1])
+        return worst
 
 
 def main():
