@@ -71,8 +71,7 @@ int64_t QkvRows(const ModelConfig& c) {
 
 WeightNames Names() {
   WeightNames names{.embedding = "embedding", .final_norm = "norm", .head = "head"};
-  names.attention_norm = [](int64_t) { return "norm"; };
-  names.mlp_norm = [](int64_t) { return "norm"; };
+  names.norm = [](int64_t, BlockNorm) { return "norm"; };
   names.linear = [](int64_t i, Linear linear) {
     constexpr const char* kNames[] = {"q", "k", "v", "o", "gate", "up", "down"};
     return "layers." + std::to_string(i) + "." + kNames[static_cast<int>(linear)];

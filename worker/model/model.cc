@@ -97,6 +97,24 @@ absl::Status LoadDense(const LayerContext& ctx, const WeightSource& source, cons
   return absl::OkStatus();
 }
 
+TensorView& NormOf(TransformerBlock* block, BlockNorm norm) {
+  switch (norm) {
+    case BlockNorm::kAttention:
+      return block->attention_norm;
+    case BlockNorm::kMlp:
+      return block->mlp_norm;
+    case BlockNorm::kPostAttention:
+      return block->post_attention_norm;
+    case BlockNorm::kPostMlp:
+      return block->post_mlp_norm;
+    case BlockNorm::kQ:
+      return block->q_norm;
+    case BlockNorm::kK:
+      return block->k_norm;
+  }
+  return block->attention_norm;
+}
+
 }  // namespace
 
 Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
@@ -115,16 +133,11 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
   blocks_.resize(config.num_layers);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     TransformerBlock& block = blocks_[i];
-    block.shape = {.hidden = C,
-                   .heads = config.num_heads,
-                   .kv_heads = config.num_kv_heads,
-                   .head_dim = config.head_dim,
-                   .intermediate = config.intermediate_size,
-                   .rms_norm_eps = config.rms_norm_eps};
-    block.attention_norm = dense({C});
-    block.mlp_norm = dense({C});
+    block.shape = ShapeOfBlock(i);
+    for (BlockNorm norm : NormsOf(config)) NormOf(&block, norm) = dense({SizeOf(config, norm)});
     if (adapters != nullptr) Adapt(*adapters, i);
     const int64_t q = config.q_size(), kv = config.kv_size(), F = config.intermediate_size;
+    const bool fused = config.fused_modules;
     const auto frozen = [&](const LoraLinear& linear, std::vector<int64_t> rows, int64_t in) {
       return FrozenMatrix(ctx,
                           {.storage = options.storage,
@@ -132,13 +145,22 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
                            .extension = ctx.fused_lora ? linear.extension() : 0},
                           std::move(rows), in);
     };
-    weights_.push_back({frozen(block.qkv, {q, kv, kv}, C), frozen(block.o, {C}, q),
-                        frozen(block.gate_up, {F, F}, C), frozen(block.down, {C}, F)});
+    using Rows = std::vector<int64_t>;
+    weights_.push_back(
+        {frozen(block.qkv, fused ? Rows{q + 2 * kv} : Rows{q, kv, kv}, C), frozen(block.o, {C}, q),
+         frozen(block.gate_up, fused ? Rows{2 * F} : Rows{F, F}, C), frozen(block.down, {C}, F)});
     BlockWeights& w = weights_.back();
     block.qkv.w = &w.qkv;
     block.o.w = &w.o;
     block.gate_up.w = &w.gate_up;
     block.down.w = &w.down;
+    if (config.qkv_bias) block.qkv.bias = dense({w.qkv.rows()});
+    if (config.o_bias) block.o.bias = dense({C});
+    if (config.mlp_bias) {
+      block.gate_up.bias = dense({2 * F});
+      block.down.bias = dense({C});
+    }
+    block.o.output_scale = block.down.output_scale = config.residual_scale;
     if (!options.prefetch || w.qkv.expanded()) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
       prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx).bytes());
@@ -147,9 +169,50 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
   head_ = {.norm = dense({C}),
            .weight = config.tied_embeddings ? embedding_ : dense({config.vocab_size, C}),
            .rms_norm_eps = config.rms_norm_eps,
+           .norm_weight_offset = config.norm_weight_offset,
+           .logit_scale = config.logit_scale,
+           .logit_softcap = config.logit_softcap,
            .logits_bytes = options.logits_bytes};
-  inverse_frequencies_ =
-      ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, DType::kF32, {config.head_dim / 2});
+  MakeRopes(ctx);
+}
+
+BlockShape Model::ShapeOfBlock(int64_t layer) const {
+  const ModelConfig& c = config_;
+  const LayerConfig of_layer = c.layer(layer);
+  const double default_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+  const bool turns = of_layer.rope != LayerConfig::kNoRope;
+  const int64_t rotary_dim = turns ? c.ropes[of_layer.rope].RotaryDim(c.head_dim) : 0;
+  return {.hidden = c.hidden_size,
+          .heads = c.num_heads,
+          .kv_heads = c.num_kv_heads,
+          .head_dim = c.head_dim,
+          .intermediate = c.intermediate_size,
+          .rms_norm_eps = c.rms_norm_eps,
+          .norm_weight_offset = c.norm_weight_offset,
+          .activation = c.activation,
+          .attention = {.window = of_layer.window,
+                        .scale = c.attention_scale > 0 ? c.attention_scale : default_scale,
+                        .softcap = c.attention_softcap},
+          .rope = turns ? of_layer.rope : 0,
+          .rotary_dim = rotary_dim,
+          .qk_norm = c.qk_norm,
+          .post_norms = c.post_norms};
+}
+
+void Model::MakeRopes(const LayerContext& ctx) {
+  CHECK(!config_.ropes.empty() && config_.ropes.size() <= kMaxRopes);
+  for (const RopeConfig& rope : config_.ropes) {
+    const auto room = [&] {
+      return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, DType::kF32,
+                            {rope.RotaryDim(config_.head_dim) / 2});
+    };
+    RotaryEmbedding out{.inverse_frequencies = room(), .attention_factor = rope.attention_factor};
+    if (rope.scaling == RopeScaling::kLongRope) {
+      out.long_inverse_frequencies = room();
+      out.long_after = rope.original_max_position;
+    }
+    ropes_.push_back(out);
+  }
 }
 
 // Gives the linears of a block their adapters.
@@ -196,29 +259,46 @@ absl::Status Model::Load(const LayerContext& ctx, const WeightNames& names,
   if (!config_.tied_embeddings) {
     if (status = LoadDense(ctx, source, names.head, head_.weight); !status.ok()) return status;
   }
-  const std::vector<float> frequencies = config_.rope.InverseFrequencies(config_.head_dim);
-  CopyToDevice(ctx.exec, frequencies.data(), inverse_frequencies_);
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    for (const bool is_long : {false, true}) {
+      const TensorView to =
+          is_long ? ropes_[i].long_inverse_frequencies : ropes_[i].inverse_frequencies;
+      if (!to.defined()) continue;
+      const std::vector<float> frequencies =
+          config_.ropes[i].InverseFrequencies(config_.head_dim, is_long);
+      CopyToDevice(ctx.exec, frequencies.data(), to);
+    }
+  }
   return absl::OkStatus();
 }
 
 absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
                               const WeightSource& source, int64_t layer) {
-  const TransformerBlock& block = blocks_[layer];
-  absl::Status status = LoadDense(ctx, source, names.attention_norm(layer), block.attention_norm);
-  if (!status.ok()) return status;
-  status = LoadDense(ctx, source, names.mlp_norm(layer), block.mlp_norm);
-  if (!status.ok()) return status;
-  for (int i = 0; i < kLinears; ++i) {
-    const Linear linear = static_cast<Linear>(i);
+  TransformerBlock& block = blocks_[layer];
+  for (BlockNorm norm : NormsOf(config_)) {
+    absl::Status status = LoadDense(ctx, source, names.norm(layer, norm), NormOf(&block, norm));
+    if (!status.ok()) return status;
+  }
+  BlockWeights& weights = weights_[layer];
+  FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
+  const LoraLinear* const linears[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
+  for (Linear linear : LinearsOf(config_)) {
     const LinearShape shape = ShapeOf(config_, linear);
-    const std::string name = absl::StrCat(names.linear(layer, linear), ".weight");
-    absl::StatusOr<TensorView> w = Get(ctx, source, name, {shape.out, shape.in});
-    if (!w.ok()) return w.status();
-    BlockWeights& weights = weights_[layer];
-    FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
     const LinearPlace place = PlaceOf(linear);
-    ArenaScope scope(ctx.arena);
-    matrices[place.matrix]->Load(ctx, place.part, ToDevice(ctx, *w));
+    FrozenMatrix* matrix = matrices[place.matrix];
+    const std::string module = names.linear(layer, linear);
+    absl::StatusOr<TensorView> w =
+        Get(ctx, source, absl::StrCat(module, ".weight"), {shape.out, shape.in});
+    if (!w.ok()) return w.status();
+    {
+      ArenaScope scope(ctx.arena);
+      matrix->Load(ctx, place.part, ToDevice(ctx, *w));
+    }
+    if (!HasBias(config_, linear)) continue;
+    const int64_t begin = matrix->row_begin(place.part);
+    absl::Status status = LoadDense(ctx, source, absl::StrCat(module, ".bias"),
+                                    linears[place.matrix]->bias.Slice(0, begin, begin + shape.out));
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -308,6 +388,17 @@ void Model::PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens,
                    saved);
 }
 
+void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const {
+  // In bf16 the factor is one too, as in Transformers, where Gemma was trained.
+  const double scale = config_.embedding_scale;
+  const bool bf16 = ctx.dtype == DType::kBF16;
+  EmbeddingForward(
+      ctx.exec, {.ids = batch.ids,
+                 .table = embedding_,
+                 .y = x,
+                 .scale = bf16 ? static_cast<float>(BFloat16(static_cast<float>(scale))) : scale});
+}
+
 Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedModel* saved) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
   const LayerContext ctx = BeginPass(outer);
@@ -321,7 +412,7 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
     PlaceSaved(ctx, i, T, block);
     if (i == 0) {
       x = block->x1;
-      EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
+      Embed(ctx, batch, x);
     }
     x = blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, block);
     const Places places = PlacesOf(i);
@@ -337,7 +428,7 @@ Hidden Model::Infer(const LayerContext& outer, const PackBatch& batch,
   const LayerContext ctx = BeginPass(outer);
   const TensorView x = ctx.Saved(ctx.dtype, {T, C});
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
-  EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
+  Embed(ctx, batch, x);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     ArenaScope scope(ctx.arena, ArenaEnd::kBottom);
     SavedBlock saved;

@@ -47,6 +47,14 @@ struct ActivationPolicy {
   int64_t gate_ups_rebuilt = 0;  // other layers, whose gate and up are computed again
 };
 
+// The angles of one rotary embedding, before positions are known.
+struct RotaryEmbedding {
+  TensorView inverse_frequencies;       // (R/2) f32
+  TensorView long_inverse_frequencies;  // of documents longer than long_after; undefined: none
+  int64_t long_after = 0;
+  double attention_factor = 1;
+};
+
 struct ModelOptions {
   WeightStorage storage = WeightStorage::kDense;
   bool resident = false;  // see FrozenMatrixOptions
@@ -91,7 +99,7 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   const LmHead& head() const { return head_; }
-  TensorView inverse_frequencies() const { return inverse_frequencies_; }
+  const std::vector<RotaryEmbedding>& ropes() const { return ropes_; }
 
  private:
   struct BlockWeights {
@@ -107,7 +115,10 @@ class Model {
     int64_t gate_up = 0;
   };
 
+  BlockShape ShapeOfBlock(int64_t layer) const;
+  void MakeRopes(const LayerContext& ctx);
   void Adapt(const AdapterSet& adapters, int64_t layer);
+  void Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const;
   void RefreshExpansions(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;
@@ -123,7 +134,7 @@ class Model {
   std::vector<BlockWeights> weights_;
   std::vector<TransformerBlock> blocks_;
   LmHead head_;
-  TensorView inverse_frequencies_;  // (D/2) f32
+  std::vector<RotaryEmbedding> ropes_;
   ActivationPolicy policy_;
   const AdapterSet* adapters_;
   // State of a pass and caches, not of the model.

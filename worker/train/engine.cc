@@ -55,7 +55,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
                                    adapters_.get());
   method_ = NewMethod(options.spec);
   buffers_ = std::make_unique<PackBuffers>(ctx_, options.spec.batch().micro_batch_tokens(),
-                                           options.model.head_dim);
+                                           model_->ropes());
   const auto scalar = [&](DType dtype, int64_t n) {
     return arena_.New(ArenaEnd::kBottom, MemoryClass::kWorkspace, dtype, {n});
   };
@@ -128,7 +128,7 @@ absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
   for (const PackRef& ref : packs) {
     const int32_t step_pack[] = {static_cast<int32_t>(input.step), static_cast<int32_t>(ref.index)};
     CopyToDevice(ctx_.exec, step_pack, step_pack_);
-    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack, model_->inverse_frequencies());
+    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
     method_->Train(train, *model_, batch,
                    {.grad_scale = grad_scale_, .loss = tail.Slice(0, kTailLoss, kTailLoss + 1)});
     progress();
@@ -177,7 +177,7 @@ absl::StatusOr<EvaluationResult> Engine::Evaluate(absl::Span<const PackRef> pack
   arena_.BeginPhase("evaluate");
   Fill(ctx_.exec, {.x = evaluation_, .value = 0});
   for (const PackRef& ref : packs) {
-    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack, model_->inverse_frequencies());
+    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
     method_->Evaluate(ctx_, *model_, batch,
                       {.loss = evaluation_.Slice(0, 0, 1), .correct = evaluation_.Slice(0, 1, 2)});
     progress();

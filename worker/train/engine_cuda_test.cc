@@ -102,6 +102,7 @@ TEST_P(EngineCuda, DropoutGivesWhatTheCpuGives) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));
+INSTANTIATE_TEST_SUITE_P(Families, EngineCuda, testing::ValuesIn(kFamilyCases));
 
 }  // namespace
 }  // namespace attune

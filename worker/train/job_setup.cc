@@ -191,11 +191,11 @@ class DataSetup {
     job_->evaluation = MakeSet(*dataset, AllOf(**dataset));
     const std::vector<Repeat>& leaks = (*dataset)->leaks();
     if (!leaks.empty()) {
-      WarnOfLeak(static_cast<int64_t>(leaks.size()), (*dataset)->size(),
-                 absl::StrCat(PlaceOf(**dataset, leaks[0].example, assignment.evaluation_files()),
-                              " repeats ",
-                              PlaceOf(*job_->train.dataset, leaks[0].first,
-                                      assignment.dataset_files())));
+      WarnOfLeak(
+          static_cast<int64_t>(leaks.size()), (*dataset)->size(),
+          absl::StrCat(PlaceOf(**dataset, leaks[0].example, assignment.evaluation_files()),
+                       " repeats ",
+                       PlaceOf(*job_->train.dataset, leaks[0].first, assignment.dataset_files())));
     }
     return absl::OkStatus();
   }
@@ -337,8 +337,9 @@ absl::Status SetUpModel(PreparedJob* job) {
   job->weights = std::make_unique<CheckpointWeights>(*std::move(checkpoint));
   v1::ValidationReport& report = job->report;
   report.set_model_family(engine.model.family);
-  report.set_model_parameters(CountParameters(engine.model));
+  report.set_model_parameters(CountParameters(engine.model, engine.names));
   report.set_trained_parameters(engine.adapters.elements);
+  for (const std::string& warning : engine.model.warnings) report.add_warnings(warning);
   if (spec.batch().micro_batch_tokens() > engine.model.max_positions) {
     report.add_warnings(absl::StrCat(
         "batch.micro_batch_tokens is ", spec.batch().micro_batch_tokens(),
@@ -481,8 +482,7 @@ v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device
   return bf16 ? v1::PRECISION_BF16 : v1::PRECISION_F32;
 }
 
-absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(
-    const v1::TrainerAssignment& assignment) {
+absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(const v1::TrainerAssignment& assignment) {
   auto job = std::make_unique<PreparedJob>();
   job->assignment = assignment;
   v1::JobSpec* spec = job->assignment.mutable_spec();

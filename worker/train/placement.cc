@@ -16,22 +16,10 @@ namespace {
 class ShapesOnly : public WeightSource {
  public:
   explicit ShapesOnly(const EngineOptions& options) {
-    const ModelConfig& c = options.model;
-    const WeightNames& names = options.names;
-    const auto add = [&](const std::string& name, std::initializer_list<int64_t> shape) {
-      shapes_[name] = TensorView(nullptr, DType::kBF16, shape);
-    };
-    add(names.embedding, {c.vocab_size, c.hidden_size});
-    add(names.head, {c.vocab_size, c.hidden_size});
-    add(names.final_norm, {c.hidden_size});
-    for (int64_t layer = 0; layer < c.num_layers; ++layer) {
-      add(names.attention_norm(layer), {c.hidden_size});
-      add(names.mlp_norm(layer), {c.hidden_size});
-      for (int i = 0; i < kLinears; ++i) {
-        const Linear linear = static_cast<Linear>(i);
-        const LinearShape shape = ShapeOf(c, linear);
-        add(absl::StrCat(names.linear(layer, linear), ".weight"), {shape.out, shape.in});
-      }
+    for (const WeightShape& weight : WeightShapes(options.model, options.names)) {
+      const std::vector<int64_t>& n = weight.shape;
+      shapes_[weight.name] = n.size() == 1 ? TensorView(nullptr, DType::kBF16, {n[0]})
+                                           : TensorView(nullptr, DType::kBF16, {n[0], n[1]});
     }
   }
   absl::StatusOr<TensorView> Find(const std::string& name) const override {
@@ -54,14 +42,23 @@ LayerTraffic TrafficOf(const EngineOptions& options) {
                q = static_cast<double>(c.q_size()), kv = static_cast<double>(c.kv_size());
   const double qkv = q + 2 * kv;
   const double inputs = C + q + C + F, outputs = qkv + C + 2 * F + C;  // of the four products
-  return {.forward = 8 * C + 2 * qkv + 3 * F + inputs,
-          .backward = 6 * F + 12 * C + 2 * qkv + 2 * outputs + inputs};
+  LayerTraffic traffic = {.forward = 8 * C + 2 * qkv + 3 * F + inputs,
+                          .backward = 6 * F + 12 * C + 2 * qkv + 2 * outputs + inputs};
+  if (c.qkv_bias) traffic.forward += 2 * qkv;
+  if (c.o_bias) traffic.forward += 2 * C;
+  if (c.mlp_bias) traffic.forward += 2 * (2 * F + C);
+  if (c.qk_norm) traffic.backward += 3 * qkv;  // q, k and v are made again
+  if (c.post_norms) {
+    traffic.forward += 2 * 2 * C;
+    traffic.backward += 2 * 3 * C;
+  }
+  return traffic;
 }
 
 double LinearParameters(const ModelConfig& c) {
   double sum = 0;
-  for (int i = 0; i < kLinears; ++i) {
-    const LinearShape shape = ShapeOf(c, static_cast<Linear>(i));
+  for (Linear linear : LinearsOf(c)) {
+    const LinearShape shape = ShapeOf(c, linear);
     sum += static_cast<double>(shape.in) * static_cast<double>(shape.out);
   }
   return sum;
@@ -78,8 +75,10 @@ struct GroupBytes {
 GroupBytes GroupsOf(const EngineOptions& options) {
   const ModelConfig& c = options.model;
   const double T = static_cast<double>(options.spec.batch().micro_batch_tokens());
+  const int64_t of_stream = c.post_norms ? 4 : 2;
   return {
-      .stream = 2 * T * static_cast<double>(2 * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size()),
+      .stream =
+          2 * T * static_cast<double>(of_stream * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size()),
       .gate_up = 2 * T * static_cast<double>(2 * c.intermediate_size)};
 }
 
