@@ -8,10 +8,6 @@
 namespace attune {
 namespace {
 
-TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
-  return x.Slice(1, begin, begin + count);
-}
-
 // Columns [begin, begin + heads * head_dim) of (T, N) as (T, heads, head_dim).
 TensorView Heads(const TensorView& x, int64_t begin, int64_t heads, int64_t head_dim) {
   TensorView out = Columns(x, begin, heads * head_dim);

@@ -8,10 +8,6 @@
 namespace attune {
 namespace {
 
-TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
-  return x.Slice(1, begin, begin + count);
-}
-
 DropoutArgs DropoutOf(const LayerContext& ctx, const LoraPart& adapter) {
   return {.step_pack = ctx.dropout.step_pack,
           .p = ctx.dropout.p,

@@ -15,6 +15,11 @@
 
 namespace attune {
 
+// Columns [begin, begin + count) of (T, N).
+inline TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
+  return x.Slice(1, begin, begin + count);
+}
+
 // The adapter of one part. Views into the AdapterSet's flat buffers.
 struct LoraPart {
   int part = 0;        // of the FrozenMatrix
