@@ -34,18 +34,23 @@ Outcome Steps(const GoldenCase& golden, int steps, double learning_rate) {
   return out;
 }
 
-void ExpectClose(const Outcome& got, const Outcome& want, double loss_tolerance,
-                 double grad_tolerance, const std::string& what) {
-  for (size_t s = 0; s < want.losses.size(); ++s) {
-    EXPECT_NEAR(got.losses[s], want.losses[s], loss_tolerance * want.losses[s]) << what;
-  }
+// |got - want| / |want| of the gradients, in the Euclidean norm.
+double GradientError(const Outcome& got, const Outcome& want) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < want.grad.size(); ++i) {
     error += std::pow(got.grad[i] - want.grad[i], 2);
     norm += std::pow(want.grad[i], 2);
   }
   EXPECT_GT(norm, 0);
-  EXPECT_LT(std::sqrt(error / norm), grad_tolerance) << what;
+  return std::sqrt(error / norm);
+}
+
+void ExpectClose(const Outcome& got, const Outcome& want, double loss_tolerance,
+                 double grad_tolerance, const std::string& what) {
+  for (size_t s = 0; s < want.losses.size(); ++s) {
+    EXPECT_NEAR(got.losses[s], want.losses[s], loss_tolerance * want.losses[s]) << what;
+  }
+  EXPECT_LT(GradientError(got, want), grad_tolerance) << what;
 }
 
 class EngineCuda : public testing::TestWithParam<const char*> {
@@ -58,6 +63,9 @@ class EngineCuda : public testing::TestWithParam<const char*> {
 
 TEST_P(EngineCuda, GivesWhatTheCpuGives) {
   const Outcome cpu = Steps(Load(DType::kF32), 3, 1e-3);
+  // What rounding to bf16 does alone: to a model whose scores are sharp, a lot.
+  const double rounding = GradientError(Steps(Load(DType::kBF16), 3, 1e-3), cpu);
+  const double bf16_tolerance = std::max(6e-2, 2 * rounding);
   for (DType dtype : {DType::kF32, DType::kBF16}) {
     for (const bool fused : {false, true}) {
       for (const bool resident : {false, true}) {
@@ -68,7 +76,8 @@ TEST_P(EngineCuda, GivesWhatTheCpuGives) {
         const std::string what =
             std::string(DTypeName(dtype)) + (fused ? " fused" : "") + (resident ? " expanded" : "");
         const bool single = dtype == DType::kF32;
-        ExpectClose(Steps(golden, 3, 1e-3), cpu, single ? 1e-5 : 1e-2, single ? 1e-3 : 6e-2, what);
+        ExpectClose(Steps(golden, 3, 1e-3), cpu, single ? 1e-5 : 1e-2,
+                    single ? 1e-3 : bf16_tolerance, what);
       }
     }
   }

@@ -112,19 +112,17 @@ def fine_tune(peft, ids, steps, rate, warmup):
     for step in range(steps):
         first = step * PACKS_PER_STEP * T
         packs = ids[first:first + PACKS_PER_STEP * T].view(PACKS_PER_STEP, T)
-        total = 0.0
-        for pack in packs:
-            row = pack.long().cuda()[None]
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                logits = peft(input_ids=row).logits
-            loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), row[0, 1:])
-            (loss / PACKS_PER_STEP).backward()
-            total += loss.item() / PACKS_PER_STEP
+        rows = packs.long().cuda()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = peft(input_ids=rows).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1),
+                                                 rows[:, 1:].flatten())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
+        losses.append(loss.item())
         documents.append(packs.tolist())
     print(f"oracle: loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
           f"{steps * PACKS_PER_STEP * T / (time.time() - begin):,.0f} tok/s")
