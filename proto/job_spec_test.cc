@@ -61,6 +61,27 @@ TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
   }
 }
 
+TEST(JobSpecTest, AScheduleHasTheFieldsOfItsKind) {
+  const auto schedule = [](const std::string& yaml) {
+    v1::JobSpec spec = Parse(kMinimal + yaml).spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty()) << yaml;
+    v1::JobSpec again = spec;
+    ApplyDefaults("x", &again);
+    EXPECT_TRUE(MessageDifferencer::Equals(spec, again)) << yaml;
+    return spec.schedule();
+  };
+  EXPECT_FALSE(schedule("schedule: {kind: constant}").has_min_lr_ratio());
+  EXPECT_TRUE(schedule("schedule: {kind: linear}").has_min_lr_ratio());
+  EXPECT_FALSE(schedule("schedule: {warmup_ratio: 0.1}").has_warmup_steps());
+  EXPECT_EQ(schedule("schedule: {kind: cosine_with_restarts}").num_cycles(), 1);
+  EXPECT_EQ(schedule("schedule: {kind: polynomial}").power(), 1);
+  const v1::ScheduleSpec stable = schedule("schedule: {kind: warmup_stable_decay}");
+  EXPECT_EQ(stable.decay_ratio(), 0.1);
+  EXPECT_EQ(stable.decay_type(), v1::DECAY_TYPE_COSINE);
+  EXPECT_FALSE(schedule("schedule: {kind: warmup_stable_decay, decay_steps: 3}").has_decay_ratio());
+}
+
 TEST(JobSpecTest, YamlRoundTrip) {
   v1::JobSpec spec = Parse(kMinimal).spec;
   ApplyDefaults("round-trip", &spec);
@@ -108,6 +129,19 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
       {"batch: {micro_batches: 0}", "batch.micro_batches"},
       {"schedule: {epochs: 1, steps: 3}", "not both"},
       {"schedule: {epochs: 0}", "schedule.epochs"},
+      {"schedule: {warmup_steps: 1, warmup_ratio: 0.1}", "job.yaml:5: schedule.warmup_ratio: give"},
+      {"schedule: {warmup_ratio: 1.5}", "schedule.warmup_ratio: is 1.5"},
+      {"schedule: {min_lr_ratio: -0.1}", "schedule.min_lr_ratio: is -0.1"},
+      {"schedule: {kind: constant, min_lr_ratio: 0.1}", "not for the schedule `constant`"},
+      {"schedule: {num_cycles: 2}",
+       "schedule.num_cycles: is for the schedule `cosine_with_restarts`, not `linear`"},
+      {"schedule: {kind: cosine_with_restarts, num_cycles: 0}", "schedule.num_cycles: is 0"},
+      {"schedule: {kind: cosine, power: 2}", "schedule.power: is for the schedule `polynomial`"},
+      {"schedule: {kind: polynomial, power: 0}", "schedule.power: is 0; it must be above 0"},
+      {"schedule: {decay_steps: 2}", "schedule.decay_steps: is for"},
+      {"schedule: {decay_type: linear}", "schedule.decay_type: is for"},
+      {"schedule: {kind: warmup_stable_decay, decay_steps: 2, decay_ratio: 0.1}", "not both"},
+      {"schedule: {kind: warmup_stable_decay, decay_ratio: 2}", "schedule.decay_ratio: is 2"},
       {"evaluation: {fraction: 0.7}", "evaluation.fraction"},
       {"checkpoints: {keep: 0}", "checkpoints.keep"},
       {"resources: {devices: 0}", "resources.devices"},

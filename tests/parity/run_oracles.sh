@@ -31,6 +31,10 @@ print("the same documents; losses within", worst)
 PY
 done
 
+echo "== schedule golden file"
+"$python" tests/parity/schedule/make_golden.py --out "$scratch/schedule.json"
+cmp "$scratch/schedule.json" tests/parity/schedule/golden.json
+
 # Their scripts write beside themselves.
 echo "== NF4 and text golden files"
 cp -r tests/parity/nf4 tests/parity/text "$scratch"

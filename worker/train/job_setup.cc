@@ -15,6 +15,7 @@
 #include "worker/methods/pack_batch.h"
 #include "worker/train/device_choice.h"
 #include "worker/train/placement.h"
+#include "worker/train/schedule.h"
 
 namespace attune {
 namespace {
@@ -281,6 +282,16 @@ absl::Status CountSteps(PreparedJob* job) {
   return absl::OkStatus();
 }
 
+absl::Status CheckSchedule(PreparedJob* job) {
+  const v1::ScheduleSpec& schedule = job->assignment.spec().schedule();
+  const int64_t warmup = WarmupSteps(schedule, job->total_steps);
+  if (warmup >= job->total_steps) {
+    job->report.add_warnings(absl::StrCat("the run has ", job->total_steps, " steps and ", warmup,
+                                          " of warm-up: the learning rate never gets to its peak"));
+  }
+  return CheckScheduleFits(schedule, job->total_steps);
+}
+
 // Everything that changes a run's numbers on a given number of ranks. Names, priorities, budgets
 // and where files lie do not.
 absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* digests) {
@@ -486,6 +497,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(
   auto job = std::make_unique<PreparedJob>();
   job->assignment = assignment;
   v1::JobSpec* spec = job->assignment.mutable_spec();
+  ApplyDefaults(spec->name(), spec);  // a job may be older than a field
   if (absl::Status s = ViolationsToStatus(ValidateJobSpec(*spec, {}), nullptr); !s.ok()) return s;
   spec->set_precision(ResolvePrecision(spec->precision(), assignment.device()));
   if (absl::Status s = SetUpModel(job.get()); !s.ok()) return s;
@@ -504,6 +516,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   std::unique_ptr<PreparedJob> job = *std::move(prepared);
   const v1::JobSpec* spec = &job->assignment.spec();
   if (absl::Status s = CountSteps(job.get()); !s.ok()) return s;
+  if (absl::Status s = CheckSchedule(job.get()); !s.ok()) return s;
   DigestCache digests(assignment.digest_cache(), absl::Now());
   if (absl::Status s = CheckDigest(job.get(), &digests); !s.ok()) return s;
   absl::StatusOr<std::string> digest = RunDigest(*job, &digests);
