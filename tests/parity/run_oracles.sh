@@ -34,6 +34,13 @@ done
 echo "== schedule golden file"
 "$python" tests/parity/schedule/make_golden.py --out "$scratch/schedule.json"
 cmp "$scratch/schedule.json" tests/parity/schedule/golden.json
+echo "== early stopping golden file"
+"$python" tests/parity/early_stopping/make_golden.py --out "$scratch/early_stopping.json"
+cmp "$scratch/early_stopping.json" tests/parity/early_stopping/golden.json
+
+echo "== optimiser golden file"
+"$python" tests/parity/optimizer/make_golden.py --out "$scratch/optimizer.json"
+cmp "$scratch/optimizer.json" tests/parity/optimizer/golden.json
 
 # Their scripts write beside themselves.
 echo "== NF4 and text golden files"
