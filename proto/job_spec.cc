@@ -84,10 +84,17 @@ void DefaultRun(JobSpec* spec) {
   Default(evaluation, &EvaluationSpec::has_fraction, &EvaluationSpec::set_fraction, 0.0);
   Default(evaluation, &EvaluationSpec::has_every_steps, &EvaluationSpec::set_every_steps,
           int64_t{100});
+  using v1::EarlyStoppingSpec;
+  EarlyStoppingSpec* early_stopping = evaluation->mutable_early_stopping();
+  Default(early_stopping, &EarlyStoppingSpec::has_patience, &EarlyStoppingSpec::set_patience, 0);
+  Default(early_stopping, &EarlyStoppingSpec::has_min_delta, &EarlyStoppingSpec::set_min_delta,
+          0.0);
   CheckpointSpec* checkpoints = spec->mutable_checkpoints();
   Default(checkpoints, &CheckpointSpec::has_every_steps, &CheckpointSpec::set_every_steps,
           int64_t{100});
   Default(checkpoints, &CheckpointSpec::has_keep, &CheckpointSpec::set_keep, 3);
+  Default(checkpoints, &CheckpointSpec::has_load_best_model_at_end,
+          &CheckpointSpec::set_load_best_model_at_end, early_stopping->patience() > 0);
 }
 
 void DefaultService(JobSpec* spec) {

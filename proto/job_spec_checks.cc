@@ -197,6 +197,20 @@ void CheckRun(const JobSpec& spec, Checker* check) {
   if (evaluation.fraction() > 0 && !evaluation.datasets().empty()) {
     check->Fail("evaluation.fraction", "give either `fraction` or `datasets`, not both");
   }
+  check->Range("evaluation.early_stopping.patience", evaluation.early_stopping().patience(), 0,
+               10000);
+  check->Range("evaluation.early_stopping.min_delta", evaluation.early_stopping().min_delta(), 0,
+               1e6);
+  if (evaluation.fraction() == 0 && evaluation.datasets().empty()) {
+    const auto needs_data = [&](absl::string_view field) {
+      check->Fail(field, "needs held-out data: give evaluation.fraction or evaluation.datasets");
+    };
+    if (evaluation.early_stopping().patience() > 0) {
+      needs_data("evaluation.early_stopping.patience");
+    } else if (spec.checkpoints().load_best_model_at_end()) {
+      needs_data("checkpoints.load_best_model_at_end");
+    }
+  }
   check->Range("checkpoints.every_steps", spec.checkpoints().every_steps(), 1, 1e9);
   check->Range("checkpoints.keep", spec.checkpoints().keep(), 1, 10000);
 }

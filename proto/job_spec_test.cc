@@ -52,7 +52,8 @@ TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
   for (const google::protobuf::Message* message :
        std::initializer_list<const google::protobuf::Message*>{
            &spec.optimizer(), &spec.batch(), &spec.lora(), &spec.retry(), &spec.resources(),
-           &spec.quantization(), &spec.checkpoints(), &spec.sft(), &spec.parallelism()}) {
+           &spec.quantization(), &spec.checkpoints(), &spec.evaluation().early_stopping(),
+           &spec.sft(), &spec.parallelism()}) {
     for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
       const auto* field = message->GetDescriptor()->field(i);
       if (field->is_repeated()) continue;
@@ -80,6 +81,18 @@ TEST(JobSpecTest, AScheduleHasTheFieldsOfItsKind) {
   EXPECT_EQ(stable.decay_ratio(), 0.1);
   EXPECT_EQ(stable.decay_type(), v1::DECAY_TYPE_COSINE);
   EXPECT_FALSE(schedule("schedule: {kind: warmup_stable_decay, decay_steps: 3}").has_decay_ratio());
+}
+
+TEST(JobSpecTest, TheResultOfAJobThatMayStopEarlyIsItsBestCheckpoint) {
+  for (const bool early : {false, true}) {
+    v1::JobSpec spec =
+        Parse(std::string(kMinimal) + "evaluation: {fraction: 0.1, early_stopping: {patience: " +
+              (early ? "2" : "0") + "}}\n")
+            .spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_EQ(spec.checkpoints().load_best_model_at_end(), early);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty());
+  }
 }
 
 TEST(JobSpecTest, YamlRoundTrip) {
@@ -143,6 +156,12 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
       {"schedule: {kind: warmup_stable_decay, decay_steps: 2, decay_ratio: 0.1}", "not both"},
       {"schedule: {kind: warmup_stable_decay, decay_ratio: 2}", "schedule.decay_ratio: is 2"},
       {"evaluation: {fraction: 0.7}", "evaluation.fraction"},
+      {"evaluation: {early_stopping: {patience: 3}}",
+       "job.yaml:5: evaluation.early_stopping.patience: needs held-out data"},
+      {"evaluation: {fraction: 0.1, early_stopping: {patience: -1}}", "patience: is -1"},
+      {"evaluation: {fraction: 0.1, early_stopping: {min_delta: -1}}", "min_delta: is -1"},
+      {"checkpoints: {load_best_model_at_end: true}",
+       "checkpoints.load_best_model_at_end: needs held-out data"},
       {"checkpoints: {keep: 0}", "checkpoints.keep"},
       {"resources: {devices: 0}", "resources.devices"},
       {"parallelism: {data: 3}", "parallelism.data: is 3, but resources.devices is 1"},

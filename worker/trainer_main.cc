@@ -174,7 +174,13 @@ TrainerOutcome RunTraining(const v1::TrainerAssignment& assignment, RendezvousSt
   absl::StatusOr<std::unique_ptr<PreparedJob>> job = PrepareJob(assignment);
   if (!job.ok()) return {job.status(), v1::FAILURE_CAUSE_INVALID};
   if (assignment.rank() == 0) {
-    for (const std::string& warning : (*job)->report.warnings()) observer->Warning(warning);
+    for (const std::string& warning : (*job)->report.warnings()) {
+      v1::Event event;
+      event.set_kind(v1::EVENT_KIND_WARNING);
+      event.set_reason("TRAINER_WARNING");
+      event.set_message(warning);
+      observer->Event(event);
+    }
   }
   absl::StatusOr<std::unique_ptr<Communicator>> comm = Connect(assignment, store);
   if (absl::IsFailedPrecondition(comm.status())) return {comm.status(), v1::FAILURE_CAUSE_DEVICE};

@@ -67,12 +67,52 @@ absl::Status ReadMoments(const LayerContext& ctx, const std::string& path,
   return absl::OkStatus();
 }
 
+// Calls f(name, field) for every field of the monitor's state, which may be const.
+template <typename State, typename F>
+void ForEachMonitorField(State& s, const F& f) {
+  f("evaluations", s.evaluations);
+  f("best_step", s.best_step);
+  f("best_loss", s.best_loss);
+  f("last_loss", s.last_loss);
+  f("without_improvement", s.without_improvement);
+  f("rises", s.rises);
+  f("told_overfitting", s.told_overfitting);
+  f("interval_steps", s.interval_steps);
+  f("interval_loss", s.interval_loss);
+  f("last_interval_loss", s.last_interval_loss);
+  f("steps", s.steps);
+  f("mean", s.mean);
+  f("variance", s.variance);
+  f("lowest_mean", s.lowest_mean);
+  f("last_spike", s.last_spike);
+  f("told_exploding", s.told_exploding);
+}
+
+absl::Status ReadField(const JsonField& field, int64_t* value) {
+  absl::StatusOr<int64_t> read = field.Int();
+  if (read.ok()) *value = *read;
+  return read.status();
+}
+absl::Status ReadField(const JsonField& field, double* value) {
+  absl::StatusOr<double> read = field.Double();
+  if (read.ok()) *value = *read;
+  return read.status();
+}
+absl::Status ReadField(const JsonField& field, bool* value) {
+  absl::StatusOr<bool> read = field.Bool();
+  if (read.ok()) *value = *read;
+  return read.status();
+}
+
 Json StateJson(const TrainerState& state) {
+  Json monitor;
+  ForEachMonitorField(state.monitor,
+                      [&](const char* name, const auto& value) { monitor[name] = value; });
   return {{"schema_version", kCheckpointSchemaVersion},
           {"step", state.step},
           {"trained_tokens", state.trained_tokens},
           {"run_digest", state.run_digest},
-          {"best_evaluation_loss", state.best_evaluation_loss}};
+          {"monitor", monitor}};
 }
 
 absl::StatusOr<TrainerState> ReadState(const std::string& path) {
@@ -82,12 +122,17 @@ absl::StatusOr<TrainerState> ReadState(const std::string& path) {
   absl::StatusOr<int64_t> step = root.Get("step").Int();
   absl::StatusOr<int64_t> tokens = root.Get("trained_tokens").Int();
   absl::StatusOr<std::string> digest = root.Get("run_digest").String();
-  absl::StatusOr<double> best = root.Get("best_evaluation_loss").Double();
-  for (const absl::Status& s : {step.status(), tokens.status(), digest.status(), best.status()}) {
+  for (const absl::Status& s : {step.status(), tokens.status(), digest.status()}) {
     if (!s.ok()) return s;
   }
   if (*step < 0) return root.Get("step").Error("is negative");
-  return TrainerState{*step, *tokens, *digest, *best};
+  TrainerState state = {*step, *tokens, *digest};
+  absl::Status status;
+  ForEachMonitorField(state.monitor, [&](const char* name, auto& value) {
+    if (status.ok()) status = ReadField(root.Get("monitor").Get(name), &value);
+  });
+  if (!status.ok()) return status;
+  return state;
 }
 
 // Every file beneath `root` but the manifest, sorted, with size and hash.

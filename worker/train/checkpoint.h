@@ -17,10 +17,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/model/adapter_set.h"
+#include "worker/train/run_monitor.h"
 
 namespace attune {
 
-constexpr int kCheckpointSchemaVersion = 2;
+constexpr int kCheckpointSchemaVersion = 3;
 
 // What a resumed run needs beside weights and moments. Random numbers and the place in the data
 // are functions of (seed, step).
@@ -28,7 +29,7 @@ struct TrainerState {
   int64_t step = 0;            // optimiser steps done: the next is this one, from 0
   int64_t trained_tokens = 0;  // so far
   std::string run_digest;      // of everything that changes the numbers of a run: must be the same
-  double best_evaluation_loss = 0;
+  RunMonitor::State monitor;
 };
 
 struct CheckpointContent {

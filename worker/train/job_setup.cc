@@ -303,6 +303,7 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* diges
   spec.clear_parallelism();
   spec.clear_checkpoints();
   spec.mutable_evaluation()->clear_every_steps();
+  spec.mutable_evaluation()->clear_early_stopping();
   spec.mutable_model()->clear_source();
   for (auto& dataset : *spec.mutable_datasets()) dataset.clear_source();
   for (auto& dataset : *spec.mutable_evaluation()->mutable_datasets()) dataset.clear_source();
