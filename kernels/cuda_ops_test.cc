@@ -307,12 +307,33 @@ TEST_F(CudaOps, EmbeddingAndRows) {
   }
 }
 
+TEST_F(CudaOps, EmbeddingNoise) {
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) {
+      ExpectGpuAsCpu("embedding noise " + Name(dtype, w),
+                     {{Random(dtype, {9, w.columns}, w.padding)},
+                      {Ints({3})},
+                      {Ints({0, 4, 4, 7, -1, -1})},
+                      {Ints({17, 3})}},
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       EmbeddingNoise(exec, {.x = v[0],
+                                             .num_segments = v[1],
+                                             .q_begin = v[2],
+                                             .step_pack = v[3],
+                                             .alpha = 5,
+                                             .seed = 0x123456789abcdefULL});
+                     });
+    }
+  }
+}
+
 TEST_F(CudaOps, CrossEntropy) {
   for (DType dtype : kDTypes) {
     for (const Width& w : kWidths) {
-      for (const double softcap : {0.0, 5.0}) {
+      for (int variant = 0; variant < 4; ++variant) {
+        const double softcap = variant & 1 ? 5.0 : 0.0, smoothing = variant & 2 ? 0.1 : 0.0;
         Tensor logits = Random(dtype, {6, w.columns}, w.padding, 3.0);
-        logits.Set(2 * w.columns + 5, -HUGE_VAL);
+        if (smoothing == 0) logits.Set(2 * w.columns + 5, -HUGE_VAL);
         logits.Set(3 * w.columns + 1, 50.0);  // the target, twice the maximum
         logits.Set(3 * w.columns + 9, 50.0);
         logits.Set(4 * w.columns + 4, NAN);
@@ -329,7 +350,9 @@ TEST_F(CudaOps, CrossEntropy) {
                                              .loss = v[2],
                                              .correct = v[3],
                                              .grad_scale = v[4],
-                                             .softcap = softcap});
+                                             .softcap = softcap,
+                                             .label_smoothing = smoothing,
+                                             .z_loss = smoothing / 100});
                        });
       }
     }
