@@ -26,6 +26,10 @@ void DefaultMethod(JobSpec* spec) {
   if (spec->has_sft()) {
     v1::SftSpec* sft = spec->mutable_sft();
     if (sft->train_on() == v1::TRAIN_ON_UNSPECIFIED) sft->set_train_on(v1::TRAIN_ON_ASSISTANT);
+    using S = v1::SftSpec;
+    Default(sft, &S::has_label_smoothing_factor, &S::set_label_smoothing_factor, 0.0);
+    Default(sft, &S::has_z_loss_weight, &S::set_z_loss_weight, 0.0);
+    Default(sft, &S::has_neftune_noise_alpha, &S::set_neftune_noise_alpha, 0.0);
     if (sft->over_long() == v1::OVER_LONG_UNSPECIFIED) sft->set_over_long(v1::OVER_LONG_ERROR);
   }
 }
@@ -34,19 +38,24 @@ void DefaultAdapter(JobSpec* spec) {
   using v1::LoraSpec;
   if (spec->adapter_case() == JobSpec::ADAPTER_NOT_SET) spec->mutable_lora();
   LoraSpec* lora = spec->mutable_lora();
+  Default(lora, &LoraSpec::has_dropout, &LoraSpec::set_dropout, 0.0);
+  Default(lora, &LoraSpec::has_loraplus_lr_ratio, &LoraSpec::set_loraplus_lr_ratio, 1.0);
+  if (lora->has_init_from()) return;  // the adapter has the rest
   Default(lora, &LoraSpec::has_r, &LoraSpec::set_r, 16);
   Default(lora, &LoraSpec::has_alpha, &LoraSpec::set_alpha, static_cast<double>(lora->r()));
-  Default(lora, &LoraSpec::has_dropout, &LoraSpec::set_dropout, 0.0);
+  Default(lora, &LoraSpec::has_use_rslora, &LoraSpec::set_use_rslora, false);
   if (lora->target_modules().empty()) lora->add_target_modules("all-linear");
 }
 
 void DefaultOptimizer(v1::OptimizerSpec* o) {
   using O = v1::OptimizerSpec;
+  if (o->kind() == v1::OPTIMIZER_KIND_UNSPECIFIED) o->set_kind(v1::OPTIMIZER_KIND_ADAMW);
+  const bool is_lion = o->kind() == v1::OPTIMIZER_KIND_LION;
   Default(o, &O::has_learning_rate, &O::set_learning_rate, 2e-4);
   Default(o, &O::has_weight_decay, &O::set_weight_decay, 0.0);
   Default(o, &O::has_beta1, &O::set_beta1, 0.9);
-  Default(o, &O::has_beta2, &O::set_beta2, 0.999);
-  Default(o, &O::has_epsilon, &O::set_epsilon, 1e-8);
+  Default(o, &O::has_beta2, &O::set_beta2, is_lion ? 0.99 : 0.999);
+  if (!is_lion) Default(o, &O::has_epsilon, &O::set_epsilon, 1e-8);
   Default(o, &O::has_max_grad_norm, &O::set_max_grad_norm, 1.0);
 }
 

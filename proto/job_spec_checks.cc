@@ -93,6 +93,9 @@ void CheckInputs(const JobSpec& spec, const ValidateOptions& options, Checker* c
   if (!digest.empty() && !IsSha256Hex(digest)) {
     check->Fail("model.digest", "must be 64 lower-case hexadecimal digits");
   }
+  if (spec.lora().has_init_from()) {
+    CheckSource("lora.init_from", spec.lora().init_from(), options, check);
+  }
   if (spec.datasets().empty()) check->Fail("datasets", "at least one dataset is required");
   const auto check_datasets = [&](absl::string_view field, const auto& datasets) {
     for (int i = 0; i < datasets.size(); ++i) {
@@ -116,9 +119,15 @@ void CheckInputs(const JobSpec& spec, const ValidateOptions& options, Checker* c
 void CheckTraining(const JobSpec& spec, Checker* check) {
   check->Enum("sft.train_on", *v1::TrainOn_descriptor(), spec.sft().train_on());
   check->Enum("sft.over_long", *v1::OverLong_descriptor(), spec.sft().over_long());
+  check->HalfOpen("sft.label_smoothing_factor", spec.sft().label_smoothing_factor(), 0, 1);
+  check->Range("sft.z_loss_weight", spec.sft().z_loss_weight(), 0, 1);
+  check->Range("sft.neftune_noise_alpha", spec.sft().neftune_noise_alpha(), 0, 1000);
   const v1::LoraSpec& lora = spec.lora();
-  check->Range("lora.r", lora.r(), 1, 1024);
-  check->Range("lora.alpha", lora.alpha(), 1e-3, 1e6);
+  if (lora.has_r() || !lora.has_init_from()) check->Range("lora.r", lora.r(), 1, 1024);
+  if (lora.has_alpha() || !lora.has_init_from()) {
+    check->Range("lora.alpha", lora.alpha(), 1e-3, 1e6);
+  }
+  check->Range("lora.loraplus_lr_ratio", lora.loraplus_lr_ratio(), 1e-3, 1e4);
   check->HalfOpen("lora.dropout", lora.dropout(), 0, 1);
   for (int i = 0; i < lora.target_modules_size(); ++i) {
     if (lora.target_modules(i).empty()) {
@@ -132,7 +141,12 @@ void CheckTraining(const JobSpec& spec, Checker* check) {
   check->Range("optimizer.weight_decay", o.weight_decay(), 0, 10);
   check->HalfOpen("optimizer.beta1", o.beta1(), 0, 1);
   check->HalfOpen("optimizer.beta2", o.beta2(), 0, 1);
-  check->Range("optimizer.epsilon", o.epsilon(), 1e-16, 1);
+  check->Enum("optimizer.kind", *v1::OptimizerKind_descriptor(), o.kind());
+  if (o.kind() != v1::OPTIMIZER_KIND_LION) {
+    check->Range("optimizer.epsilon", o.epsilon(), 1e-16, 1);
+  } else if (o.has_epsilon()) {
+    check->Fail("optimizer.epsilon", "is not of `lion`; leave it out");
+  }
   check->Range("optimizer.max_grad_norm", o.max_grad_norm(), 0, 1e6);
   check->Enum("precision", *v1::Precision_descriptor(), spec.precision());
 }

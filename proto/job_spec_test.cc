@@ -56,7 +56,7 @@ TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
            &spec.sft(), &spec.parallelism()}) {
     for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
       const auto* field = message->GetDescriptor()->field(i);
-      if (field->is_repeated()) continue;
+      if (field->is_repeated() || field->message_type() == v1::Source::descriptor()) continue;
       EXPECT_TRUE(message->GetReflection()->HasField(*message, field)) << field->full_name();
     }
   }
@@ -93,6 +93,28 @@ TEST(JobSpecTest, TheResultOfAJobThatMayStopEarlyIsItsBestCheckpoint) {
     EXPECT_EQ(spec.checkpoints().load_best_model_at_end(), early);
     EXPECT_TRUE(ValidateJobSpec(spec, {}).empty());
   }
+}
+
+TEST(JobSpecTest, DefaultsOfTheOptimizerAreThoseOfItsKind) {
+  const auto optimizer = [](const std::string& kind) {
+    v1::JobSpec spec = Parse(kMinimal + ("optimizer: {kind: " + kind + "}\n")).spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty()) << kind;
+    return spec.optimizer();
+  };
+  EXPECT_EQ(optimizer("adamw").beta2(), 0.999);
+  EXPECT_EQ(optimizer("adamw_8bit").beta2(), 0.999);
+  EXPECT_EQ(optimizer("lion").beta2(), 0.99);
+  EXPECT_FALSE(optimizer("lion").has_epsilon());
+}
+
+TEST(JobSpecTest, AnAdapterToStartFromBringsItsShape) {
+  v1::JobSpec spec = Parse(std::string(kMinimal) + "lora: {init_from: {path: adapter}}\n").spec;
+  ApplyDefaults("x", &spec);
+  EXPECT_FALSE(spec.lora().has_r());
+  EXPECT_TRUE(spec.lora().target_modules().empty());
+  EXPECT_EQ(spec.lora().dropout(), 0);
+  EXPECT_TRUE(ValidateJobSpec(spec, {}).empty());
 }
 
 TEST(JobSpecTest, YamlRoundTrip) {
@@ -136,6 +158,14 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
       {"lora: {r: 0}", "job.yaml:5: lora.r: is 0"},
       {"lora: {dropout: 1}", "lora.dropout: is 1"},
       {"lora: {target_modules: [\"\"]}", "lora.target_modules[0]"},
+      {"lora: {loraplus_lr_ratio: 0}", "lora.loraplus_lr_ratio: is 0"},
+      {"lora: {init_from: {path: ../a}}", "lora.init_from.path: must be a path on the worker"},
+      {"lora: {init_from: {}}", "lora.init_from: is required: give one of"},
+      {"lora: {init_from: {path: a}, r: 0}", "lora.r: is 0"},
+      {"sft: {label_smoothing_factor: 1}", "sft.label_smoothing_factor: is 1"},
+      {"sft: {z_loss_weight: -1}", "sft.z_loss_weight: is -1"},
+      {"sft: {neftune_noise_alpha: -5}", "sft.neftune_noise_alpha: is -5"},
+      {"optimizer: {kind: lion, epsilon: 1e-8}", "job.yaml:5: optimizer.epsilon: is not of `lion`"},
       {"optimizer: {learning_rate: -1}", "job.yaml:5: optimizer.learning_rate: is -1"},
       {"optimizer: {beta2: 1.0}", "optimizer.beta2"},
       {"batch: {micro_batch_tokens: 8}", "batch.micro_batch_tokens: is 8"},

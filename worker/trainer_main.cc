@@ -135,6 +135,11 @@ absl::StatusOr<v1::TrainerAssignment> StandaloneAssignment(const StandaloneFlags
   absl::StatusOr<std::string> model = resolve(spec->model().source(), "model.source");
   if (!model.ok()) return model.status();
   assignment.set_model_directory(*model);
+  if (spec->lora().has_init_from()) {
+    auto path = resolve(spec->lora().init_from(), "lora.init_from");
+    if (!path.ok()) return path.status();
+    assignment.set_adapter_directory(*path);
+  }
   for (int i = 0; i < spec->datasets_size(); ++i) {
     auto path = resolve(spec->datasets(i).source(), absl::StrCat("datasets[", i, "].source"));
     if (!path.ok()) return path.status();

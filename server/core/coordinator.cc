@@ -203,6 +203,7 @@ void Coordinator::CountArtifact(const std::string& artifact, int by) {
 
 void Coordinator::CountArtifacts(const v1::JobSpec& spec, int by) {
   CountArtifact(spec.model().source().artifact(), by);
+  CountArtifact(spec.lora().init_from().artifact(), by);
   for (const auto& dataset : spec.datasets()) CountArtifact(dataset.source().artifact(), by);
   for (const auto& dataset : spec.evaluation().datasets()) {
     CountArtifact(dataset.source().artifact(), by);

@@ -47,6 +47,8 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
                             .loss = loss.Slice(0, 0, R),
                             .correct = correct.Slice(0, 0, R),
                             .grad_scale = args.grad_scale,
+                            .label_smoothing = args.label_smoothing,
+                            .z_loss = args.z_loss,
                             .want_grad = want_grad});
     SumToScalar(ctx.exec, {.x = loss.Slice(0, 0, R), .out = args.loss, .accumulate = true});
     if (args.correct.defined()) {

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <set>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/matmul/matmul.h"
 #include "proto/job_spec.h"
@@ -13,6 +15,7 @@
 #include "worker/data/mixing.h"
 #include "worker/io/file.h"
 #include "worker/methods/pack_batch.h"
+#include "worker/model/peft_adapter.h"
 #include "worker/train/device_choice.h"
 #include "worker/train/placement.h"
 #include "worker/train/schedule.h"
@@ -192,11 +195,11 @@ class DataSetup {
     job_->evaluation = MakeSet(*dataset, AllOf(**dataset));
     const std::vector<Repeat>& leaks = (*dataset)->leaks();
     if (!leaks.empty()) {
-      WarnOfLeak(static_cast<int64_t>(leaks.size()), (*dataset)->size(),
-                 absl::StrCat(PlaceOf(**dataset, leaks[0].example, assignment.evaluation_files()),
-                              " repeats ",
-                              PlaceOf(*job_->train.dataset, leaks[0].first,
-                                      assignment.dataset_files())));
+      WarnOfLeak(
+          static_cast<int64_t>(leaks.size()), (*dataset)->size(),
+          absl::StrCat(PlaceOf(**dataset, leaks[0].example, assignment.evaluation_files()),
+                       " repeats ",
+                       PlaceOf(*job_->train.dataset, leaks[0].first, assignment.dataset_files())));
     }
     return absl::OkStatus();
   }
@@ -305,6 +308,7 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* diges
   spec.mutable_evaluation()->clear_every_steps();
   spec.mutable_evaluation()->clear_early_stopping();
   spec.mutable_model()->clear_source();
+  spec.mutable_lora()->clear_init_from();
   for (auto& dataset : *spec.mutable_datasets()) dataset.clear_source();
   for (auto& dataset : *spec.mutable_evaluation()->mutable_datasets()) dataset.clear_source();
   Sha256 sha;
@@ -312,6 +316,12 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* diges
   sha.Update(job.report.model_digest());
   for (const std::string& path : job.assignment.dataset_files()) {
     absl::StatusOr<std::string> sha256 = digests->Sha256Hex(path);
+    if (!sha256.ok()) return sha256.status();
+    sha.Update(*sha256);
+  }
+  if (const std::string& adapter = job.engine.adapter_directory; !adapter.empty()) {
+    absl::StatusOr<std::string> sha256 =
+        digests->Sha256Hex(absl::StrCat(adapter, "/adapter_model.safetensors"));
     if (!sha256.ok()) return sha256.status();
     sha.Update(*sha256);
   }
@@ -331,7 +341,49 @@ absl::Status CheckDigest(PreparedJob* job, DigestCache* digests) {
   return absl::OkStatus();
 }
 
+// What the spec says of the adapter, and what the adapter to start from says of itself.
+absl::Status AdoptAdapter(PreparedJob* job) {
+  v1::LoraSpec* lora = job->assignment.mutable_spec()->mutable_lora();
+  if (!lora->has_init_from()) return absl::OkStatus();
+  std::string directory = job->assignment.adapter_directory();
+  // A checkpoint of ours has it beneath.
+  if (!FileExists(absl::StrCat(directory, "/adapter_config.json")) &&
+      FileExists(absl::StrCat(directory, "/adapter/adapter_config.json"))) {
+    directory += "/adapter";
+  }
+  absl::StatusOr<PeftConfig> peft = ReadPeftConfig(directory);
+  if (!peft.ok()) {
+    return absl::Status(peft.status().code(),
+                        absl::StrCat("lora.init_from: ", peft.status().message()));
+  }
+  const std::set<std::string> theirs(peft->target_modules.begin(), peft->target_modules.end());
+  const std::set<std::string> ours(lora->target_modules().begin(), lora->target_modules().end());
+  const auto differs = [&](const char* field, const auto& ours, const auto& theirs) {
+    return absl::InvalidArgumentError(absl::StrCat("lora.", field, ": is ", ours, ", but ",
+                                                   directory, " has ", theirs,
+                                                   "; leave it out, or give the same"));
+  };
+  if (lora->has_r() && lora->r() != peft->r) return differs("r", lora->r(), peft->r);
+  if (lora->has_alpha() && lora->alpha() != peft->alpha) {
+    return differs("alpha", lora->alpha(), peft->alpha);
+  }
+  if (lora->has_use_rslora() && lora->use_rslora() != peft->use_rslora) {
+    return differs("use_rslora", lora->use_rslora(), peft->use_rslora);
+  }
+  if (!ours.empty() && ours != theirs) {
+    return differs("target_modules", absl::StrJoin(ours, ", "), absl::StrJoin(theirs, ", "));
+  }
+  lora->set_r(static_cast<int32_t>(peft->r));
+  lora->set_alpha(peft->alpha);
+  lora->set_use_rslora(peft->use_rslora);
+  lora->clear_target_modules();
+  for (const std::string& target : theirs) lora->add_target_modules(target);
+  job->engine.adapter_directory = directory;
+  return absl::OkStatus();
+}
+
 absl::Status SetUpModel(PreparedJob* job) {
+  if (absl::Status s = AdoptAdapter(job); !s.ok()) return s;
   const v1::JobSpec& spec = job->assignment.spec();
   absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(job->assignment.model_directory());
   if (!loaded.ok()) return loaded.status();
@@ -341,7 +393,8 @@ absl::Status SetUpModel(PreparedJob* job) {
   const std::vector<std::string> targets(spec.lora().target_modules().begin(),
                                          spec.lora().target_modules().end());
   absl::StatusOr<AdapterLayout> layout =
-      SelectAdapters(engine.model, engine.names, spec.lora().r(), spec.lora().alpha(), targets);
+      SelectAdapters(engine.model, engine.names, spec.lora().r(), spec.lora().alpha(), targets,
+                     spec.lora().use_rslora());
   if (!layout.ok()) return layout.status();
   engine.adapters = *std::move(layout);
   absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(job->assignment.model_directory());
@@ -493,8 +546,7 @@ v1::Precision ResolvePrecision(v1::Precision precision, const v1::Device& device
   return bf16 ? v1::PRECISION_BF16 : v1::PRECISION_F32;
 }
 
-absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(
-    const v1::TrainerAssignment& assignment) {
+absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(const v1::TrainerAssignment& assignment) {
   auto job = std::make_unique<PreparedJob>();
   job->assignment = assignment;
   v1::JobSpec* spec = job->assignment.mutable_spec();

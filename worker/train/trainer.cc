@@ -56,7 +56,7 @@ class TrainingRun {
     const std::string& from = job_->assignment.checkpoint_directory();
     if (!from.empty()) {
       absl::StatusOr<TrainerState> state =
-          ReadCheckpoint(engine_->context(), from, engine_->adapters());
+          ReadCheckpoint(engine_->context(), from, engine_->optimizer(), engine_->adapters());
       if (!state.ok()) return Fail(v1::FAILURE_CAUSE_INVALID, state.status());
       if (state->run_digest != job_->run_digest) {
         return Fail(v1::FAILURE_CAUSE_INVALID,
@@ -216,8 +216,8 @@ class TrainingRun {
                                  .dropout = spec().lora().dropout(),
                                  .base_model = job_->assignment.model_directory(),
                                  .model_directory = job_->assignment.model_directory()};
-    absl::StatusOr<std::string> path =
-        WriteCheckpoint(engine_->context(), *engine_->adapters(), content, directory());
+    absl::StatusOr<std::string> path = WriteCheckpoint(engine_->context(), *engine_->adapters(),
+                                                       engine_->optimizer(), content, directory());
     if (!path.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, path.status());
     v1::CheckpointWritten written;
     written.set_step(state_.step);
