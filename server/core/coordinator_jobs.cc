@@ -82,7 +82,8 @@ absl::Status Coordinator::MissingArtifacts(const v1::JobSpec& spec) const {
     check(spec.datasets(i).source(), absl::StrCat("datasets[", i, "].source"));
   }
   for (int i = 0; i < spec.evaluation().datasets_size(); ++i) {
-    check(spec.evaluation().datasets(i).source(), absl::StrCat("evaluation.datasets[", i, "].source"));
+    check(spec.evaluation().datasets(i).source(),
+          absl::StrCat("evaluation.datasets[", i, "].source"));
   }
   return violations.empty() ? absl::OkStatus() : InvalidFields(violations, "spec.");
 }

@@ -119,7 +119,8 @@ TEST_P(EngineParityTest, EveryLossOfTheRunAndTheAdapterAfterIt) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest, testing::Values("dense", "nf4", "qlora60", "rslora"),
+INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest,
+                         testing::Values("dense", "nf4", "qlora60", "rslora"),
                          [](const auto& info) { return std::string(info.param); });
 
 // What the comparison of losses is worth: training that does nothing must not pass it.
