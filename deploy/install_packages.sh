@@ -6,7 +6,7 @@
 # Does nothing where everything is there already. Needs root, or sudo.
 set -euo pipefail
 
-build=(g++ cmake ninja-build pkg-config ccache
+build=(g++ cmake ninja-build pkg-config
   libgrpc++-dev protobuf-compiler-grpc protobuf-compiler libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libgtest-dev libgmock-dev libgloo-dev libsqlite3-dev libdnnl-dev
   ocl-icd-opencl-dev libicu-dev libpcre2-dev nlohmann-json3-dev libyaml-cpp-dev libcli11-dev

@@ -11,6 +11,7 @@
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
+#include "kernels/qk_norm/qk_norm.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/rope/rope.h"
 #include "kernels/rows/rows.h"
@@ -201,6 +202,56 @@ TEST_F(CudaOps, RmsNorm) {
   }
 }
 
+// Heads 1..3 of fused rows of 5, into and from buffers of their own.
+TEST_F(CudaOps, QkNorm) {
+  constexpr int64_t kT = 45, kH = 3;
+  struct Case {
+    int64_t head_dim, rotary;
+  };
+  for (const Case& c :
+       {Case{128, 128}, Case{256, 256}, Case{64, 20}, Case{40, 40}, Case{41, 34}, Case{96, 0}}) {
+    for (DType dtype : kDTypes) {
+      for (int64_t pad : {0, 3, 8}) {
+        const std::string what = "qk norm " + std::to_string(c.head_dim) + ", turned " +
+                                 std::to_string(c.rotary) + ", " + DTypeName(dtype);
+        const std::vector<Operand> forward{{Random(dtype, {kT, kH + 2, c.head_dim}, pad)},
+                                           {Random(dtype, {c.head_dim})},
+                                           {Random(DType::kF32, {kT, c.rotary / 2})},
+                                           {Random(DType::kF32, {kT, c.rotary / 2})},
+                                           {Tensor(dtype, {kT, kH, c.head_dim}, pad), Loose(dtype)},
+                                           {Tensor(DType::kF32, {kT, kH}), 1e-5}};
+        const OpCall run_forward = [&](const Exec& exec, const Views& v, Scratch&) {
+          QkNormForward(exec, {.x = v[0].Slice(1, 1, 1 + kH),
+                               .w = v[1],
+                               .cos = v[2],
+                               .sin = v[3],
+                               .y = v[4],
+                               .rstd = v[5],
+                               .rotary_dim = c.rotary,
+                               .weight_offset = 1.0});
+        };
+        ExpectGpuAsCpu(what, forward, run_forward);
+        std::vector<Operand> backward;
+        for (const Tensor& t : RunOnCpu(forward, run_forward)) backward.push_back({t});
+        backward.push_back({Random(dtype, {kT, kH, c.head_dim}, 2 * pad)});
+        backward.push_back({Tensor(dtype, {kT, kH, c.head_dim}, pad), Loose(dtype)});
+        ExpectGpuAsCpu(what + ", backward", backward,
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         QkNormBackward(exec, {.dy = v[6],
+                                               .x = v[0].Slice(1, 1, 1 + kH),
+                                               .rstd = v[5],
+                                               .w = v[1],
+                                               .cos = v[2],
+                                               .sin = v[3],
+                                               .dx = v[7],
+                                               .rotary_dim = c.rotary,
+                                               .weight_offset = 1.0});
+                       });
+      }
+    }
+  }
+}
+
 TEST_F(CudaOps, Rope) {
   constexpr int64_t kT = 45, kH = 3;
   Tensor positions(DType::kI32, {kT});
@@ -375,6 +426,14 @@ TEST_F(CudaOps, Elementwise) {
       ExpectGpuAsCpu("scale " + Name(from, w), {{x(from)}, {Random(DType::kF64, {1})}},
                      [](const Exec& exec, const Views& v, Scratch&) {
                        Scale(exec, {.x = v[0], .alpha_device = v[1], .alpha = 0.7});
+                     });
+      ExpectGpuAsCpu("soft cap " + Name(from, w), {{x(from), 1e-2}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       SoftCap(exec, {.x = v[0], .cap = 1.5});
+                     });
+      ExpectGpuAsCpu("bias " + Name(from, w), {{Random(from, {w.columns})}, {x(from), 1e-2}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       Add(exec, {.x = v[0], .y = v[1], .alpha = 0.3});
                      });
       ExpectGpuAsCpu("sum " + Name(from, w), {{x(from)}, {Random(DType::kF64, {1}), 1e-11}},
                      [](const Exec& exec, const Views& v, Scratch&) {
@@ -578,6 +637,8 @@ TEST_F(CudaOps, AttentionOfWholeSegments) {
         AttentionCase{4, 2, 256, 256, AttentionMask::kCausal, 0, 0.0},
         AttentionCase{4, 4, 128, 128, AttentionMask::kCausal, 17, 0.0},
         AttentionCase{4, 2, 128, 128, AttentionMask::kCausal, 33, 3.0},
+        AttentionCase{4, 2, 256, 256, AttentionMask::kCausal, 33, 50.0},
+        AttentionCase{4, 1, 256, 256, AttentionMask::kCausal, 0, 50.0},
         AttentionCase{4, 4, 64, 64, AttentionMask::kBidirectional, 0, 0.0}}) {
     for (const bool deterministic : {true, false}) {
       for (int64_t padding : {0, 16}) {

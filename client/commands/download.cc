@@ -35,12 +35,6 @@ bool IsSame(const v1::Artifact& artifact, const std::string& prefix, const std::
   return wanted == there->size();
 }
 
-bool IsEmptyOrMissing(const std::string& directory) {
-  std::error_code error;
-  return !fs::exists(directory, error) ||
-         (fs::is_directory(directory, error) && fs::is_empty(directory, error));
-}
-
 absl::Status MoveIntoPlace(const std::string& from, const std::string& to) {
   std::error_code error;
   fs::remove_all(to, error);
@@ -50,6 +44,12 @@ absl::Status MoveIntoPlace(const std::string& from, const std::string& to) {
 }
 
 }  // namespace
+
+bool IsEmptyOrMissing(const std::string& directory) {
+  std::error_code error;
+  return !fs::exists(directory, error) ||
+         (fs::is_directory(directory, error) && fs::is_empty(directory, error));
+}
 
 absl::Status DownloadCheckpoint(const Invocation& invocation, const DownloadOptions& options,
                                 Connection* connection, Cancellation* cancellation,

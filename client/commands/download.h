@@ -15,6 +15,9 @@ struct DownloadOptions {
   bool replace = false;  // an existing directory
 };
 
+// True of what may be written into without losing anything: no such path, or an empty directory.
+bool IsEmptyOrMissing(const std::string& directory);
+
 // Files come into DIRECTORY.part, which takes its name when all of them are whole; an interrupted
 // download goes on from there. ALREADY_EXISTS if the directory has other content.
 absl::Status DownloadCheckpoint(const Invocation& invocation, const DownloadOptions& options,

@@ -178,11 +178,6 @@ LocalResult RunJob(const Invocation& invocation, const LocalOptions& options,
   return {};
 }
 
-bool IsEmptyOrMissing(const std::string& directory) {
-  std::error_code error;
-  return !fs::exists(directory, error) || fs::is_empty(directory, error);
-}
-
 CliExit RunLocal(Invocation* invocation, const LocalOptions& options) {
   absl::StatusOr<ParsedJobSpec> parsed = LoadJobSpec(options.file);
   if (!parsed.ok()) return Fail(parsed.status());

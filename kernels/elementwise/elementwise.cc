@@ -8,6 +8,7 @@ ATTUNE_BACKENDS(Fill);
 ATTUNE_BACKENDS(Copy);
 ATTUNE_BACKENDS(Add);
 ATTUNE_BACKENDS(Scale);
+ATTUNE_BACKENDS(SoftCap);
 ATTUNE_BACKENDS(SumToScalar);
 
 namespace {
@@ -43,7 +44,8 @@ void Copy(const Exec& exec, const CopyArgs& args) {
 void Add(const Exec& exec, const AddArgs& args) {
   CheckLayout(args.x);
   CheckLayout(args.y);
-  CHECK(args.x.SameShape(args.y));
+  const bool to_rows = args.x.rank == 1 && args.y.rank == 2;
+  CHECK(to_rows ? args.x.dim(0) == args.y.dim(1) : args.x.SameShape(args.y));
   CHECK(IsFloat(args.x.dtype) && IsFloat(args.y.dtype));
   ATTUNE_RUN(Add, exec, args);
 }
@@ -53,6 +55,12 @@ void Scale(const Exec& exec, const ScaleArgs& args) {
   CHECK(IsFloat(args.x.dtype));
   CHECK(!args.alpha_device.defined() || IsScalar(args.alpha_device));
   ATTUNE_RUN(Scale, exec, args);
+}
+
+void SoftCap(const Exec& exec, const SoftCapArgs& args) {
+  CheckLayout(args.x);
+  CHECK(IsFloat(args.x.dtype) && args.cap > 0);
+  ATTUNE_RUN(SoftCap, exec, args);
 }
 
 void SumToScalar(const Exec& exec, const SumToScalarArgs& args) {

@@ -134,6 +134,19 @@ struct ScalePack {
   }
 };
 
+template <typename T, int N>
+struct SoftCapPack {
+  static constexpr int kPack = N;
+  using A = WiderOf<T, T>;
+  Rows<T> x;
+  A cap;
+  __device__ void operator()(int64_t row, int64_t c) const {
+    Pack<T, N> v = Pack<T, N>::Load(x(row, c));
+    for (int i = 0; i < N; ++i) v.v[i] = Narrow<T>(cap * tanh(Widen(v.v[i]) / cap));
+    v.Store(x(row, c));
+  }
+};
+
 // One block: thread t sums the elements t, t + 1024, ... of each row; then the threads in order.
 template <typename T>
 __global__ __launch_bounds__(1024) void SumKernel(Rows<const T> x, Extents extents, float* out_f32,
@@ -215,7 +228,14 @@ void CopyCuda(const Exec& exec, const CopyArgs& a) {
   });
 }
 
-void AddCuda(const Exec& exec, const AddArgs& a) {
+void AddCuda(const Exec& exec, const AddArgs& args) {
+  AddArgs a = args;
+  if (a.x.rank < a.y.rank) {  // the same row again and again
+    a.x = a.y;
+    a.x.data = args.x.data;
+    a.x.dtype = args.x.dtype;
+    a.x.strides[0] = 0;
+  }
   const Extents extents = ExtentsOf({&a.x, &a.y});
   DispatchCudaFloat64(a.x.dtype, [&]<typename X>() {
     DispatchCudaFloat64(a.y.dtype, [&]<typename Y>() {
@@ -238,6 +258,16 @@ void ScaleCuda(const Exec& exec, const ScaleArgs& a) {
     DispatchPack<kPackSize<T>>(extents, {&a.x}, [&]<int N>() {
       ForEachPack(ScalePack<T, N>{RowsIn<T>(a.x, extents), a.alpha, device_alpha}, extents.rows,
                   extents.columns, exec.stream);
+    });
+  });
+}
+
+void SoftCapCuda(const Exec& exec, const SoftCapArgs& a) {
+  const Extents extents = ExtentsOf({&a.x});
+  DispatchCudaFloat64(a.x.dtype, [&]<typename T>() {
+    DispatchPack<kPackSize<T>>(extents, {&a.x}, [&]<int N>() {
+      ForEachPack(SoftCapPack<T, N>{RowsIn<T>(a.x, extents), static_cast<WiderOf<T, T>>(a.cap)},
+                  extents.rows, extents.columns, exec.stream);
     });
   });
 }

@@ -23,10 +23,11 @@ struct CopyArgs {
 };
 void Copy(const Exec& exec, const CopyArgs& args);
 
-// y += alpha * x.  f64, f32, bf16, each its own. y may be x.
+// y += alpha * x.  f64, f32, bf16, each its own. y may be x. An x of rank 1 beside a y of rank 2
+// is added to every row (a bias).
 struct AddArgs {
   TensorView x;  // (M, N) or (N)
-  TensorView y;  // the shape of x  in and out
+  TensorView y;  // the shape of x, or (M, N)  in and out
   double alpha = 1.0;
 };
 void Add(const Exec& exec, const AddArgs& args);
@@ -38,6 +39,13 @@ struct ScaleArgs {
   double alpha = 1.0;
 };
 void Scale(const Exec& exec, const ScaleArgs& args);
+
+// x = cap * tanh(x / cap).  f64, f32 or bf16.
+struct SoftCapArgs {
+  TensorView x;      // (M, N) or (N)  in and out
+  double cap = 1.0;  // > 0
+};
+void SoftCap(const Exec& exec, const SoftCapArgs& args);
 
 // out = sum of x (out += with accumulate), in f64 and in a fixed order.
 struct SumToScalarArgs {

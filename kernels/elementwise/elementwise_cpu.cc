@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -84,6 +85,21 @@ ATTUNE_CLONES void AddRun(const X* x, Y* y, WiderOf<X, Y> alpha, int64_t n) {
     const A sum = static_cast<A>(ToAccumulator(y[i])) + alpha * static_cast<A>(ToAccumulator(x[i]));
     StoreRounded<Y>(static_cast<AccumulatorOf<Y>>(sum), &y[i]);
   }
+}
+
+template <typename X, typename Y>
+void AddToRows(const TensorView& x, const TensorView& y, WiderOf<X, Y> alpha) {
+#pragma omp parallel for schedule(static) if (WorthThreads(y.size()))
+  for (int64_t row = 0; row < y.dim(0); ++row) {
+    AddRun<X, Y>(x.As<X>(), y.As<Y>() + row * y.stride(0), alpha, y.dim(1));
+  }
+}
+
+// libm's tanh: logits are small against the cap, where Tanh loses digits.
+template <typename T>
+void SoftCapRun(T* x, AccumulatorOf<T> cap, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    StoreRounded<T>(cap * std::tanh(ToAccumulator(x[i]) / cap), &x[i]);
 }
 
 template <typename T>
@@ -183,6 +199,7 @@ void AddCpu(const Exec& exec, const AddArgs& a) {
   DispatchFloat(a.x.dtype, [&]<typename X>() {
     DispatchFloat(a.y.dtype, [&]<typename Y>() {
       const auto alpha = static_cast<WiderOf<X, Y>>(a.alpha);
+      if (a.x.rank < a.y.rank) return AddToRows<X, Y>(a.x, a.y, alpha);
       ForEachRunOfTwo<X, Y>(a.x, a.y, [=](const X* x, Y* y, int64_t n) { AddRun(x, y, alpha, n); });
     });
   });
@@ -193,6 +210,13 @@ void ScaleCpu(const Exec& exec, const ScaleArgs& a) {
   DispatchFloat(a.x.dtype, [&]<typename T>() {
     ForEachRun<T>(
         a.x, [=](T* run, int64_t n) { ScaleRun(run, static_cast<AccumulatorOf<T>>(alpha), n); });
+  });
+}
+
+void SoftCapCpu(const Exec& exec, const SoftCapArgs& a) {
+  DispatchFloat(a.x.dtype, [&]<typename T>() {
+    const auto cap = static_cast<AccumulatorOf<T>>(a.cap);
+    ForEachRun<T>(a.x, [=](T* run, int64_t n) { SoftCapRun(run, cap, n); });
   });
 }
 

@@ -96,6 +96,37 @@ TEST(ScaleTest, HostAndDeviceFactors) {
   }
 }
 
+TEST(AddTest, AddsARowToEveryRow) {
+  std::mt19937_64 rng(7);
+  for (DType from : op_testing::kFloatDTypes) {
+    for (DType to : op_testing::kFloatDTypes) {
+      for (int64_t padding : {0, 3}) {
+        Tensor row(from, {41}), y(to, {7, 41}, padding);
+        row.Random(&rng), y.Random(&rng);
+        std::vector<double> want;
+        for (int64_t i = 0; i < y.size(); ++i) want.push_back(y[i] + 0.5 * row[i % 41]);
+        Add(CpuExec(), {.x = row, .y = y, .alpha = 0.5});
+        const bool both = from == DType::kF64 && to == DType::kF64;
+        op_testing::ExpectClose(y, want, both ? 1e-14 : to == DType::kBF16 ? 1e-2 : 1e-6, "y");
+        y.ExpectGuardsIntact();
+      }
+    }
+  }
+}
+
+TEST(SoftCapTest, MatchesReference) {
+  std::mt19937_64 rng(8);
+  for (DType dtype : op_testing::kFloatDTypes) {
+    Tensor x(dtype, {7, 41}, 1);
+    x.Random(&rng, 20.0), x.Set(3, 1e4), x.Set(4, -1e4);
+    std::vector<double> want;
+    for (int64_t i = 0; i < x.size(); ++i) want.push_back(30.0 * std::tanh(x[i] / 30.0));
+    SoftCap(CpuExec(), {.x = x, .cap = 30.0});
+    op_testing::ExpectClose(x, want, op_testing::Tolerance(dtype), "x");
+    x.ExpectGuardsIntact();
+  }
+}
+
 TEST(SumToScalarTest, SumsAndAccumulates) {
   std::mt19937_64 rng(5);
   for (DType dtype : {DType::kF64, DType::kF32, DType::kBF16, DType::kU8}) {

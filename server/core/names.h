@@ -41,6 +41,7 @@ absl::StatusOr<int64_t> ParseResumeToken(StreamKind kind, const std::string& tok
 std::string MakePageToken(const std::string& key, const std::string& filter);
 absl::StatusOr<std::string> ParsePageToken(const std::string& token, const std::string& filter);
 
+inline constexpr int kPageDefault = 50, kPageMax = 1000;  // items of a list
 // 0 becomes `fallback`, more than `most` becomes `most`; negative is INVALID_ARGUMENT.
 absl::StatusOr<int> PageSize(int requested, int fallback, int most);
 

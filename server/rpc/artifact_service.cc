@@ -13,11 +13,9 @@ namespace attune {
 namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;
-constexpr int kPageDefault = 50;
-constexpr int kPageMax = 1000;
 constexpr char kListFilter[] = "artifacts";
 
-std::string Method(const char* name) {
+std::string ArtifactMethod(const char* name) {
   return absl::StrCat("attune.v1.ArtifactService/", name);
 }
 
@@ -33,7 +31,7 @@ class WriteFileReactor final : public grpc::ServerReadReactor<v1::WriteFileReque
   WriteFileReactor(const RpcContext& context, grpc::CallbackServerContext* call,
                    v1::WriteFileResponse* response)
       : context_(context),
-        guard_(context, *call, Method("WriteFile"), /*unary=*/false),
+        guard_(context, *call, ArtifactMethod("WriteFile"), /*unary=*/false),
         response_(response) {
     if (guard_.admission().ok()) {
       StartRead(&request_);
@@ -81,7 +79,7 @@ class ReadFileReactor final : public grpc::ServerWriteReactor<v1::ReadFileRespon
  public:
   ReadFileReactor(const RpcContext& context, grpc::CallbackServerContext* call,
                   const v1::ReadFileRequest& request)
-      : context_(context), guard_(context, *call, Method("ReadFile"), /*unary=*/false) {
+      : context_(context), guard_(context, *call, ArtifactMethod("ReadFile"), /*unary=*/false) {
     if (!guard_.admission().ok()) {
       Finish(guard_.End(guard_.admission()));
       return;
@@ -153,7 +151,7 @@ class ReadFileReactor final : public grpc::ServerWriteReactor<v1::ReadFileRespon
 grpc::ServerUnaryReactor* ArtifactServiceImpl::CreateArtifact(
     grpc::CallbackServerContext* call, const v1::CreateArtifactRequest* request,
     v1::Artifact* response) {
-  return UnaryIo(context_, call, Method("CreateArtifact"), [this, request, response] {
+  return UnaryIo(context_, call, ArtifactMethod("CreateArtifact"), [this, request, response] {
     const std::vector<v1::ArtifactFile> files(request->files().begin(), request->files().end());
     return Answer(context_.artifacts->Create(request->kind(), files, absl::Now()), response);
   });
@@ -162,7 +160,7 @@ grpc::ServerUnaryReactor* ArtifactServiceImpl::CreateArtifact(
 grpc::ServerUnaryReactor* ArtifactServiceImpl::GetArtifact(grpc::CallbackServerContext* call,
                                                            const v1::GetArtifactRequest* request,
                                                            v1::Artifact* response) {
-  return UnaryIo(context_, call, Method("GetArtifact"), [this, request, response] {
+  return UnaryIo(context_, call, ArtifactMethod("GetArtifact"), [this, request, response] {
     return Answer(context_.artifacts->Get(request->name()), response);
   });
 }
@@ -171,7 +169,7 @@ grpc::ServerUnaryReactor* ArtifactServiceImpl::ListArtifacts(
     grpc::CallbackServerContext* call, const v1::ListArtifactsRequest* request,
     v1::ListArtifactsResponse* response) {
   return UnaryIo(
-      context_, call, Method("ListArtifacts"), [this, request, response]() -> absl::Status {
+      context_, call, ArtifactMethod("ListArtifacts"), [this, request, response]() -> absl::Status {
         const absl::StatusOr<int> size = PageSize(request->page_size(), kPageDefault, kPageMax);
         if (!size.ok()) return size.status();
         absl::StatusOr<std::string> after = std::string();
@@ -191,7 +189,7 @@ grpc::ServerUnaryReactor* ArtifactServiceImpl::ListArtifacts(
 grpc::ServerUnaryReactor* ArtifactServiceImpl::DeleteArtifact(
     grpc::CallbackServerContext* call, const v1::DeleteArtifactRequest* request,
     google::protobuf::Empty* response) {
-  return Unary(context_, call, Method("DeleteArtifact"), [&](Done done) {
+  return Unary(context_, call, ArtifactMethod("DeleteArtifact"), [&](Done done) {
     context_.runner->Call(
         DeleteArtifactEvent{0, request->name()},
         [done = std::move(done)](absl::Status status, v1::Job) { done(std::move(status)); });
@@ -206,7 +204,7 @@ grpc::ServerReadReactor<v1::WriteFileRequest>* ArtifactServiceImpl::WriteFile(
 grpc::ServerUnaryReactor* ArtifactServiceImpl::GetWriteStatus(
     grpc::CallbackServerContext* call, const v1::GetWriteStatusRequest* request,
     v1::WriteFileResponse* response) {
-  return UnaryIo(context_, call, Method("GetWriteStatus"), [this, request, response] {
+  return UnaryIo(context_, call, ArtifactMethod("GetWriteStatus"), [this, request, response] {
     const absl::StatusOr<int64_t> committed =
         context_.artifacts->CommittedBytes(request->artifact(), request->path());
     if (committed.ok()) response->set_committed_bytes(*committed);
@@ -217,7 +215,7 @@ grpc::ServerUnaryReactor* ArtifactServiceImpl::GetWriteStatus(
 grpc::ServerUnaryReactor* ArtifactServiceImpl::FinalizeArtifact(
     grpc::CallbackServerContext* call, const v1::FinalizeArtifactRequest* request,
     v1::Artifact* response) {
-  return UnaryIo(context_, call, Method("FinalizeArtifact"), [this, request, response] {
+  return UnaryIo(context_, call, ArtifactMethod("FinalizeArtifact"), [this, request, response] {
     return Answer(context_.artifacts->Finalize(request->name()), response);
   });
 }

@@ -18,13 +18,11 @@
 namespace attune {
 namespace {
 
-constexpr int kPageDefault = 50;
-constexpr int kPageMax = 1000;
 constexpr double kWaitDefaultS = 30;
 constexpr double kWaitMaxS = 300;
 constexpr size_t kRequestIdBytesMax = 128;
 
-std::string Method(const char* name) {
+std::string FineTuningMethod(const char* name) {
   return absl::StrCat("attune.v1.FineTuningService/", name);
 }
 
@@ -78,7 +76,7 @@ absl::StatusOr<int64_t> PageBegin(const v1::ListJobsRequest& request) {
 grpc::ServerUnaryReactor* FineTuningServiceImpl::CreateJob(grpc::CallbackServerContext* call,
                                                            const v1::CreateJobRequest* request,
                                                            v1::Job* response) {
-  return Unary(context_, call, Method("CreateJob"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("CreateJob"), [&](Done done) {
     CreateJobEvent event;
     event.spec = request->spec();
     ApplyDefaults("job", &event.spec);
@@ -103,7 +101,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::CreateJob(grpc::CallbackServerC
 grpc::ServerUnaryReactor* FineTuningServiceImpl::GetJob(grpc::CallbackServerContext* call,
                                                         const v1::GetJobRequest* request,
                                                         v1::Job* response) {
-  return Unary(context_, call, Method("GetJob"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("GetJob"), [&](Done done) {
     auto status = std::make_shared<absl::Status>();
     context_.runner->Query(
         [request, response, status](const Coordinator& coordinator) {
@@ -118,7 +116,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::GetJob(grpc::CallbackServerCont
 grpc::ServerUnaryReactor* FineTuningServiceImpl::ListJobs(grpc::CallbackServerContext* call,
                                                           const v1::ListJobsRequest* request,
                                                           v1::ListJobsResponse* response) {
-  return Unary(context_, call, Method("ListJobs"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("ListJobs"), [&](Done done) {
     const absl::StatusOr<int> size = PageSize(request->page_size(), kPageDefault, kPageMax);
     if (!size.ok()) return done(size.status());
     const absl::StatusOr<int64_t> before = PageBegin(*request);
@@ -140,7 +138,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::ListJobs(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* FineTuningServiceImpl::DeleteJob(grpc::CallbackServerContext* call,
                                                            const v1::DeleteJobRequest* request,
                                                            google::protobuf::Empty* response) {
-  return Unary(context_, call, Method("DeleteJob"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("DeleteJob"), [&](Done done) {
     context_.runner->Call(
         DeleteJobEvent{0, request->name(), request->etag()},
         [done = std::move(done)](absl::Status status, v1::Job) { done(std::move(status)); });
@@ -150,7 +148,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::DeleteJob(grpc::CallbackServerC
 grpc::ServerUnaryReactor* FineTuningServiceImpl::CancelJob(grpc::CallbackServerContext* call,
                                                            const v1::CancelJobRequest* request,
                                                            v1::Job* response) {
-  return Unary(context_, call, Method("CancelJob"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("CancelJob"), [&](Done done) {
     context_.runner->Call(CancelJobEvent{0, request->name(), request->etag()},
                           Answer(response, std::move(done)));
   });
@@ -159,7 +157,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::CancelJob(grpc::CallbackServerC
 grpc::ServerUnaryReactor* FineTuningServiceImpl::PauseJob(grpc::CallbackServerContext* call,
                                                           const v1::PauseJobRequest* request,
                                                           v1::Job* response) {
-  return Unary(context_, call, Method("PauseJob"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("PauseJob"), [&](Done done) {
     context_.runner->Call(PauseJobEvent{0, request->name(), request->etag()},
                           Answer(response, std::move(done)));
   });
@@ -168,7 +166,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::PauseJob(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* FineTuningServiceImpl::ResumeJob(grpc::CallbackServerContext* call,
                                                            const v1::ResumeJobRequest* request,
                                                            v1::Job* response) {
-  return Unary(context_, call, Method("ResumeJob"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("ResumeJob"), [&](Done done) {
     ResumeJobEvent event{0, request->name(), request->etag(), {}};
     if (request->has_devices()) event.devices = request->devices();
     context_.runner->Call(std::move(event), Answer(response, std::move(done)));
@@ -182,7 +180,8 @@ class WaitReactor final : public grpc::ServerUnaryReactor {
  public:
   WaitReactor(const RpcContext& context, grpc::CallbackServerContext* call,
               const v1::WaitJobRequest& request, v1::Job* response)
-      : runner_(context.runner), guard_(context, *call, Method("WaitJob"), /*unary=*/true) {
+      : runner_(context.runner),
+        guard_(context, *call, FineTuningMethod("WaitJob"), /*unary=*/true) {
     if (!guard_.admission().ok()) {
       Finish(guard_.End(guard_.admission()));
       return;
@@ -235,7 +234,7 @@ grpc::ServerUnaryReactor* FineTuningServiceImpl::WaitJob(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* FineTuningServiceImpl::ListWorkers(grpc::CallbackServerContext* call,
                                                              const v1::ListWorkersRequest* request,
                                                              v1::ListWorkersResponse* response) {
-  return Unary(context_, call, Method("ListWorkers"), [&](Done done) {
+  return Unary(context_, call, FineTuningMethod("ListWorkers"), [&](Done done) {
     context_.runner->Query(
         [response](const Coordinator& coordinator) {
           for (v1::Worker& worker : coordinator.ListWorkers()) {

@@ -12,6 +12,8 @@ namespace attune {
 
 inline constexpr int kSchemaVersion = 1;
 
+inline constexpr const char* kStreamTables[] = {"events", "metrics", "logs"};  // by StreamKind
+
 // Creates or migrates. FAILED_PRECONDITION where the database is newer than this program.
 absl::Status PrepareSchema(sqlite::Database* database);
 

@@ -14,10 +14,8 @@
 namespace attune {
 namespace {
 
-constexpr const char* kTables[] = {"events", "metrics", "logs"};  // by StreamKind
-
 const char* TableOf(StreamKind kind) {
-  return kTables[static_cast<int>(kind)];
+  return kStreamTables[static_cast<int>(kind)];
 }
 
 int64_t ToUs(absl::Time time) {
@@ -300,7 +298,7 @@ absl::StatusOr<bool> Store::Purge(int64_t limit) {
   if (!*row) return false;
   const std::string job = next.Text(0);
   next.Reset();
-  for (const char* table : kTables) {
+  for (const char* table : kStreamTables) {
     absl::StatusOr<sqlite::Statement> erase = database_->Prepare(
         absl::StrCat("DELETE FROM ", table, " WHERE revision IN (SELECT revision FROM ", table,
                      " WHERE job = ?1 LIMIT ?2)"));

@@ -1,13 +1,9 @@
 #include "server/store/stream_reader.h"
 
 #include "absl/strings/str_cat.h"
+#include "server/store/schema.h"
 
 namespace attune {
-namespace {
-
-constexpr const char* kTables[] = {"events", "metrics", "logs"};  // by StreamKind
-
-}  // namespace
 
 StreamReader::StreamReader(std::unique_ptr<sqlite::Database> database)
     : database_(std::move(database)) {}
@@ -23,10 +19,10 @@ absl::StatusOr<std::unique_ptr<StreamReader>> StreamReader::Open(const std::stri
     status.Update(statement.status());
   };
   for (int kind = 0; kind < 3; ++kind) {
-    prepare(absl::StrCat("SELECT revision, item FROM ", kTables[kind],
+    prepare(absl::StrCat("SELECT revision, item FROM ", kStreamTables[kind],
                          " WHERE job = ?1 AND revision > ?2 ORDER BY revision LIMIT ?3"),
             &reader->of_job_[kind]);
-    prepare(absl::StrCat("SELECT revision, item FROM ", kTables[kind],
+    prepare(absl::StrCat("SELECT revision, item FROM ", kStreamTables[kind],
                          " WHERE revision > ?2 ORDER BY revision LIMIT ?3"),
             &reader->of_all_[kind]);
   }

@@ -38,7 +38,8 @@ struct Flags {
   ActivationPolicy policy;
   int64_t logits_mib = 512;
   double roof_s = 0, memory_gib = 0;
-  bool profile = false;
+  bool embedding_on_host = false;
+  bool profile = false, log_normal = false;
   std::string json, label;
 };
 
@@ -70,8 +71,7 @@ int64_t QkvRows(const ModelConfig& c) {
 
 WeightNames Names() {
   WeightNames names{.embedding = "embedding", .final_norm = "norm", .head = "head"};
-  names.attention_norm = [](int64_t) { return "norm"; };
-  names.mlp_norm = [](int64_t) { return "norm"; };
+  names.norm = [](int64_t, BlockNorm) { return "norm"; };
   names.linear = [](int64_t i, Linear linear) {
     constexpr const char* kNames[] = {"q", "k", "v", "o", "gate", "up", "down"};
     return "layers." + std::to_string(i) + "." + kNames[static_cast<int>(linear)];
@@ -132,16 +132,33 @@ class RandomWeights : public WeightSource {
 
 // ---- Steps ----
 
+// Lengths of documents that fill T tokens: all `sequence`, or log-normal as chats are (median 600
+// tokens, deviation 1.1 of the logarithm, 40 to 16,384).
+std::vector<int64_t> Lengths(const Flags& flags, std::mt19937_64* rng) {
+  std::vector<int64_t> lengths;
+  std::lognormal_distribution<double> draw(std::log(600.0), 1.1);
+  for (int64_t left = flags.micro_tokens; left > 0; left -= lengths.back()) {
+    const double length = flags.log_normal ? std::clamp(draw(*rng), 40.0, 16384.0)
+                                           : static_cast<double>(flags.sequence);
+    lengths.push_back(std::min(left, static_cast<int64_t>(length)));
+  }
+  return lengths;
+}
+
 Pack RandomPack(const Flags& flags, int64_t vocab, std::mt19937_64* rng) {
-  const int64_t T = flags.micro_tokens, S = std::min(flags.sequence, T);
+  const int64_t T = flags.micro_tokens;
   Pack pack;
   pack.ids.resize(T);
   pack.targets.resize(T);
   pack.positions.resize(T);
-  for (int64_t t = 0; t < T; ++t) {
-    pack.ids[t] = static_cast<int32_t>(3 + (*rng)() % (vocab - 4));
-    pack.positions[t] = static_cast<int32_t>(t % S);
-    if (t % S == 0) pack.q_begin.push_back(static_cast<int32_t>(t));
+  int64_t begin = 0;
+  for (int64_t length : Lengths(flags, rng)) {
+    pack.q_begin.push_back(static_cast<int32_t>(begin));
+    for (int64_t t = 0; t < length; ++t) {
+      pack.ids[begin + t] = static_cast<int32_t>(3 + (*rng)() % (vocab - 4));
+      pack.positions[begin + t] = static_cast<int32_t>(t);
+    }
+    begin += length;
   }
   pack.q_begin.push_back(static_cast<int32_t>(T));
   pack.num_segments = static_cast<int32_t>(pack.q_begin.size()) - 1;
@@ -167,6 +184,7 @@ EngineOptions OptionsOf(const Flags& flags) {
                         .fused_lora = !flags.separate,
                         .resident = flags.resident,
                         .prefetch = flags.prefetch,
+                        .embedding_on_host = flags.embedding_on_host,
                         .activations = flags.policy,
                         .logits_bytes = flags.logits_mib << 20,
                         .model = ConfigOf(flags.model),
@@ -183,8 +201,27 @@ struct StepTimes {
   double loss = 0, grad_norm = 0;
   double peak_gib = 0, arena_gib = 0, host_gib = 0;
   double tokens_per_s = 0, predicted_tokens_per_s = 0;
+  double tflops = 0;      // of the model's own products and attention, recomputation not counted
   std::string placement;  // if it was chosen
 };
+
+// Floating-point operations of a step of the frozen model, forward and backward (dx only): 4 for
+// each weight and token, and of causal attention 7 products of d per head and pair of tokens.
+double StepFlops(const ModelConfig& c, absl::Span<const Pack> packs) {
+  const double weights =
+      static_cast<double>(c.num_layers) *
+          static_cast<double>(c.hidden_size * (QkvRows(c) + c.q_size() + 3 * c.intermediate_size)) +
+      static_cast<double>(c.hidden_size * c.vocab_size);
+  double flops = 0;
+  for (const Pack& pack : packs) {
+    flops += 4 * weights * static_cast<double>(pack.ids.size());
+    for (int32_t i = 0; i < pack.num_segments; ++i) {
+      const double length = pack.q_begin[i + 1] - pack.q_begin[i];
+      flops += 7 * static_cast<double>(c.num_layers * c.q_size()) * length * length;
+    }
+  }
+  return flops;
+}
 
 int64_t UsedBytes() {
   const DeviceMemory memory = QueryDeviceMemory(DeviceKind::kCuda).value();
@@ -241,7 +278,7 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
   out.load_s = Seconds(start);
   std::unique_ptr<Communicator> self = NewSelfCommunicator();
   std::mt19937_64 rng(1);
-  std::vector<double> times;
+  std::vector<double> times, flops;
   const auto step = [&](int64_t i) -> absl::Status {
     std::vector<Pack> packs;
     std::vector<PackRef> refs;
@@ -256,6 +293,7 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
     auto result = (*engine)->TrainStep(input, refs, self.get(), [] {});
     if (!result.ok()) return result.status();
     times.push_back(Seconds(begin));
+    flops.push_back(StepFlops(options.model, packs));
     out.loss = result->loss;
     out.grad_norm = result->grad_norm;
     return absl::OkStatus();
@@ -273,6 +311,9 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
   std::sort(timed.begin(), timed.end());
   out.median_s = timed[timed.size() / 2];
   out.tokens_per_s = static_cast<double>(flags.batch * flags.sequence) / out.median_s;
+  for (size_t i = flags.warm_up; i < times.size(); ++i) {
+    out.tflops += flops[i] / times[i] / 1e12 / static_cast<double>(flags.steps);
+  }
   if (flags.profile) {
     OpTrace trace;
     (*engine)->SetTrace(&trace);
@@ -465,7 +506,8 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
       static_cast<long long>(flags.policy.gate_ups_on_host),
       static_cast<long long>(flags.policy.gate_ups_rebuilt), t.tokens_per_s, t.median_s * 1e3,
       t.peak_gib, t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
-  std::printf(", predicted %.0f tok/s", t.predicted_tokens_per_s);
+  std::printf(", predicted %.0f tok/s, %.1f TFLOP/s", t.predicted_tokens_per_s, t.tflops);
+  if (flags.log_normal) std::printf(", log-normal lengths");
   if (!t.placement.empty()) std::printf(", placed: %s", t.placement.c_str());
   if (roof > 0) std::printf(", %.1f %% of the frozen roof %.0f", 100 * t.tokens_per_s / roof, roof);
   std::printf("\n");
@@ -488,6 +530,8 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
                     {"device", DeviceName()},
                     {"tokens_per_s", t.tokens_per_s},
                     {"predicted_tokens_per_s", t.predicted_tokens_per_s},
+                    {"tflops", t.tflops},
+                    {"log_normal", flags.log_normal},
                     {"step_s", t.median_s},
                     {"peak_gib", t.peak_gib},
                     {"arena_gib", t.arena_gib},
@@ -506,6 +550,7 @@ int Main(int argc, char** argv) {
   app.add_option("--model", flags.model)->check(CLI::IsMember({"8b", "1b", "0.6b"}));
   app.add_option("--batch", flags.batch, "Sequences per optimiser step");
   app.add_option("--sequence", flags.sequence, "Tokens of each");
+  app.add_flag("--log-normal", flags.log_normal, "Documents of log-normal lengths, packed");
   app.add_option("--micro-tokens", flags.micro_tokens, "Tokens per pack [batch x sequence]");
   app.add_option("--rank", flags.r, "LoRA rank, on all linear layers");
   app.add_option("--steps", flags.steps, "Timed");
@@ -513,6 +558,7 @@ int Main(int argc, char** argv) {
   app.add_flag("--dense", flags.dense, "bf16 base instead of NF4");
   app.add_flag("--expanded", flags.resident, "Keep the NF4 values expanded");
   app.add_flag("--prefetch", flags.prefetch, "Expand NF4 weights one ahead");
+  app.add_flag("--embedding-on-host", flags.embedding_on_host);
   app.add_flag("--separate", flags.separate, "Base and adapter as separate products");
   app.add_flag("--deterministic", flags.deterministic);
   app.add_option("--streams-on-host", flags.policy.streams_on_host, "Layers");

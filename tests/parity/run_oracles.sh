@@ -54,6 +54,7 @@ echo "made anew, and the same"
 
 echo "== PEFT loads our adapter"
 "$python" tests/parity/engine/check_peft.py "$bin" examples/quickstart/model "$adapter"
+"$python" tests/parity/engine/check_peft.py "$bin" tests/parity/engine/golden/*
 
 echo "== tokenizers"
 "$python" tests/parity/text/check_tokenizer.py "$bin/encode_tool" tests/parity/text

@@ -14,10 +14,6 @@ namespace {
 constexpr absl::string_view kRoles[] = {"system",    "developer", "user",
                                         "assistant", "tool",      "function"};
 
-absl::Status Wrong(absl::string_view place, absl::string_view what) {
-  return absl::InvalidArgumentError(absl::StrCat(place, " ", what));
-}
-
 const OrderedJson* FindKey(const OrderedJson& object, const char* key) {
   const auto it = object.find(key);
   return it == object.end() || it->is_null() ? nullptr : &*it;

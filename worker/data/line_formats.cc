@@ -8,11 +8,12 @@
 #include "absl/strings/str_cat.h"
 
 namespace attune {
-namespace {
 
 absl::Status Wrong(absl::string_view place, absl::string_view what) {
   return absl::InvalidArgumentError(absl::StrCat(place, " ", what));
 }
+
+namespace {
 
 // A member that is a string; `required` decides about one that is missing or null.
 absl::StatusOr<std::string> Text(const OrderedJson& object, const std::string& place,

@@ -2,9 +2,13 @@
 #pragma once
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "worker/io/json.h"
 
 namespace attune {
+
+// INVALID_ARGUMENT: "<place> <what>", of a part of a line.
+absl::Status Wrong(absl::string_view place, absl::string_view what);
 
 // {"conversations": [{"from": "human", "value": "..."}, ...], "system": "...", "tools": ...}.
 // INVALID_ARGUMENT says where: an unknown speaker, a missing value.

@@ -3,15 +3,19 @@
 //   x1 = x + delta                      (delta: what the block before adds; none for the first)
 //   qkv = Wqkv norm1(x1);  q, k = rope(q, k);  o = attention(q, k, v);  a = Wo o
 //   x2 = x1 + a
-//   g, u = Wgu norm2(x2);  delta' = Wd (silu(g) u)
+//   g, u = Wgu norm2(x2);  delta' = Wd (act(g) u)
+// and where the model has them: rope(norm(q)) and rope(norm(k)), per head; norm(a) and norm(delta')
+// in the place of a and delta' (post-norms); biases.
 //
 // The residual additions are part of the next norm, so they cost no pass of their own; `delta`
-// travels from block to block in one buffer. Saved for backward: x1, q, k, v, o, x2, g, u, the
-// adapters' s and the statistics. Norm outputs and silu(g) u are rebuilt.
+// travels from block to block in one buffer. Saved for backward: x1, q, k, v (before their norm,
+// where they have one), o, x2, g, u, a and delta' before post-norms, the adapters' s and the
+// statistics. Norm outputs and act(g) u are rebuilt.
 #pragma once
 
 #include <algorithm>
 
+#include "kernels/gated_activation/gated_activation.h"
 #include "worker/layers/batch.h"
 #include "worker/layers/lora_linear.h"
 
@@ -24,6 +28,13 @@ struct BlockShape {
   int64_t head_dim = 0;      // D
   int64_t intermediate = 0;  // F
   double rms_norm_eps = 0;
+  double norm_weight_offset = 0;
+  Activation activation = Activation::kSilu;
+  AttentionOptions attention;
+  int rope = 0;            // of the batch's rotary tables
+  int64_t rotary_dim = 0;  // R; 0: positions are not told
+  bool qk_norm = false;
+  bool post_norms = false;
 
   int64_t q_size() const { return heads * head_dim; }
   int64_t kv_size() const { return kv_heads * head_dim; }
@@ -32,21 +43,31 @@ struct BlockShape {
 
 // What Forward leaves for Backward, all (T, ...). In three groups, each one piece of memory, so
 // that the memory policy can treat them apart:
-//   stream   x1, q, k, v, [o|s], x2: may travel to the host
+//   stream   x1, q, k, v, [o|s], x2, a, delta': may travel to the host
 //   gate_up  [gate|up|.]: may travel, or be rebuilt from x2
 //   small    the statistics and the other s: stay
 struct SavedBlock {
   TensorView x1;                        // (T, C)
-  TensorView q;                         // (T, Hq D)  after rope
+  TensorView q;                         // (T, Hq D)  after rope; without qk_norm
   TensorView k, v;                      // (T, Hk D)
+  TensorView qkv;                       // (T, (Hq + 2 Hk) D)  before norm and rope; with qk_norm
   TensorView o_s;                       // (T, Hq D + E)
   TensorView x2;                        // (T, C)
   TensorView gate_up;                   // (T, 2 F + E), undefined where it is rebuilt
-  TensorView rstd1, rstd2;              // (T)      f32 (f64)
+  TensorView attention_out, mlp_out;    // (T, C)  a and delta' before their norms; post_norms
+  TensorView rstd1, rstd2;              // (T)     f32 (f64)
+  TensorView attention_out_rstd;        // (T)     post_norms
+  TensorView mlp_out_rstd;              // (T)     post_norms
   TensorView lse;                       // (T, Hq)  f32 (f64)
   TensorView s_qkv, s_gate_up, s_down;  // (T, E)
 };
 enum class SavedGroup : uint8_t { kStream, kGateUp, kSmall };
+
+// What attention reads, each (T, H, D), and the statistics of the norms of heads.
+struct QkvHeads {
+  TensorView q, k, v;
+  TensorView q_rstd, k_rstd;  // (T, H) f32 (f64), with qk_norm
+};
 
 // Keys and values of what was generated so far, of one block.
 struct KvCache {
@@ -56,8 +77,10 @@ struct KvCache {
 
 struct TransformerBlock {
   BlockShape shape;
-  TensorView attention_norm;  // (C)
-  TensorView mlp_norm;        // (C)
+  TensorView attention_norm;                      // (C)
+  TensorView mlp_norm;                            // (C)
+  TensorView post_attention_norm, post_mlp_norm;  // (C)  with post_norms
+  TensorView q_norm, k_norm;                      // (D)  with qk_norm
   LoraLinear qkv, o, gate_up, down;
 
   // Bytes of one group of T tokens, and the views of `saved` in such a piece of memory (u8; null
@@ -85,18 +108,40 @@ struct TransformerBlock {
                 const TensorView& dx, const BackwardOptions& options) const;
 
  private:
-  AttentionOptions attention_options() const;
   TensorView SavedO(const SavedBlock& saved) const { return saved.o_s.Slice(1, 0, shape.q_size()); }
-  void ForwardAttention(const LayerContext& ctx, const PackBatch& batch, const TensorView& x,
+  QkvHeads SavedHeads(const SavedBlock& saved) const;
+  QkvHeads ScratchHeads(const LayerContext& ctx, int64_t tokens) const;
+  // Norm, where there is one, and rope: from the rows of the fused product into `to`.
+  void PositionHeads(const LayerContext& ctx, const PackBatch& batch, const TensorView& rows,
+                     const QkvHeads& to) const;
+  // The gradient of that: from d_to, with what PositionHeads had and left, into rows.
+  void PositionHeadsBackward(const LayerContext& ctx, const PackBatch& batch, const QkvHeads& d_to,
+                             const TensorView& rows, const QkvHeads& to,
+                             const TensorView& d_rows) const;
+  QkvHeads ForwardHeads(const LayerContext& ctx, const PackBatch& batch, const TensorView& x,
                         const TensorView& delta, const SavedBlock& saved) const;
-  void Attend(const LayerContext& ctx, const PackBatch& batch, const SavedBlock& saved,
-              const KvCache* cache, int64_t cache_begin) const;
+  void Attend(const LayerContext& ctx, const PackBatch& batch, const QkvHeads& heads,
+              const SavedBlock& saved, const KvCache* cache, int64_t cache_begin) const;
   void ForwardMlp(const LayerContext& ctx, const TensorView& out, const SavedBlock& saved) const;
+  // y = norm(x) for a norm of the stream or, without delta, behind attention or MLP.
+  void Normalise(const LayerContext& ctx, const TensorView& x, const TensorView& delta,
+                 const TensorView& sum, const TensorView& w, const TensorView& y,
+                 const TensorView& rstd) const;
+  // y as Normalise gave it, from its sum.
+  void NormaliseAgain(const LayerContext& ctx, const TensorView& x, const TensorView& w,
+                      const TensorView& rstd, const TensorView& y) const;
+  void NormaliseBackward(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
+                         const TensorView& w, const TensorView& rstd, const TensorView& dresidual,
+                         const TensorView& dx) const;
+  // The gradient of what attention or the MLP gave, before its norm if there is one: [dy|.] with
+  // `columns` columns, from dx, the gradient of the stream.
+  TensorView OutputGradient(const LayerContext& ctx, const TensorView& dx, const TensorView& out,
+                            const TensorView& w, const TensorView& rstd, int64_t columns) const;
   TensorView RebuildGateUp(const LayerContext& ctx, const SavedBlock& saved) const;
   void BackwardMlp(const LayerContext& ctx, const SavedBlock& saved, const TensorView& dx) const;
   void BackwardAttention(const LayerContext& ctx, const PackBatch& batch, const SavedBlock& saved,
                          const TensorView& dx, const BackwardOptions& options) const;
-  // Gradients of q, k and v, before rope, into the rows of qkv.
+  // Gradients of q, k and v, before norm and rope, into the rows of qkv.
   void BackwardHeads(const LayerContext& ctx, const PackBatch& batch, const SavedBlock& saved,
                      const TensorView& d_o, const TensorView& dqkv) const;
 };

@@ -29,7 +29,8 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
                             .w = norm,
                             .y = y,
                             .rstd = rstd,
-                            .eps = rms_norm_eps});
+                            .eps = rms_norm_eps,
+                            .weight_offset = norm_weight_offset});
   GatherRows(ctx.exec, {.x = y, .index = batch.label_rows, .y = rows});
   const int64_t chunk = ChunkRows(T);
   const TensorView logits = ctx.Scratch({chunk, V});
@@ -41,12 +42,13 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
     const int64_t R = std::min(chunk, labels - begin);
     const TensorView x = rows.Slice(0, begin, begin + R);
     const TensorView z = logits.Slice(0, 0, R);
-    MatMul(ctx, {.a = x, .b = weight, .d = z, .trans_b = true});
+    MatMul(ctx, {.a = x, .b = weight, .d = z, .trans_b = true, .alpha = logit_scale});
     CrossEntropy(ctx.exec, {.logits = z,
                             .targets = batch.labels.Slice(0, begin, begin + R),
                             .loss = loss.Slice(0, 0, R),
                             .correct = correct.Slice(0, 0, R),
                             .grad_scale = args.grad_scale,
+                            .softcap = logit_softcap,
                             .label_smoothing = args.label_smoothing,
                             .z_loss = args.z_loss,
                             .want_grad = want_grad});
@@ -55,11 +57,16 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
       SumToScalar(ctx.exec, {.x = correct.Slice(0, 0, R), .out = args.correct, .accumulate = true});
     }
     // This chunk's rows are done with: their gradients take their place.
-    if (want_grad) MatMul(ctx, {.a = z, .b = weight, .d = x});
+    if (want_grad) MatMul(ctx, {.a = z, .b = weight, .d = x, .alpha = logit_scale});
   }
   if (!want_grad) return;
   ScatterRows(ctx.exec, {.y = rows, .index = batch.label_rows, .x = y});
-  RmsNormBackwardArgs backward = {.dy = y, .x = sum, .rstd = rstd, .w = norm, .dx = args.dx};
+  RmsNormBackwardArgs backward = {.dy = y,
+                                  .x = sum,
+                                  .rstd = rstd,
+                                  .w = norm,
+                                  .dx = args.dx,
+                                  .weight_offset = norm_weight_offset};
   backward.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
                                            RmsNormBackwardWorkspaceBytes(ctx.exec, backward));
   RmsNormBackward(ctx.exec, backward);
@@ -78,8 +85,10 @@ void LmHead::Logits(const LayerContext& ctx, const TensorView& x, const TensorVi
                             .w = norm,
                             .y = y,
                             .rstd = rstd,
-                            .eps = rms_norm_eps});
-  MatMul(ctx, {.a = y, .b = weight, .d = logits, .trans_b = true});
+                            .eps = rms_norm_eps,
+                            .weight_offset = norm_weight_offset});
+  MatMul(ctx, {.a = y, .b = weight, .d = logits, .trans_b = true, .alpha = logit_scale});
+  if (logit_softcap > 0) SoftCap(ctx.exec, {.x = logits, .cap = logit_softcap});
 }
 
 }  // namespace attune

@@ -1,4 +1,6 @@
-// The end of a language model: final norm, projection to the vocabulary, cross entropy. Fused and
+// The end of a language model: final norm, projection to the vocabulary, cross entropy:
+//   z = cap(logit_scale * norm(x) W^T),  cap(z) = softcap tanh(z / softcap) where there is one
+// Fused and
 // chunked: rows without a label are never multiplied, and no (T, V) matrix exists.
 #pragma once
 
@@ -14,6 +16,9 @@ struct LmHead {
   TensorView norm;    // (C)
   TensorView weight;  // (V, C), the embedding table where embeddings are tied
   double rms_norm_eps = 0;
+  double norm_weight_offset = 0;
+  double logit_scale = 1;
+  double logit_softcap = 0;             // 0: none
   int64_t logits_bytes = kLogitsBytes;  // of the logits that exist at once
 
   // Rows whose logits exist at once, for T tokens.

@@ -1,15 +1,12 @@
 #include "worker/layers/lora_linear.h"
 
 #include "kernels/dropout/dropout.h"
+#include "kernels/elementwise/elementwise.h"
 #include "kernels/lora/lora.h"
 #include "worker/layers/weight_prefetcher.h"
 
 namespace attune {
 namespace {
-
-TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
-  return x.Slice(1, begin, begin + count);
-}
 
 DropoutArgs DropoutOf(const LayerContext& ctx, const LoraPart& adapter) {
   return {.step_pack = ctx.dropout.step_pack,
@@ -71,6 +68,12 @@ void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
                          const TensorView& y) const {
+  Multiply(ctx, x_s, y);
+  if (bias.defined()) Add(ctx.exec, {.x = bias, .y = y, .alpha = output_scale});
+}
+
+void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
+                          const TensorView& y) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
@@ -78,10 +81,16 @@ void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
   if (Fused(ctx)) {
     const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
     MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
-    MatMul(ctx, {.a = x_s, .b = expansion.Slice(0, 0, N), .d = y, .trans_b = true});
+    MatMul(
+        ctx,
+        {.a = x_s, .b = expansion.Slice(0, 0, N), .d = y, .trans_b = true, .alpha = output_scale});
     return GiveBack(ctx);
   }
-  MatMul(ctx, {.a = x, .b = Columns(expansion.Slice(0, 0, N), 0, K), .d = y, .trans_b = true});
+  MatMul(ctx, {.a = x,
+               .b = Columns(expansion.Slice(0, 0, N), 0, K),
+               .d = y,
+               .trans_b = true,
+               .alpha = output_scale});
   GiveBack(ctx);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
@@ -89,7 +98,12 @@ void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
     const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
     ArenaScope part_scope(ctx.arena);
     MatMul(ctx, {.a = Dropped(ctx, adapter, x), .b = adapter.a, .d = s_p, .trans_b = true});
-    MatMul(ctx, {.a = s_p, .b = adapter.b, .d = y_p, .trans_b = true, .alpha = scale, .beta = 1});
+    MatMul(ctx, {.a = s_p,
+                 .b = adapter.b,
+                 .d = y_p,
+                 .trans_b = true,
+                 .alpha = output_scale * scale,
+                 .beta = 1});
   }
 }
 
@@ -101,12 +115,15 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
   if (Fused(ctx)) {
     const TensorView expansion = Expand(ctx);
     MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
-    if (dx.defined()) MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx});
+    if (dx.defined()) {
+      MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx, .alpha = output_scale});
+    }
     return GiveBack(ctx);
   }
   if (dx.defined()) {
     ArenaScope expansion_scope(ctx.arena);
-    MatMul(ctx, {.a = dy, .b = Columns(Expand(ctx).Slice(0, 0, N), 0, K), .d = dx});
+    const TensorView w_rows = Columns(Expand(ctx).Slice(0, 0, N), 0, K);
+    MatMul(ctx, {.a = dy, .b = w_rows, .d = dx, .alpha = output_scale});
     GiveBack(ctx);
   }
   for (size_t i = 0; i < adapters.size(); ++i) {
@@ -125,12 +142,12 @@ void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorVi
     const TensorView ds_p = Columns(ds, static_cast<int64_t>(i) * r, r);
     ArenaScope scope(ctx.arena);
     if (ctx.dropout.p == 0) {
-      MatMul(ctx, {.a = ds_p, .b = adapter.a, .d = dx, .beta = 1});
+      MatMul(ctx, {.a = ds_p, .b = adapter.a, .d = dx, .alpha = output_scale, .beta = 1});
       continue;
     }
     DropoutArgs args = DropoutOf(ctx, adapter);
     args.x = ctx.Scratch({dx.dim(0), dx.dim(1)});
-    MatMul(ctx, {.a = ds_p, .b = adapter.a, .d = args.x});
+    MatMul(ctx, {.a = ds_p, .b = adapter.a, .d = args.x, .alpha = output_scale});
     args.y = dx;
     args.accumulate = true;
     Dropout(ctx.exec, args);
@@ -148,12 +165,16 @@ void LoraLinear::BackwardParameters(const LayerContext& ctx, const TensorView& d
                  .b = Columns(s, i * r, r),
                  .d = adapter.db,
                  .trans_a = true,
-                 .alpha = scale,
+                 .alpha = output_scale * scale,
                  .beta = 1});
   }
   if (ctx.dropout.p == 0 && parts > 0) {
-    return MatMul(ctx,
-                  {.a = Columns(ds, 0, parts * r), .b = x, .d = da, .trans_a = true, .beta = 1});
+    return MatMul(ctx, {.a = Columns(ds, 0, parts * r),
+                        .b = x,
+                        .d = da,
+                        .trans_a = true,
+                        .alpha = output_scale,
+                        .beta = 1});
   }
   for (int64_t i = 0; i < parts; ++i) {
     ArenaScope scope(ctx.arena);
@@ -161,6 +182,7 @@ void LoraLinear::BackwardParameters(const LayerContext& ctx, const TensorView& d
                  .b = Dropped(ctx, adapters[i], x),
                  .d = adapters[i].da,
                  .trans_a = true,
+                 .alpha = output_scale,
                  .beta = 1});
   }
 }

@@ -1,7 +1,7 @@
 // A frozen linear layer with LoRA (Hu et al., 2021) on some or all of its stacked matrices:
-//   y_p = x W_p^T + scale * dropout_p(x) A_p^T B_p^T,   scale = alpha / r
-// for every part p; parts without an adapter have the first term only. W is frozen, so there is
-// no dW.
+//   y_p = c (x W_p^T + b_p + scale * dropout_p(x) A_p^T B_p^T),   scale = alpha / r
+// for every part p; parts without an adapter have the first terms only. W and b are frozen, so
+// there is no dW and no db. Most models have no b, and c = output_scale is 1 (Granite: not).
 //
 // Rows are extended by E = extension() columns: behind x stands s = dropout(x) A^T, behind dy
 // stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
@@ -14,6 +14,11 @@
 #include "worker/layers/frozen_matrix.h"
 
 namespace attune {
+
+// Columns [begin, begin + count) of (T, N).
+inline TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
+  return x.Slice(1, begin, begin + count);
+}
 
 // The adapter of one part. Views into the AdapterSet's flat buffers.
 struct LoraPart {
@@ -32,6 +37,8 @@ struct LoraLinear {
   TensorView da;  // (parts * r, K): da of all parts, which lie one behind the other
   int64_t r = 0;
   double scale = 0;
+  double output_scale = 1;
+  TensorView bias;  // (N) in the dtype of products, optional
 
   // E; 0 without adapters.
   int64_t extension() const;
@@ -51,6 +58,8 @@ struct LoraLinear {
   void RefreshExpansion(const LayerContext& ctx) const;
 
  private:
+  // y without the bias.
+  void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
   // What BackwardInput leaves for dropout's share of dx.
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;

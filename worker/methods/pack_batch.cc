@@ -19,7 +19,9 @@ int64_t MaxSegments(int64_t tokens) {
   return std::clamp<int64_t>(tokens / 4, 1, 1024);
 }
 
-PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens, int64_t head_dim) {
+PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens,
+                         const std::vector<RotaryEmbedding>& ropes)
+    : ropes_(ropes) {
   const auto room = [&](DType dtype, std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWorkspace, dtype, shape);
   };
@@ -27,8 +29,11 @@ PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens, int64_t head_d
   batch_.tokens = tokens;
   batch_.ids = room(DType::kI32, {tokens});
   batch_.positions = room(DType::kI32, {tokens});
-  batch_.cos = room(ctx.accumulator(), {tokens, head_dim / 2});
-  batch_.sin = room(ctx.accumulator(), {tokens, head_dim / 2});
+  for (size_t i = 0; i < ropes.size(); ++i) {
+    const int64_t half = ropes[i].inverse_frequencies.size();
+    batch_.rotary[i] = {room(ctx.accumulator(), {tokens, half}),
+                        room(ctx.accumulator(), {tokens, half})};
+  }
   batch_.segments = {.num_segments = room(DType::kI32, {1}),
                      .q_begin = room(DType::kI32, {S + 1}),
                      .k_begin = room(DType::kI32, {S}),
@@ -38,12 +43,31 @@ PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens, int64_t head_d
   batch_.labels = room(DType::kI32, {tokens});
 }
 
-void PackBuffers::Rope(const LayerContext& ctx, const PackBatch& batch,
-                       const TensorView& inverse_frequencies) const {
-  RopeTable(ctx.exec, {.positions = batch.positions,
-                       .inv_freq = inverse_frequencies,
-                       .cos = batch.cos,
-                       .sin = batch.sin});
+void PackBuffers::Rope(const LayerContext& ctx, const PackBatch& batch, int64_t begin, int64_t end,
+                       bool is_long) const {
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    const RotaryEmbedding& rope = ropes_[i];
+    const bool other = is_long && rope.long_inverse_frequencies.defined();
+    RopeTable(ctx.exec,
+              {.positions = batch.positions.Slice(0, begin, end),
+               .inv_freq = other ? rope.long_inverse_frequencies : rope.inverse_frequencies,
+               .cos = batch.rotary[i].cos.Slice(0, begin, end),
+               .sin = batch.rotary[i].sin.Slice(0, begin, end),
+               .attention_scaling = rope.attention_factor});
+  }
+}
+
+// A document's length decides, not the pack's: a pack gives each what it gives alone.
+void PackBuffers::RopeOfDocuments(const LayerContext& ctx, const PackBatch& batch,
+                                  const Pack& pack) const {
+  Rope(ctx, batch, 0, batch.tokens, /*is_long=*/false);
+  for (const RotaryEmbedding& rope : ropes_) {
+    if (!rope.long_inverse_frequencies.defined()) continue;
+    for (int32_t s = 0; s < pack.num_segments; ++s) {
+      const int64_t begin = pack.q_begin[s], end = pack.q_begin[s + 1];
+      if (end - begin > rope.long_after) Rope(ctx, batch, begin, end, /*is_long=*/true);
+    }
+  }
 }
 
 // Capacities come in few sizes, so that backends which prepare for one prepare seldom.
@@ -61,12 +85,11 @@ AttentionSegments PackBuffers::SegmentsFor(int64_t segments) const {
   return out;
 }
 
-PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack,
-                              const TensorView& inverse_frequencies) const {
+PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack) const {
   PackBatch batch = batch_;
   if (ctx.exec.plan) {
     batch.segments.whole = true;
-    Rope(ctx, batch, inverse_frequencies);
+    Rope(ctx, batch, 0, batch.tokens, /*is_long=*/false);
     return batch;
   }
   const int32_t S = pack.num_segments;
@@ -95,13 +118,12 @@ PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack,
   Upload32(ctx, q_offset, batch.segments.q_offset);
   Upload32(ctx, rows, batch.label_rows);
   Upload32(ctx, labels, batch.labels);
-  Rope(ctx, batch, inverse_frequencies);
+  RopeOfDocuments(ctx, batch, pack);
   return batch;
 }
 
 PackBatch PackBuffers::UploadChunk(const LayerContext& ctx, absl::Span<const int32_t> ids,
-                                   int64_t cache_begin,
-                                   const TensorView& inverse_frequencies) const {
+                                   int64_t cache_begin, bool is_long) const {
   PackBatch batch = batch_;
   const int64_t n = ctx.exec.plan ? batch.tokens : static_cast<int64_t>(ids.size());
   CHECK(n <= batch.tokens);
@@ -109,8 +131,9 @@ PackBatch PackBuffers::UploadChunk(const LayerContext& ctx, absl::Span<const int
   batch.num_tokens = n;
   batch.ids = batch.ids.Slice(0, 0, n);
   batch.positions = batch.positions.Slice(0, 0, n);
-  batch.cos = batch.cos.Slice(0, 0, n);
-  batch.sin = batch.sin.Slice(0, 0, n);
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    batch.rotary[i] = {batch.rotary[i].cos.Slice(0, 0, n), batch.rotary[i].sin.Slice(0, 0, n)};
+  }
   if (!ctx.exec.plan) {
     const int32_t length = static_cast<int32_t>(n), begin = static_cast<int32_t>(cache_begin);
     std::vector<int32_t> positions(n);
@@ -123,7 +146,7 @@ PackBatch PackBuffers::UploadChunk(const LayerContext& ctx, absl::Span<const int
     Upload32(ctx, {begin + length}, batch.segments.k_length);
     Upload32(ctx, {begin}, batch.segments.q_offset);
   }
-  Rope(ctx, batch, inverse_frequencies);
+  Rope(ctx, batch, 0, n, is_long);
   return batch;
 }
 

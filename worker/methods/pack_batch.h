@@ -4,6 +4,7 @@
 #include "worker/data/packing.h"
 #include "worker/layers/batch.h"
 #include "worker/layers/context.h"
+#include "worker/model/model.h"
 
 namespace attune {
 
@@ -13,22 +14,26 @@ int64_t MaxSegments(int64_t tokens);
 // The device buffers of one pack, filled again for each.
 class PackBuffers {
  public:
-  // Room for packs of `tokens` tokens on the arena's bottom.
-  PackBuffers(const LayerContext& ctx, int64_t tokens, int64_t head_dim);
+  // Room for packs of `tokens` tokens on the arena's bottom. `ropes`: the model's, which outlives
+  // the buffers.
+  PackBuffers(const LayerContext& ctx, int64_t tokens, const std::vector<RotaryEmbedding>& ropes);
 
-  // Copies the pack and computes the rope table. `pack` is not looked at on the plan device.
-  PackBatch Upload(const LayerContext& ctx, const Pack& pack,
-                   const TensorView& inverse_frequencies) const;
+  // Copies the pack and computes the rope tables. `pack` is not looked at on the plan device.
+  PackBatch Upload(const LayerContext& ctx, const Pack& pack) const;
 
-  // A chunk of one sequence that continues behind `cache_begin` keys, for generation.
+  // A chunk of one sequence that continues behind `cache_begin` keys, for generation. `is_long`:
+  // positions are told as in a document that is too long for the usual frequencies.
   PackBatch UploadChunk(const LayerContext& ctx, absl::Span<const int32_t> ids, int64_t cache_begin,
-                        const TensorView& inverse_frequencies) const;
+                        bool is_long) const;
 
  private:
   AttentionSegments SegmentsFor(int64_t segments) const;
-  void Rope(const LayerContext& ctx, const PackBatch& batch,
-            const TensorView& inverse_frequencies) const;
+  // Tables of the rows [begin, end) of the batch.
+  void Rope(const LayerContext& ctx, const PackBatch& batch, int64_t begin, int64_t end,
+            bool is_long) const;
+  void RopeOfDocuments(const LayerContext& ctx, const PackBatch& batch, const Pack& pack) const;
 
+  const std::vector<RotaryEmbedding>& ropes_;
   PackBatch batch_;
 };
 

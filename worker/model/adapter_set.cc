@@ -45,8 +45,7 @@ absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const We
       .r = r, .alpha = alpha, .use_rslora = use_rslora, .target_modules = target_modules};
   std::vector<bool> used(target_modules.size());
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    for (int i = 0; i < kLinears; ++i) {
-      const Linear linear = static_cast<Linear>(i);
+    for (Linear linear : LinearsOf(config)) {
       const std::string module = names.linear(layer, linear);
       bool wanted = false;
       for (size_t t = 0; t < target_modules.size(); ++t) {
@@ -63,7 +62,7 @@ absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const We
   for (size_t t = 0; t < target_modules.size(); ++t) {
     if (used[t]) continue;
     std::vector<std::string> known;
-    for (int i = 0; i < kLinears; ++i) known.push_back(names.linear(0, static_cast<Linear>(i)));
+    for (Linear linear : LinearsOf(config)) known.push_back(names.linear(0, linear));
     return absl::InvalidArgumentError(
         absl::StrCat("lora.target_modules: `", target_modules[t],
                      "` is the suffix of no linear layer; those of the first block are ",

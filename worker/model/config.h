@@ -9,26 +9,44 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/gated_activation/gated_activation.h"
 
 namespace attune {
 
-enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3 };
+enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3, kYarn, kLongRope };
 
 // Rotary position embedding (Su et al., 2021) with the frequency scalings of Hugging Face.
 struct RopeConfig {
   double theta = 10000;
+  int64_t rotary_dim = 0;  // R, even; 0: the whole head
   RopeScaling scaling = RopeScaling::kNone;
   double factor = 1;
-  double low_freq_factor = 1;           // kLlama3
-  double high_freq_factor = 4;          // kLlama3
-  double original_max_position = 8192;  // kLlama3
+  double low_freq_factor = 1;            // kLlama3
+  double high_freq_factor = 4;           // kLlama3
+  double beta_fast = 32, beta_slow = 1;  // kYarn
+  bool truncate = true;                  // kYarn
+  std::vector<double> short_factors;     // kLongRope, R / 2 of each
+  std::vector<double> long_factors;      // kLongRope: of documents > original_max_position
+  int64_t original_max_position = 8192;  // kLlama3, kYarn, kLongRope
+  double attention_factor = 1;           // of cos and sin
 
-  // (head_dim / 2) inverse frequencies, in the arithmetic of transformers' ROPE_INIT_FUNCTIONS.
-  std::vector<float> InverseFrequencies(int64_t head_dim) const;
+  int64_t RotaryDim(int64_t head_dim) const { return rotary_dim > 0 ? rotary_dim : head_dim; }
+  // (R / 2) inverse frequencies, in the arithmetic of transformers' ROPE_INIT_FUNCTIONS.
+  // `is_long`: those of long documents (kLongRope).
+  std::vector<float> InverseFrequencies(int64_t head_dim, bool is_long = false) const;
 };
 
+// What may be different from layer to layer.
+struct LayerConfig {
+  static constexpr int kNoRope = -1;
+  int rope = 0;        // of ModelConfig::ropes, or kNoRope
+  int64_t window = 0;  // keys that a query sees, itself included; 0: all before it
+};
+
+// Defaults are those of Llama.
 struct ModelConfig {
-  std::string family;       // "llama"
+  std::string family;       // as config.json's model_type
   int64_t vocab_size = 0;   // V
   int64_t hidden_size = 0;  // C
   int64_t num_layers = 0;
@@ -38,16 +56,40 @@ struct ModelConfig {
   int64_t intermediate_size = 0;  // F
   int64_t max_positions = 0;
   double rms_norm_eps = 1e-6;
+  double norm_weight_offset = 0;  // RMSNorm multiplies with weight + offset
+  Activation activation = Activation::kSilu;
   bool tied_embeddings = false;  // the head is the embedding table
-  RopeConfig rope;
+
+  bool fused_modules = false;  // q, k, v are one module and one weight; gate and up too
+  bool qkv_bias = false;
+  bool o_bias = false;
+  bool mlp_bias = false;
+  bool qk_norm = false;     // RMSNorm of every head of q and k, before rope
+  bool post_norms = false;  // RMSNorm of what attention and MLP add to the stream
+
+  double attention_scale = 0;    // 0: 1 / sqrt(D)
+  double attention_softcap = 0;  // 0: none
+  double embedding_scale = 1;
+  double residual_scale = 1;  // of what attention and MLP add to the stream
+  double logit_scale = 1;
+  double logit_softcap = 0;  // 0: none
+
+  std::vector<RopeConfig> ropes = {RopeConfig()};  // at most kMaxRopes
+  std::vector<LayerConfig> layers;                 // num_layers; empty: all LayerConfig()
+
+  // What config.json asks for and training leaves out, in words for the user.
+  std::vector<std::string> warnings;
 
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
+  LayerConfig layer(int64_t i) const { return layers.empty() ? LayerConfig() : layers[i]; }
 };
 
-// The linear layers of a block, in the order in which adapters are stored.
-enum class Linear : uint8_t { kQ, kK, kV, kO, kGate, kUp, kDown };
-constexpr int kLinears = 7;
+// The linear layers of a block that there may be. Their numbers are in the seeds of adapters.
+enum class Linear : uint8_t { kQ, kK, kV, kO, kGate, kUp, kDown, kQkv, kGateUp };
+
+// Those of a model's blocks, in the order in which adapters are stored.
+absl::Span<const Linear> LinearsOf(const ModelConfig& config);
 
 // Where a Linear sits: which product of the block, and which part of its stacked rows.
 struct LinearPlace {
@@ -56,15 +98,20 @@ struct LinearPlace {
 };
 LinearPlace PlaceOf(Linear linear);
 
+// The norms of a block that there may be.
+enum class BlockNorm : uint8_t { kAttention, kMlp, kPostAttention, kPostMlp, kQ, kK };
+
+// Those of a model's blocks.
+std::vector<BlockNorm> NormsOf(const ModelConfig& config);
+
 // Names of a family's weights in its checkpoints.
 struct WeightNames {
   std::string embedding;
   std::string final_norm;
   std::string head;
   // Of layer i.
-  std::function<std::string(int64_t)> attention_norm;
-  std::function<std::string(int64_t)> mlp_norm;
-  std::function<std::string(int64_t, Linear)> linear;  // module name, without ".weight"
+  std::function<std::string(int64_t, BlockNorm)> norm;
+  std::function<std::string(int64_t, Linear)> linear;  // the module: without ".weight", ".bias"
 };
 
 struct LinearShape {
@@ -72,9 +119,18 @@ struct LinearShape {
   int64_t in = 0;   // K
 };
 LinearShape ShapeOf(const ModelConfig& config, Linear linear);
+int64_t SizeOf(const ModelConfig& config, BlockNorm norm);
+bool HasBias(const ModelConfig& config, Linear linear);
+
+// Every tensor of a checkpoint that the model reads.
+struct WeightShape {
+  std::string name;
+  std::vector<int64_t> shape;  // (N, K) or (N)
+};
+std::vector<WeightShape> WeightShapes(const ModelConfig& config, const WeightNames& names);
 
 // Parameters of the model in all, a tied head counted once.
-int64_t CountParameters(const ModelConfig& config);
+int64_t CountParameters(const ModelConfig& config, const WeightNames& names);
 
 // One model family.
 struct Family {

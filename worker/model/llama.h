@@ -1,4 +1,5 @@
-// Llama 3, 3.1, 3.2: grouped-query attention, RMSNorm, SwiGLU, rope scaling, tied embeddings.
+// Llama 2, 3, 3.1, 3.2 and what has their architecture (SmolLM): RMSNorm, SwiGLU, rope scaling,
+// biases where config.json asks for them.
 #pragma once
 
 #include "worker/model/config.h"

@@ -97,30 +97,47 @@ absl::Status LoadDense(const LayerContext& ctx, const WeightSource& source, cons
   return absl::OkStatus();
 }
 
+TensorView& NormOf(TransformerBlock* block, BlockNorm norm) {
+  switch (norm) {
+    case BlockNorm::kAttention:
+      return block->attention_norm;
+    case BlockNorm::kMlp:
+      return block->mlp_norm;
+    case BlockNorm::kPostAttention:
+      return block->post_attention_norm;
+    case BlockNorm::kPostMlp:
+      return block->post_mlp_norm;
+    case BlockNorm::kQ:
+      return block->q_norm;
+    case BlockNorm::kK:
+      return block->k_norm;
+  }
+  return block->attention_norm;
+}
+
 }  // namespace
 
 Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
              const AdapterSet* adapters)
-    : config_(config), policy_(options.activations), adapters_(adapters) {
+    : config_(config),
+      embedding_on_host_(options.embedding_on_host && !config.tied_embeddings),
+      policy_(options.activations),
+      adapters_(adapters) {
   const auto dense = [&](std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
   };
   const int64_t C = config.hidden_size;
-  embedding_ = dense({config.vocab_size, C});
+  embedding_ = embedding_on_host_ ? TensorView(nullptr, ctx.dtype, {config.vocab_size, C})
+                                  : dense({config.vocab_size, C});
   weights_.reserve(config.num_layers);
   blocks_.resize(config.num_layers);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     TransformerBlock& block = blocks_[i];
-    block.shape = {.hidden = C,
-                   .heads = config.num_heads,
-                   .kv_heads = config.num_kv_heads,
-                   .head_dim = config.head_dim,
-                   .intermediate = config.intermediate_size,
-                   .rms_norm_eps = config.rms_norm_eps};
-    block.attention_norm = dense({C});
-    block.mlp_norm = dense({C});
+    block.shape = ShapeOfBlock(i);
+    for (BlockNorm norm : NormsOf(config)) NormOf(&block, norm) = dense({SizeOf(config, norm)});
     if (adapters != nullptr) Adapt(*adapters, i);
     const int64_t q = config.q_size(), kv = config.kv_size(), F = config.intermediate_size;
+    const bool fused = config.fused_modules;
     const auto frozen = [&](const LoraLinear& linear, std::vector<int64_t> rows, int64_t in) {
       return FrozenMatrix(ctx,
                           {.storage = options.storage,
@@ -128,13 +145,22 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
                            .extension = ctx.fused_lora ? linear.extension() : 0},
                           std::move(rows), in);
     };
-    weights_.push_back({frozen(block.qkv, {q, kv, kv}, C), frozen(block.o, {C}, q),
-                        frozen(block.gate_up, {F, F}, C), frozen(block.down, {C}, F)});
+    using Rows = std::vector<int64_t>;
+    weights_.push_back(
+        {frozen(block.qkv, fused ? Rows{q + 2 * kv} : Rows{q, kv, kv}, C), frozen(block.o, {C}, q),
+         frozen(block.gate_up, fused ? Rows{2 * F} : Rows{F, F}, C), frozen(block.down, {C}, F)});
     BlockWeights& w = weights_.back();
     block.qkv.w = &w.qkv;
     block.o.w = &w.o;
     block.gate_up.w = &w.gate_up;
     block.down.w = &w.down;
+    if (config.qkv_bias) block.qkv.bias = dense({w.qkv.rows()});
+    if (config.o_bias) block.o.bias = dense({C});
+    if (config.mlp_bias) {
+      block.gate_up.bias = dense({2 * F});
+      block.down.bias = dense({C});
+    }
+    block.o.output_scale = block.down.output_scale = config.residual_scale;
     if (!options.prefetch || w.qkv.expanded()) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
       prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx).bytes());
@@ -143,9 +169,50 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
   head_ = {.norm = dense({C}),
            .weight = config.tied_embeddings ? embedding_ : dense({config.vocab_size, C}),
            .rms_norm_eps = config.rms_norm_eps,
+           .norm_weight_offset = config.norm_weight_offset,
+           .logit_scale = config.logit_scale,
+           .logit_softcap = config.logit_softcap,
            .logits_bytes = options.logits_bytes};
-  inverse_frequencies_ =
-      ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, DType::kF32, {config.head_dim / 2});
+  MakeRopes(ctx);
+}
+
+BlockShape Model::ShapeOfBlock(int64_t layer) const {
+  const ModelConfig& c = config_;
+  const LayerConfig of_layer = c.layer(layer);
+  const double default_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+  const bool turns = of_layer.rope != LayerConfig::kNoRope;
+  const int64_t rotary_dim = turns ? c.ropes[of_layer.rope].RotaryDim(c.head_dim) : 0;
+  return {.hidden = c.hidden_size,
+          .heads = c.num_heads,
+          .kv_heads = c.num_kv_heads,
+          .head_dim = c.head_dim,
+          .intermediate = c.intermediate_size,
+          .rms_norm_eps = c.rms_norm_eps,
+          .norm_weight_offset = c.norm_weight_offset,
+          .activation = c.activation,
+          .attention = {.window = of_layer.window,
+                        .scale = c.attention_scale > 0 ? c.attention_scale : default_scale,
+                        .softcap = c.attention_softcap},
+          .rope = turns ? of_layer.rope : 0,
+          .rotary_dim = rotary_dim,
+          .qk_norm = c.qk_norm,
+          .post_norms = c.post_norms};
+}
+
+void Model::MakeRopes(const LayerContext& ctx) {
+  CHECK(!config_.ropes.empty() && config_.ropes.size() <= kMaxRopes);
+  for (const RopeConfig& rope : config_.ropes) {
+    const auto room = [&] {
+      return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, DType::kF32,
+                            {rope.RotaryDim(config_.head_dim) / 2});
+    };
+    RotaryEmbedding out{.inverse_frequencies = room(), .attention_factor = rope.attention_factor};
+    if (rope.scaling == RopeScaling::kLongRope) {
+      out.long_inverse_frequencies = room();
+      out.long_after = rope.original_max_position;
+    }
+    ropes_.push_back(out);
+  }
 }
 
 // Gives the linears of a block their adapters.
@@ -180,7 +247,9 @@ void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
 
 absl::Status Model::Load(const LayerContext& ctx, const WeightNames& names,
                          const WeightSource& source, const std::function<void()>& progress) {
-  absl::Status status = LoadDense(ctx, source, names.embedding, embedding_);
+  LayerContext embedding_ctx = ctx;
+  if (embedding_on_host_) embedding_ctx.exec.device = DeviceKind::kCpu;
+  absl::Status status = LoadDense(embedding_ctx, source, names.embedding, embedding_);
   if (!status.ok()) return status;
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     if (status = LoadBlock(ctx, names, source, layer); !status.ok()) return status;
@@ -190,34 +259,56 @@ absl::Status Model::Load(const LayerContext& ctx, const WeightNames& names,
   if (!config_.tied_embeddings) {
     if (status = LoadDense(ctx, source, names.head, head_.weight); !status.ok()) return status;
   }
-  const std::vector<float> frequencies = config_.rope.InverseFrequencies(config_.head_dim);
-  CopyToDevice(ctx.exec, frequencies.data(), inverse_frequencies_);
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    for (const bool is_long : {false, true}) {
+      const TensorView to =
+          is_long ? ropes_[i].long_inverse_frequencies : ropes_[i].inverse_frequencies;
+      if (!to.defined()) continue;
+      const std::vector<float> frequencies =
+          config_.ropes[i].InverseFrequencies(config_.head_dim, is_long);
+      CopyToDevice(ctx.exec, frequencies.data(), to);
+    }
+  }
   return absl::OkStatus();
 }
 
 absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
                               const WeightSource& source, int64_t layer) {
-  const TransformerBlock& block = blocks_[layer];
-  absl::Status status = LoadDense(ctx, source, names.attention_norm(layer), block.attention_norm);
-  if (!status.ok()) return status;
-  status = LoadDense(ctx, source, names.mlp_norm(layer), block.mlp_norm);
-  if (!status.ok()) return status;
-  for (int i = 0; i < kLinears; ++i) {
-    const Linear linear = static_cast<Linear>(i);
+  TransformerBlock& block = blocks_[layer];
+  for (BlockNorm norm : NormsOf(config_)) {
+    absl::Status status = LoadDense(ctx, source, names.norm(layer, norm), NormOf(&block, norm));
+    if (!status.ok()) return status;
+  }
+  BlockWeights& weights = weights_[layer];
+  FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
+  const LoraLinear* const linears[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
+  for (Linear linear : LinearsOf(config_)) {
     const LinearShape shape = ShapeOf(config_, linear);
-    const std::string name = absl::StrCat(names.linear(layer, linear), ".weight");
-    absl::StatusOr<TensorView> w = Get(ctx, source, name, {shape.out, shape.in});
-    if (!w.ok()) return w.status();
-    BlockWeights& weights = weights_[layer];
-    FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
     const LinearPlace place = PlaceOf(linear);
-    ArenaScope scope(ctx.arena);
-    matrices[place.matrix]->Load(ctx, place.part, ToDevice(ctx, *w));
+    FrozenMatrix* matrix = matrices[place.matrix];
+    const std::string module = names.linear(layer, linear);
+    absl::StatusOr<TensorView> w =
+        Get(ctx, source, absl::StrCat(module, ".weight"), {shape.out, shape.in});
+    if (!w.ok()) return w.status();
+    {
+      ArenaScope scope(ctx.arena);
+      matrix->Load(ctx, place.part, ToDevice(ctx, *w));
+    }
+    if (!HasBias(config_, linear)) continue;
+    const int64_t begin = matrix->row_begin(place.part);
+    absl::Status status = LoadDense(ctx, source, absl::StrCat(module, ".bias"),
+                                    linears[place.matrix]->bias.Slice(0, begin, begin + shape.out));
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
 
-absl::Status Model::PrepareTravel(const LayerContext& ctx, int64_t tokens) {
+absl::Status Model::TakeHostMemory(const LayerContext& ctx, int64_t tokens) {
+  if (embedding_on_host_ && !ctx.exec.plan) {
+    absl::Status status = host_embedding_.Allocate(ctx.exec.device, embedding_.bytes());
+    if (!status.ok()) return status;
+    embedding_.data = host_embedding_.data();
+  }
   const TransformerBlock& block = blocks_[0];
   const auto prepare = [&](TravellingBuffers* travel, int64_t pieces, SavedGroup group) {
     return travel->Prepare(ctx.exec, pieces, block.SavedBytes(ctx, tokens, group));
@@ -229,7 +320,8 @@ absl::Status Model::PrepareTravel(const LayerContext& ctx, int64_t tokens) {
 
 int64_t Model::HostBytes(const LayerContext& ctx, int64_t tokens) const {
   const TransformerBlock& block = blocks_[0];
-  return TravellingBuffers::HostBytes(policy_.streams_on_host,
+  return (embedding_on_host_ ? embedding_.bytes() : 0) +
+         TravellingBuffers::HostBytes(policy_.streams_on_host,
                                       block.SavedBytes(ctx, tokens, SavedGroup::kStream)) +
          TravellingBuffers::HostBytes(policy_.gate_ups_on_host,
                                       block.SavedBytes(ctx, tokens, SavedGroup::kGateUp));
@@ -296,6 +388,17 @@ void Model::PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens,
                    saved);
 }
 
+void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const {
+  // In bf16 the factor is one too, as in Transformers, where Gemma was trained.
+  const double scale = config_.embedding_scale;
+  const bool bf16 = ctx.dtype == DType::kBF16;
+  EmbeddingForward(
+      ctx.exec, {.ids = batch.ids,
+                 .table = embedding_,
+                 .y = x,
+                 .scale = bf16 ? static_cast<float>(BFloat16(static_cast<float>(scale))) : scale});
+}
+
 Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedModel* saved) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
   const LayerContext ctx = BeginPass(outer);
@@ -309,7 +412,7 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
     PlaceSaved(ctx, i, T, block);
     if (i == 0) {
       x = block->x1;
-      EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
+      Embed(ctx, batch, x);
       if (ctx.neftune_noise_alpha > 0) {
         EmbeddingNoise(ctx.exec, {.x = x,
                                   .num_segments = batch.segments.num_segments,
@@ -333,7 +436,7 @@ Hidden Model::Infer(const LayerContext& outer, const PackBatch& batch,
   const LayerContext ctx = BeginPass(outer);
   const TensorView x = ctx.Saved(ctx.dtype, {T, C});
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
-  EmbeddingForward(ctx.exec, {.ids = batch.ids, .table = embedding_, .y = x});
+  Embed(ctx, batch, x);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     ArenaScope scope(ctx.arena, ArenaEnd::kBottom);
     SavedBlock saved;

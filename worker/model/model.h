@@ -47,10 +47,21 @@ struct ActivationPolicy {
   int64_t gate_ups_rebuilt = 0;  // other layers, whose gate and up are computed again
 };
 
+// The angles of one rotary embedding, before positions are known.
+struct RotaryEmbedding {
+  TensorView inverse_frequencies;       // (R/2) f32
+  TensorView long_inverse_frequencies;  // of documents longer than long_after; undefined: none
+  int64_t long_after = 0;
+  double attention_factor = 1;
+};
+
 struct ModelOptions {
   WeightStorage storage = WeightStorage::kDense;
   bool resident = false;  // see FrozenMatrixOptions
   bool prefetch = false;  // expand NF4 weights one ahead, in two buffers
+  // Keep the table of token embeddings in pinned host memory: the device reads the rows of a pack
+  // from there. Not where the head is the same table.
+  bool embedding_on_host = false;
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
 };
@@ -69,8 +80,8 @@ class Model {
   absl::Status Load(const LayerContext& ctx, const WeightNames& names, const WeightSource& source,
                     const std::function<void()>& progress);
 
-  // Takes the host memory that the policy wants for packs of `tokens` tokens, once, before Forward.
-  absl::Status PrepareTravel(const LayerContext& ctx, int64_t tokens);
+  // Takes the host memory that the options want for packs of `tokens` tokens, once, before Load.
+  absl::Status TakeHostMemory(const LayerContext& ctx, int64_t tokens);
   int64_t HostBytes(const LayerContext& ctx, int64_t tokens) const;
 
   // Keeps activations on the arena's bottom for Backward; the caller releases them.
@@ -88,7 +99,7 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   const LmHead& head() const { return head_; }
-  TensorView inverse_frequencies() const { return inverse_frequencies_; }
+  const std::vector<RotaryEmbedding>& ropes() const { return ropes_; }
 
  private:
   struct BlockWeights {
@@ -104,7 +115,10 @@ class Model {
     int64_t gate_up = 0;
   };
 
+  BlockShape ShapeOfBlock(int64_t layer) const;
+  void MakeRopes(const LayerContext& ctx);
   void Adapt(const AdapterSet& adapters, int64_t layer);
+  void Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const;
   void RefreshExpansions(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;
@@ -115,10 +129,12 @@ class Model {
 
   ModelConfig config_;
   TensorView embedding_;  // (V, C)
+  PinnedMemory host_embedding_;  // behind embedding_, if that is on the host
+  bool embedding_on_host_;
   std::vector<BlockWeights> weights_;
   std::vector<TransformerBlock> blocks_;
   LmHead head_;
-  TensorView inverse_frequencies_;  // (D/2) f32
+  std::vector<RotaryEmbedding> ropes_;
   ActivationPolicy policy_;
   const AdapterSet* adapters_;
   // State of a pass and caches, not of the model.

@@ -51,12 +51,13 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
                                    ModelOptions{.storage = StorageOf(options.spec.quantization()),
                                                 .resident = options.resident,
                                                 .prefetch = options.prefetch,
+                                                .embedding_on_host = options.embedding_on_host,
                                                 .activations = options.activations,
                                                 .logits_bytes = options.logits_bytes},
                                    adapters_.get());
   method_ = NewMethod(options.spec);
   buffers_ = std::make_unique<PackBuffers>(ctx_, options.spec.batch().micro_batch_tokens(),
-                                           options.model.head_dim);
+                                           model_->ropes());
   const auto scalar = [&](DType dtype, int64_t n) {
     return arena_.New(ArenaEnd::kBottom, MemoryClass::kWorkspace, dtype, {n});
   };
@@ -73,7 +74,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
 absl::Status Engine::Load(const WeightSource& weights, const std::function<void()>& progress) {
   arena_.BeginPhase("load");
   const int64_t tokens = options_.spec.batch().micro_batch_tokens();
-  if (absl::Status s = model_->PrepareTravel(ctx_, tokens); !s.ok()) return s;
+  if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
   adapters_->Initialise(ctx_, options_.spec.seed());
   optimizer_->Reset(ctx_);
   if (!options_.adapter_directory.empty()) {
@@ -134,7 +135,7 @@ absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
   for (const PackRef& ref : packs) {
     const int32_t step_pack[] = {static_cast<int32_t>(input.step), static_cast<int32_t>(ref.index)};
     CopyToDevice(ctx_.exec, step_pack, step_pack_);
-    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack, model_->inverse_frequencies());
+    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
     method_->Train(train, *model_, batch,
                    {.grad_scale = grad_scale_, .loss = tail.Slice(0, kTailLoss, kTailLoss + 1)});
     progress();
@@ -173,7 +174,7 @@ absl::StatusOr<EvaluationResult> Engine::Evaluate(absl::Span<const PackRef> pack
   arena_.BeginPhase("evaluate");
   Fill(ctx_.exec, {.x = evaluation_, .value = 0});
   for (const PackRef& ref : packs) {
-    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack, model_->inverse_frequencies());
+    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
     method_->Evaluate(ctx_, *model_, batch,
                       {.loss = evaluation_.Slice(0, 0, 1), .correct = evaluation_.Slice(0, 1, 2)});
     progress();

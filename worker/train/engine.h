@@ -29,6 +29,7 @@ struct EngineOptions {
   bool fused_lora = false;
   bool resident = false;  // NF4 values kept expanded
   bool prefetch = false;  // else: expanded one ahead
+  bool embedding_on_host = false;
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
   ModelConfig model;

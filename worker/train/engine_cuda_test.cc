@@ -85,6 +85,7 @@ TEST_P(EngineCuda, WhereActivationsAreKeptChangesNoBit) {
         ActivationPolicy{0, 0, L}, ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1}}) {
     golden.options.activations = policy;
     golden.options.prefetch = policy.gate_ups_rebuilt > 0 || policy.streams_on_host > 0;
+    golden.options.embedding_on_host = policy.streams_on_host > 0;
     const Outcome other = Steps(golden, 3, 1e-3);
     EXPECT_EQ(other.losses, kept.losses);
     EXPECT_EQ(other.grad, kept.grad) << policy.streams_on_host << " " << policy.gate_ups_on_host
@@ -101,6 +102,7 @@ TEST_P(EngineCuda, DropoutGivesWhatTheCpuGives) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));
+INSTANTIATE_TEST_SUITE_P(Families, EngineCuda, testing::ValuesIn(kFamilyCases));
 
 }  // namespace
 }  // namespace attune

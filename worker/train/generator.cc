@@ -62,7 +62,7 @@ Generator::Generator(const GeneratorOptions& options, const ModelConfig& config,
   model_ = std::make_unique<Model>(ctx_, config, ModelOptions{.storage = options.storage},
                                    adapters_.get());
   const int64_t chunk = std::min(kPrefillTokens, options.max_context);
-  buffers_ = std::make_unique<PackBuffers>(ctx_, chunk, config.head_dim);
+  buffers_ = std::make_unique<PackBuffers>(ctx_, chunk, model_->ropes());
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const auto room = [&] {
       return ctx_.Saved(ctx_.dtype, {options.max_context, config.num_kv_heads, config.head_dim});
@@ -93,7 +93,7 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const GeneratorOpti
   absl::Status s = plan->model_->Load(plan->ctx_, loaded->names, weights, no_progress);
   if (!s.ok()) return s;
   plan->arena_.BeginPhase("generate");
-  plan->Forward({}, 0);
+  plan->Forward({}, 0, /*is_long=*/false);
   absl::StatusOr<Arena> arena = Arena::Allocate(options.device, plan->arena_.peak().total);
   if (!arena.ok()) return arena.status();
   std::unique_ptr<Generator> generator(
@@ -107,11 +107,18 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const GeneratorOpti
   return generator;
 }
 
-std::vector<float> Generator::Forward(absl::Span<const int32_t> ids, int64_t cache_begin) {
+bool Generator::IsLong(int64_t tokens) const {
+  return std::any_of(model_->ropes().begin(), model_->ropes().end(),
+                     [&](const RotaryEmbedding& rope) {
+                       return rope.long_inverse_frequencies.defined() && tokens > rope.long_after;
+                     });
+}
+
+std::vector<float> Generator::Forward(absl::Span<const int32_t> ids, int64_t cache_begin,
+                                      bool is_long) {
   ArenaScope bottom(&arena_, ArenaEnd::kBottom);
   ArenaScope top(&arena_);
-  const PackBatch batch =
-      buffers_->UploadChunk(ctx_, ids, cache_begin, model_->inverse_frequencies());
+  const PackBatch batch = buffers_->UploadChunk(ctx_, ids, cache_begin, is_long);
   const Hidden hidden = model_->Infer(ctx_, batch, &caches_, cache_begin);
   const int64_t V = model_->config().vocab_size;
   const TensorView logits = ctx_.Scratch({1, V});
@@ -141,7 +148,8 @@ std::vector<float> Generator::Prefill(absl::Span<const int32_t> prompt) {
   std::vector<float> logits;
   const int64_t chunk = std::min(kPrefillTokens, options_.max_context);
   for (size_t begin = 0; begin < prompt.size(); begin += chunk) {
-    logits = Forward(prompt.subspan(begin, chunk), static_cast<int64_t>(begin));
+    logits = Forward(prompt.subspan(begin, chunk), static_cast<int64_t>(begin),
+                     IsLong(static_cast<int64_t>(prompt.size())));
   }
   return logits;
 }
@@ -155,8 +163,9 @@ absl::Status Generator::Generate(absl::Span<const int32_t> prompt, const Samplin
                                  const std::function<void(int32_t)>& on_token) {
   if (absl::Status s = CheckPrompt(prompt); !s.ok()) return s;
   std::vector<float> logits = Prefill(prompt);
-  int64_t position = static_cast<int64_t>(prompt.size());
+  std::vector<int32_t> text(prompt.begin(), prompt.end());
   for (int64_t i = 0; i < options.max_tokens; ++i) {
+    const auto position = static_cast<int64_t>(text.size());
     const int32_t token = SampleToken(logits, options, position);
     if (std::find(options.stop_ids.begin(), options.stop_ids.end(), token) !=
         options.stop_ids.end()) {
@@ -164,7 +173,10 @@ absl::Status Generator::Generate(absl::Span<const int32_t> prompt, const Samplin
     }
     on_token(token);
     if (position == options_.max_context) return absl::OkStatus();
-    logits = Forward({&token, 1}, position++);
+    text.push_back(token);
+    // Where a text becomes long, every key of it turns differently: all are made again.
+    const bool is_long = IsLong(position + 1);
+    logits = is_long != IsLong(position) ? Prefill(text) : Forward({&token, 1}, position, is_long);
   }
   return absl::OkStatus();
 }

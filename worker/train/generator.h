@@ -15,7 +15,7 @@ namespace attune {
 
 struct GeneratorOptions {
   std::string model_directory;
-  std::string adapter_directory;  // empty: the base model alone
+  std::string adapter_directory;         // empty: the base model alone
   DeviceKind device = DeviceKind::kCpu;  // opened
   DType dtype = DType::kF32;
   WeightStorage storage = WeightStorage::kDense;
@@ -52,7 +52,9 @@ class Generator {
  private:
   Generator(const GeneratorOptions& options, const ModelConfig& config,
             const AdapterLayout* adapters, Arena arena);
-  std::vector<float> Forward(absl::Span<const int32_t> ids, int64_t cache_begin);
+  std::vector<float> Forward(absl::Span<const int32_t> ids, int64_t cache_begin, bool is_long);
+  // Whether a text of so many tokens is beyond the usual frequencies of the model's rope.
+  bool IsLong(int64_t tokens) const;
   absl::Status CheckPrompt(absl::Span<const int32_t> prompt) const;
   std::vector<float> Prefill(absl::Span<const int32_t> prompt);
 

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <map>
 
+#include "tests/parity/engine/golden_case.h"
+
 namespace attune {
 namespace {
 
@@ -42,19 +44,60 @@ int32_t Likeliest(const std::vector<float>& logits) {
 
 // A token at a time through the cache gives what the whole text gives at once. The prompt is
 // longer than a chunk of the prefill.
-TEST(GeneratorTest, TheCacheGivesTheLogitsOfTheWholeText) {
-  for (const char* name : {"dense", "nf4"}) {
-    std::unique_ptr<Generator> generator = Start(name, /*adapter=*/true);
-    Ids text = Prompt(300, generator->config().vocab_size);
+class CacheTest : public testing::TestWithParam<const char*> {};
+
+TEST_P(CacheTest, TheCacheGivesTheLogitsOfTheWholeText) {
+  std::unique_ptr<Generator> generator = Start(GetParam(), /*adapter=*/true);
+  for (const int64_t length : {10, 300}) {
+    Ids text = Prompt(length, generator->config().vocab_size);
     const Ids answer = Generate(generator.get(), text, {.max_tokens = 12});
     ASSERT_EQ(answer.size(), 12u);
     for (int32_t token : answer) {
       const std::vector<float> logits = generator->NextLogits(text).value();
-      EXPECT_EQ(token, Likeliest(logits)) << name << " after " << text.size();
+      EXPECT_EQ(token, Likeliest(logits)) << "after " << text.size();
       text.push_back(token);
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Cases, CacheTest, testing::Values("dense", "nf4"));
+INSTANTIATE_TEST_SUITE_P(Families, CacheTest, testing::ValuesIn(kFamilyCases));
+
+// Through the cache and its chunks, Transformers' logits of every place of a document.
+class FamilyGeneratorTest : public testing::TestWithParam<const char*> {};
+
+TEST_P(FamilyGeneratorTest, GivesTheOraclesLogits) {
+  const GoldenCase golden = LoadGoldenCase(kGolden + GetParam(), DType::kF32);
+  std::unique_ptr<Generator> generator =
+      Generator::Create({.model_directory = golden.directory + "/model",
+                         .adapter_directory = golden.directory + "/adapter",
+                         .storage = WeightStorage::kNf4Double})
+          .value();
+  const std::vector<float> expected = golden.Expected("logits.0");
+  const Pack& pack = golden.steps[0][0];
+  const int64_t V = generator->config().vocab_size;
+  for (int32_t s = 0; s < pack.num_segments; ++s) {
+    for (int32_t t = pack.q_begin[s]; t < pack.q_begin[s + 1]; ++t) {
+      // Rows of short prefixes of a document with two kinds of frequencies are not its own.
+      if (t + 1 < pack.q_begin[s + 1] && generator->config().ropes[0].long_factors.size() > 0) {
+        continue;
+      }
+      const std::vector<float> logits =
+          generator
+              ->NextLogits(
+                  {pack.ids.data() + pack.q_begin[s], static_cast<size_t>(t + 1 - pack.q_begin[s])})
+              .value();
+      double error = 0, norm = 0;
+      for (int64_t v = 0; v < V; ++v) {
+        error += std::pow(logits[v] - expected[t * V + v], 2);
+        norm += std::pow(expected[t * V + v], 2);
+      }
+      EXPECT_LT(std::sqrt(error / norm), 1e-4) << "document " << s << ", token " << t;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, FamilyGeneratorTest, testing::ValuesIn(kFamilyCases));
 
 TEST(GeneratorTest, TheAdapterChangesTheLogits) {
   const Ids prompt = {1, 2, 3};

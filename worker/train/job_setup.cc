@@ -402,8 +402,9 @@ absl::Status SetUpModel(PreparedJob* job) {
   job->weights = std::make_unique<CheckpointWeights>(*std::move(checkpoint));
   v1::ValidationReport& report = job->report;
   report.set_model_family(engine.model.family);
-  report.set_model_parameters(CountParameters(engine.model));
+  report.set_model_parameters(CountParameters(engine.model, engine.names));
   report.set_trained_parameters(engine.adapters.elements);
+  for (const std::string& warning : engine.model.warnings) report.add_warnings(warning);
   if (spec.batch().micro_batch_tokens() > engine.model.max_positions) {
     report.add_warnings(absl::StrCat(
         "batch.micro_batch_tokens is ", spec.batch().micro_batch_tokens(),

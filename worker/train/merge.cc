@@ -224,9 +224,8 @@ class Merger {
     absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(options_.model_directory);
     if (!loaded.ok()) return loaded.status();
     for (int64_t layer = 0; layer < loaded->config.num_layers; ++layer) {
-      for (int i = 0; i < kLinears; ++i) {
-        quantized_.insert(
-            absl::StrCat(loaded->names.linear(layer, static_cast<Linear>(i)), ".weight"));
+      for (Linear linear : LinearsOf(loaded->config)) {
+        quantized_.insert(absl::StrCat(loaded->names.linear(layer, linear), ".weight"));
       }
     }
     return absl::OkStatus();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -15,22 +16,10 @@ namespace {
 class ShapesOnly : public WeightSource {
  public:
   explicit ShapesOnly(const EngineOptions& options) {
-    const ModelConfig& c = options.model;
-    const WeightNames& names = options.names;
-    const auto add = [&](const std::string& name, std::initializer_list<int64_t> shape) {
-      shapes_[name] = TensorView(nullptr, DType::kBF16, shape);
-    };
-    add(names.embedding, {c.vocab_size, c.hidden_size});
-    add(names.head, {c.vocab_size, c.hidden_size});
-    add(names.final_norm, {c.hidden_size});
-    for (int64_t layer = 0; layer < c.num_layers; ++layer) {
-      add(names.attention_norm(layer), {c.hidden_size});
-      add(names.mlp_norm(layer), {c.hidden_size});
-      for (int i = 0; i < kLinears; ++i) {
-        const Linear linear = static_cast<Linear>(i);
-        const LinearShape shape = ShapeOf(c, linear);
-        add(absl::StrCat(names.linear(layer, linear), ".weight"), {shape.out, shape.in});
-      }
+    for (const WeightShape& weight : WeightShapes(options.model, options.names)) {
+      const std::vector<int64_t>& n = weight.shape;
+      shapes_[weight.name] = n.size() == 1 ? TensorView(nullptr, DType::kBF16, {n[0]})
+                                           : TensorView(nullptr, DType::kBF16, {n[0], n[1]});
     }
   }
   absl::StatusOr<TensorView> Find(const std::string& name) const override {
@@ -53,14 +42,23 @@ LayerTraffic TrafficOf(const EngineOptions& options) {
                q = static_cast<double>(c.q_size()), kv = static_cast<double>(c.kv_size());
   const double qkv = q + 2 * kv;
   const double inputs = C + q + C + F, outputs = qkv + C + 2 * F + C;  // of the four products
-  return {.forward = 8 * C + 2 * qkv + 3 * F + inputs,
-          .backward = 6 * F + 12 * C + 2 * qkv + 2 * outputs + inputs};
+  LayerTraffic traffic = {.forward = 8 * C + 2 * qkv + 3 * F + inputs,
+                          .backward = 6 * F + 12 * C + 2 * qkv + 2 * outputs + inputs};
+  if (c.qkv_bias) traffic.forward += 2 * qkv;
+  if (c.o_bias) traffic.forward += 2 * C;
+  if (c.mlp_bias) traffic.forward += 2 * (2 * F + C);
+  if (c.qk_norm) traffic.backward += 3 * qkv;  // q, k and v are made again
+  if (c.post_norms) {
+    traffic.forward += 2 * 2 * C;
+    traffic.backward += 2 * 3 * C;
+  }
+  return traffic;
 }
 
 double LinearParameters(const ModelConfig& c) {
   double sum = 0;
-  for (int i = 0; i < kLinears; ++i) {
-    const LinearShape shape = ShapeOf(c, static_cast<Linear>(i));
+  for (Linear linear : LinearsOf(c)) {
+    const LinearShape shape = ShapeOf(c, linear);
     sum += static_cast<double>(shape.in) * static_cast<double>(shape.out);
   }
   return sum;
@@ -77,9 +75,17 @@ struct GroupBytes {
 GroupBytes GroupsOf(const EngineOptions& options) {
   const ModelConfig& c = options.model;
   const double T = static_cast<double>(options.spec.batch().micro_batch_tokens());
+  const int64_t of_stream = c.post_norms ? 4 : 2;
   return {
-      .stream = 2 * T * static_cast<double>(2 * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size()),
+      .stream =
+          2 * T * static_cast<double>(of_stream * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size()),
       .gate_up = 2 * T * static_cast<double>(2 * c.intermediate_size)};
+}
+
+// Of the table of embeddings, where it may lie on the host.
+int64_t EmbeddingBytes(const EngineOptions& options) {
+  if (options.model.tied_embeddings) return 0;
+  return options.model.vocab_size * options.model.hidden_size * DTypeBytes(options.dtype);
 }
 
 // A choice, and what it is expected to cost.
@@ -87,11 +93,13 @@ struct Candidate {
   bool resident;
   ActivationPolicy activations;
   int64_t logits_bytes;
+  bool embedding_on_host;
   double seconds;
 };
 
 void Apply(const Candidate& candidate, EngineOptions* options) {
   options->resident = candidate.resident;
+  options->embedding_on_host = candidate.embedding_on_host;
   options->activations = candidate.activations;
   options->logits_bytes = candidate.logits_bytes;
 }
@@ -116,11 +124,15 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
       for (const int64_t on_host : Steps(L)) {
         for (const int64_t rebuilt : Steps(L - on_host)) {
           for (const int64_t logits_mib : {512, 128, 32}) {
-            Candidate candidate{resident, {streams, on_host, rebuilt}, logits_mib << 20, 0};
-            EngineOptions trial = options;
-            Apply(candidate, &trial);
-            candidate.seconds = PredictMicroBatchSeconds(trial, rates, mean_context);
-            out.push_back(candidate);
+            for (const bool embedding_on_host : {false, true}) {
+              if (embedding_on_host && EmbeddingBytes(options) == 0) continue;
+              Candidate candidate{
+                  resident, {streams, on_host, rebuilt}, logits_mib << 20, embedding_on_host, 0};
+              EngineOptions trial = options;
+              Apply(candidate, &trial);
+              candidate.seconds = PredictMicroBatchSeconds(trial, rates, mean_context);
+              out.push_back(candidate);
+            }
           }
         }
       }
@@ -133,9 +145,10 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
 
 int64_t HostBytes(const EngineOptions& options) {
   const GroupBytes bytes = GroupsOf(options);
-  return static_cast<int64_t>(
-      bytes.stream * static_cast<double>(options.activations.streams_on_host) +
-      bytes.gate_up * static_cast<double>(options.activations.gate_ups_on_host));
+  return (options.embedding_on_host ? EmbeddingBytes(options) : 0) +
+         static_cast<int64_t>(
+             bytes.stream * static_cast<double>(options.activations.streams_on_host) +
+             bytes.gate_up * static_cast<double>(options.activations.gate_ups_on_host));
 }
 
 std::string Describe(const EngineOptions& options) {
@@ -148,6 +161,7 @@ std::string Describe(const EngineOptions& options) {
       absl::StrAppend(&text, "; ", layers, " of ", options.model.num_layers, " layers ", what);
     }
   };
+  if (options.embedding_on_host) absl::StrAppend(&text, "; embeddings in host memory");
   add(a.streams_on_host, "send their inputs and attention to host memory");
   add(a.gate_ups_on_host, "send gate and up to host memory");
   add(a.gate_ups_rebuilt, "compute gate and up again");
@@ -159,15 +173,62 @@ struct Planned {
   v1::MemoryEstimate memory;  // of the choice, or where nothing fits of the smallest one
 };
 
+// The memory of choices. Those that differ only in where the embeddings are share one plan.
+class Planner {
+ public:
+  explicit Planner(const EngineOptions& options) : shapes_(options) {}
+
+  absl::StatusOr<v1::MemoryEstimate> Plan(EngineOptions options) {
+    const int64_t away = options.embedding_on_host ? EmbeddingBytes(options) : 0;
+    options.embedding_on_host = false;
+    const ActivationPolicy& a = options.activations;
+    const auto key = std::make_tuple(options.resident, a.streams_on_host, a.gate_ups_on_host,
+                                     a.gate_ups_rebuilt, options.logits_bytes);
+    auto it = planned_.find(key);
+    if (it == planned_.end()) {
+      absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(options, shapes_);
+      if (!memory.ok()) return memory;
+      it = planned_.emplace(key, *std::move(memory)).first;
+    }
+    v1::MemoryEstimate memory = it->second;
+    memory.set_weights_bytes(memory.weights_bytes() - away);
+    memory.set_peak_bytes(memory.peak_bytes() - away);
+    return memory;
+  }
+
+ private:
+  ShapesOnly shapes_;
+  std::map<std::tuple<bool, int64_t, int64_t, int64_t, int64_t>, v1::MemoryEstimate> planned_;
+};
+
+// Less than the choice takes: what it keeps on the device from forward to backward.
+double KeptBytes(const EngineOptions& options) {
+  const ActivationPolicy& a = options.activations;
+  const double L = static_cast<double>(options.model.num_layers);
+  const GroupBytes bytes = GroupsOf(options);
+  const double bits = !IsNf4(options) || options.resident ? 16 : 4;
+  return L * LinearParameters(options.model) * bits / 8 +
+         bytes.stream * (L - static_cast<double>(a.streams_on_host)) +
+         bytes.gate_up * (L - static_cast<double>(a.gate_ups_on_host + a.gate_ups_rebuilt));
+}
+
 // Takes the fastest choice that fits.
 absl::StatusOr<Planned> TakeFirstThatFits(const PlacementLimits& limits, const DeviceRates& rates,
                                           double mean_context, EngineOptions* options) {
-  const ShapesOnly shapes(*options);
+  Planner planner(*options);
   Planned out;
-  for (const Candidate& candidate : Candidates(*options, rates, mean_context)) {
+  const double limit = static_cast<double>(limits.device_bytes);
+  const std::vector<Candidate> candidates = Candidates(*options, rates, mean_context);
+  double least = limit;  // or what the most sparing choice keeps, so that it is always planned
+  for (const Candidate& candidate : candidates) {
+    Apply(candidate, options);
+    least = std::min(least, KeptBytes(*options));
+  }
+  for (const Candidate& candidate : candidates) {
     Apply(candidate, options);
     if (HostBytes(*options) > limits.host_bytes) continue;
-    absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(*options, shapes);
+    if (const double kept = KeptBytes(*options); kept > limit && kept > least) continue;
+    absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(*options);
     if (!memory.ok()) return memory.status();
     const bool smaller =
         out.memory.peak_bytes() == 0 || memory->peak_bytes() < out.memory.peak_bytes();
@@ -243,7 +304,10 @@ double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates&
                       2 * (T / head_rows) * 2 * C * V / rates.memory_bytes_per_s * 0.3;
   // Copies that keep up cost a little all the same: they share the memory.
   const double shared = 0.03 * copied;
-  return std::max(L * forward, copied) + std::max(backward_s, copied) + shared + head;
+  // Read by single rows: slower than a copy.
+  const double embedding =
+      options.embedding_on_host ? 2 * T * C / (0.5 * rates.host_copy_bytes_per_s) : 0;
+  return std::max(L * forward, copied) + std::max(backward_s, copied) + shared + head + embedding;
 }
 
 absl::StatusOr<v1::MemoryEstimate> ChoosePlacement(const PlacementLimits& limits,

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "proto/job_spec.h"
+#include "tests/parity/engine/golden_case.h"
 
 namespace attune {
 namespace {
@@ -32,7 +33,7 @@ EngineOptions Llama8B(int64_t micro_batch_tokens) {
   c.intermediate_size = 14336;
   WeightNames& names = options.names;
   names = {.embedding = "embedding", .final_norm = "norm", .head = "head"};
-  names.attention_norm = names.mlp_norm = [](int64_t) { return "norm"; };
+  names.norm = [](int64_t, BlockNorm) { return "norm"; };
   names.linear = [](int64_t layer, Linear linear) {
     return "layers." + std::to_string(layer) + ".linear" + std::to_string(static_cast<int>(linear));
   };
@@ -42,6 +43,28 @@ EngineOptions Llama8B(int64_t micro_batch_tokens) {
 
 constexpr int64_t kGib = int64_t{1} << 30;
 const DeviceRates kRates = RatesOf("NVIDIA H100");
+
+// Every family's model is planned for a GPU: its shapes hold in every op, and its weights are known
+// by their names.
+class FamilyPlacementTest : public testing::TestWithParam<const char*> {};
+
+TEST_P(FamilyPlacementTest, IsPlannedForAGpu) {
+  GoldenCase golden = LoadGoldenCase(
+      std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/" + GetParam(), DType::kBF16);
+  golden.options.device = DeviceKind::kCuda;
+  for (const bool fused : {false, true}) {
+    EngineOptions options = golden.options;
+    options.fused_lora = fused;
+    const absl::StatusOr<v1::MemoryEstimate> memory = ChoosePlacement(
+        {.device_bytes = kGib, .host_bytes = kGib}, kRates, /*mean_context=*/20, &options);
+    ASSERT_TRUE(memory.ok()) << memory.status();
+    const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(options, *golden.weights);
+    ASSERT_TRUE(read.ok()) << read.status();
+    EXPECT_EQ(read->peak_bytes(), memory->peak_bytes());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, FamilyPlacementTest, testing::ValuesIn(kFamilyCases));
 
 TEST(PlacementTest, FitsAndIsNeverSlowerWithMoreMemory) {
   double before = 1e9;
@@ -74,6 +97,16 @@ TEST(PlacementTest, TakesNoMoreHostMemoryThanThereIs) {
   ASSERT_TRUE(memory.ok()) << memory.status();
   EXPECT_EQ(memory->host_bytes(), 0);
   EXPECT_EQ(options.activations.streams_on_host, 0);
+}
+
+TEST(PlacementTest, TrainsInSixGibWithTheEmbeddingsOnTheHost) {
+  EngineOptions options = Llama8B(2048);
+  const absl::StatusOr<v1::MemoryEstimate> memory =
+      ChoosePlacement({.device_bytes = 6 * kGib, .host_bytes = 64 * kGib}, kRates, 2048, &options);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_LE(memory->peak_bytes(), 6 * kGib);
+  EXPECT_TRUE(options.embedding_on_host);
+  EXPECT_THAT(memory->placement(), HasSubstr("embeddings in host memory"));
 }
 
 TEST(PlacementTest, RefusesWithWhatWouldFit) {

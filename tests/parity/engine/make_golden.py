@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Golden files for the engine, from Transformers + PEFT in torch fp32 (NF4 from bitsandbytes).
 
-    python3 tests/parity/engine/make_golden.py [--out tests/parity/engine/golden]
+    python3 tests/parity/engine/make_golden.py [--out tests/parity/engine/golden] [CASE ...]
 
-Each case is a directory:
+Each case (those of CASES here, and those of families.py) is a directory:
   model/              config.json, model.safetensors: random weights, odd sizes
   adapter/            PEFT adapter with random A and B
   case.json           documents of each pack of each step, optimiser and schedule, losses
   expected.safetensors  logits (packed rows), gradients after step 0, adapter after the last step
+                        (not of families)
 
 The oracle never packs: every document runs alone, losses are summed over trained tokens and
 divided by the number in the optimiser step. NF4 weights are quantised by bitsandbytes and expanded
@@ -19,12 +20,14 @@ import pathlib
 import shutil
 
 import bitsandbytes.functional as bnb
+import families
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
+                          get_scheduler)
 
 CASES = {
     # heads 3:1, head_dim 40, odd vocabulary, rope scaling, untied, dense weights
@@ -53,6 +56,13 @@ CASES = {
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
         lora=dict(r=8, alpha=16.0, targets="all-linear"), nf4=True, steps=60, lr=2e-2,
         schedule="linear", warmup=5, weight_decay=0.01),
+}
+# A family's case: sixty QLoRA steps from an adapter whose B is not zero, a small pack a step.
+FAMILY = dict(lora=dict(r=2, alpha=5.0, targets="all-linear"), nf4=True, steps=60, lr=2e-2,
+              schedule="linear", warmup=5, weight_decay=0.01)
+
+# Of options, behind the families.
+OPTIONS = {
     # rsLoRA, and LoRA+ by PEFT's own optimizer
     "rslora": dict(
         config=dict(vocab_size=61, hidden_size=36, intermediate_size=44, num_hidden_layers=1,
@@ -62,8 +72,6 @@ CASES = {
         lora=dict(r=3, alpha=5.0, targets="all-linear", use_rslora=True), loraplus=4.0, nf4=False,
         steps=5, lr=4e-3, schedule="constant", warmup=0, weight_decay=0.1),
 }
-PACK_TOKENS = 96
-PACKS_PER_STEP = 2
 
 
 def expand_nf4(w):
@@ -80,28 +88,34 @@ def expand_nf4(w):
     for begin in range(0, absmax.size, 256):
         group = centred[begin:begin + 256]
         scale = np.float32(np.abs(group).max())
-        unit = group / scale
-        nearest = np.abs(unit[:, None] - table[None, :]).argmin(axis=1)
+        unit = group * (np.float32(1) / scale)
+        # The nearest code, of two as near the even one: what tests/parity/nf4 found.
+        above = np.clip(np.searchsorted(table, unit), 1, 255)
+        middle = (table[above - 1] + table[above]) * np.float32(0.5)
+        take_above = (unit > middle) | ((unit == middle) & (above % 2 == 0))
+        nearest = np.where(take_above, above, above - 1)
         back[begin:begin + 256] = table[nearest] * scale + offset
     values = state.code.numpy().astype(np.float32)[nibbles]
     blocks = np.repeat(back, 64)[: values.size]
     return torch.from_numpy((values * blocks).reshape(w.shape))
 
 
-def make_documents(rng, vocab, structured):
+def make_documents(rng, vocab, structured, pack_tokens, packs_per_step, starts):
     """Token lists with masks; structured ones repeat with a fixed stride, so they can be learnt."""
     packs = []
-    for _ in range(PACKS_PER_STEP):
-        documents, room = [], PACK_TOKENS - int(rng.integers(0, 9))
+    for _ in range(packs_per_step):
+        documents, room = [], pack_tokens - int(rng.integers(0, 9))
         while room > 3:
             n = int(min(room, rng.integers(3, 40)))
             if structured:
-                start, stride = int(rng.integers(1, vocab)), int(rng.integers(1, 4))
+                start, stride = int(rng.integers(1, starts)), int(rng.integers(1, 4))
                 ids = [(start + i * stride) % vocab for i in range(n)]
             else:
                 ids = rng.integers(0, vocab, n).tolist()
             prompt = int(rng.integers(1, max(2, n // 2)))
             documents.append(dict(ids=ids, trained=[0] * prompt + [1] * (n - prompt)))
+            if structured:
+                documents[-1]["rule"] = [start, stride, n, prompt]
             room -= n
         packs.append(documents)
     return packs
@@ -121,10 +135,10 @@ def loss_of(model, documents):
     return total, count, torch.cat(rows)
 
 
-def build(case, seed, out):
-    torch.manual_seed(seed)
-    config = LlamaConfig(**case["config"], attention_bias=False, mlp_bias=False)
-    model = LlamaForCausalLM(config).eval()
+def llama_model(case, out):
+    """A Llama of CASES, as transformers writes it."""
+    model = LlamaForCausalLM(LlamaConfig(**case["config"], attention_bias=False,
+                                         mlp_bias=False)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -135,6 +149,42 @@ def build(case, seed, out):
     model.config.architectures = ["LlamaForCausalLM"]
     model.save_pretrained(out / "model")
     (out / "model" / "generation_config.json").unlink(missing_ok=True)
+    return model
+
+
+def family_model(case, out):
+    """A model of families.py: the release's config.json but for the sizes; weights in bf16."""
+    (out / "model").mkdir(parents=True)
+    config = dict(case["release"], **case["cut"])
+    (out / "model" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    # Softcaps are in the eager attention only.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out / "model"),
+                                             dtype=torch.float32,
+                                             attn_implementation="eager").eval()
+    around = 0.0 if "gemma" in config["model_type"] else 1.0  # where norms multiply with 1 + w
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(around - 0.5, around + 0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, 1.0 / parameter.shape[-1] ** 0.5)
+            for end, gain in case.get("gains", {}).items():
+                if name.endswith(end):
+                    parameter.mul_(gain)
+            parameter.copy_(parameter.bfloat16().float())
+    tied = model.config.tie_word_embeddings
+    save_file({name: value.bfloat16().contiguous() for name, value in model.state_dict().items()
+               if not (tied and name == "lm_head.weight")},
+              out / "model" / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def build(case, seed, out):
+    torch.manual_seed(seed)
+    family = "release" in case
+    model = family_model(case, out) if family else llama_model(case, out)
     if case["nf4"]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -147,7 +197,7 @@ def build(case, seed, out):
                                             task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_B" in name and case["steps"] < 10:
+            if "lora_B" in name and (family or case["steps"] < 10):
                 parameter.normal_(0, 0.1)  # zero would hide every gradient of A
     peft.save_pretrained(out / "adapter", safe_serialization=True)
     (out / "adapter" / "README.md").unlink(missing_ok=True)
@@ -155,6 +205,7 @@ def build(case, seed, out):
 
 
 def run(case, seed, out):
+    family = "release" in case
     peft = build(case, seed, out)
     rng = np.random.default_rng(seed)
     trained = [p for p in peft.parameters() if p.requires_grad]
@@ -168,9 +219,11 @@ def run(case, seed, out):
     scheduler = get_scheduler(case["schedule"], optimizer, num_warmup_steps=case["warmup"],
                               num_training_steps=case["steps"])
     steps, losses, norms, expected = [], [], [], {}
-    vocab = case["config"]["vocab_size"]
+    vocab = peft.config.vocab_size
+    pack_tokens, packs_per_step = (72, 1) if family else (96, 2)
     for step in range(case["steps"]):
-        packs = make_documents(rng, vocab, structured=case["steps"] >= 10)
+        packs = make_documents(rng, vocab, case["steps"] >= 10, pack_tokens, packs_per_step,
+                               starts=5 if family else vocab)
         count = sum(sum(d["trained"][1:]) for pack in packs for d in pack)
         optimizer.zero_grad()
         loss = 0.0
@@ -187,15 +240,16 @@ def run(case, seed, out):
                     expected["grad." + key] = parameter.grad.detach().clone().contiguous()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         losses.append(loss)
-        steps.append(packs)
+        steps.append([[d["rule"] if family else dict(ids=d["ids"], trained=d["trained"])
+                       for d in pack] for pack in packs])
         optimizer.step()
         scheduler.step()
     for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not family:
             expected["final." + name.replace(".default", "")] = parameter.detach().contiguous()
     save_file(expected, out / "expected.safetensors")
     (out / "case.json").write_text(json.dumps(dict(
-        pack_tokens=PACK_TOKENS, nf4=case["nf4"], r=case["lora"]["r"], alpha=case["lora"]["alpha"],
+        pack_tokens=pack_tokens, nf4=case["nf4"], r=case["lora"]["r"], alpha=case["lora"]["alpha"],
         use_rslora=case["lora"].get("use_rslora", False), loraplus=case.get("loraplus", 1.0),
         targets=case["lora"]["targets"], lr=case["lr"], schedule=case["schedule"],
         warmup=case["warmup"], weight_decay=case["weight_decay"], max_grad_norm=1.0, losses=losses,
@@ -207,10 +261,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     here = pathlib.Path(__file__).parent
     parser.add_argument("--out", type=pathlib.Path, default=here / "golden")
+    parser.add_argument("cases", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    shutil.rmtree(args.out, ignore_errors=True)
-    for seed, (name, case) in enumerate(CASES.items(), start=11):
+    cases = CASES | {name: FAMILY | case for name, case in families.FAMILIES.items()} | OPTIONS
+    for seed, (name, case) in enumerate(cases.items(), start=11):
+        if args.cases and name not in args.cases:
+            continue
+        shutil.rmtree(args.out / name, ignore_errors=True)
         run(case, seed, args.out / name)
 
 

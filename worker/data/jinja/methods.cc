@@ -129,7 +129,7 @@ absl::StatusOr<Value> StartsOrEndsWith(Interpreter&, const Value& self, const Ar
   return Value(false);
 }
 
-absl::StatusOr<Value> Replace(Interpreter& interpreter, const Value& self, const Args& args) {
+absl::StatusOr<Value> ReplaceMethod(Interpreter& interpreter, const Value& self, const Args& args) {
   JINJA_RETURN_IF_ERROR(args.Check("replace", 3, {"count"}));
   if (args.positional.size() < 2) {
     return absl::InvalidArgumentError("replace needs two arguments");
@@ -367,7 +367,7 @@ constexpr NamedMethod kStringMethods[] = {
     {"partition", Partition<false>},
     {"removeprefix", RemoveAffix<true>},
     {"removesuffix", RemoveAffix<false>},
-    {"replace", Replace},
+    {"replace", ReplaceMethod},
     {"rfind", FindIn<true, false>},
     {"rindex", FindIn<true, true>},
     {"rjust", NotThere},

@@ -1,0 +1,155 @@
+// The norm of heads and its rotation against plain loops in double, the backward against central
+// differences.
+#include "kernels/qk_norm/qk_norm.h"
+
+#include "kernels/core/op_testing.h"
+#include "kernels/rope/rope.h"
+
+namespace attune {
+namespace {
+
+using op_testing::CpuExec;
+using op_testing::Tensor;
+
+constexpr int64_t kTokens = 5, kHeads = 3, kD = 41;
+
+DType StatisticsOf(DType dtype) {
+  return dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+}
+
+struct Tables {
+  Tensor cos, sin;
+  Tables(DType dtype, int64_t rotary_dim, std::mt19937_64* rng)
+      : cos(StatisticsOf(dtype), {kTokens, rotary_dim / 2}),
+        sin(StatisticsOf(dtype), {kTokens, rotary_dim / 2}) {
+    cos.Random(rng), sin.Random(rng);
+  }
+};
+
+class QkNormTest : public testing::TestWithParam<std::tuple<DType, int64_t>> {};
+
+// Heads in fused rows, into buffers of their own.
+TEST_P(QkNormTest, NormalisesThenRotates) {
+  const auto [dtype, R] = GetParam();
+  std::mt19937_64 rng(1);
+  const Tables tables(dtype, R, &rng);
+  Tensor fused(dtype, {kTokens, kHeads + 2, kD}, 5), w(dtype, {kD}),
+      y(dtype, {kTokens, kHeads, kD});
+  Tensor rstd(StatisticsOf(dtype), {kTokens, kHeads});
+  fused.Random(&rng), w.Random(&rng);
+  QkNormForward(CpuExec(), {.x = fused.view().Slice(1, 1, 1 + kHeads),
+                            .w = w,
+                            .cos = tables.cos,
+                            .sin = tables.sin,
+                            .y = y,
+                            .rstd = rstd,
+                            .rotary_dim = R,
+                            .eps = 1e-3,
+                            .weight_offset = 1.0});
+  std::vector<double> want, want_rstd;
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t h = 1; h <= kHeads; ++h) {
+      double n[kD], sum = 0;
+      for (int64_t i = 0; i < kD; ++i) {
+        n[i] = fused[(t * (kHeads + 2) + h) * kD + i];
+        sum += n[i] * n[i];
+      }
+      want_rstd.push_back(1 / std::sqrt(sum / kD + 1e-3));
+      for (int64_t i = 0; i < kD; ++i) n[i] *= want_rstd.back() * (w[i] + 1.0);
+      for (int64_t i = 0; i < R / 2; ++i) {
+        const double c = tables.cos[t * R / 2 + i], s = tables.sin[t * R / 2 + i];
+        const double first = n[i], second = n[R / 2 + i];
+        n[i] = first * c - second * s;
+        n[R / 2 + i] = second * c + first * s;
+      }
+      want.insert(want.end(), n, n + kD);
+    }
+  }
+  op_testing::ExpectClose(y, want, op_testing::Tolerance(dtype), "y");
+  op_testing::ExpectClose(rstd, want_rstd, dtype == DType::kF64 ? 1e-13 : 1e-6, "rstd");
+}
+
+TEST_P(QkNormTest, BackwardMatchesFiniteDifferencesOfDouble) {
+  const auto [dtype, R] = GetParam();
+  std::mt19937_64 rng(2);
+  const Tables tables(DType::kF64, R, &rng);
+  // Values that the dtype has, so that the differences in double are of the same function.
+  Tensor x(dtype, {kTokens, kHeads, kD}, 3), w(dtype, {kD}), dy(dtype, {kTokens, kHeads, kD}, 2);
+  x.Random(&rng), w.Random(&rng), dy.Random(&rng);
+  Tensor wide_x(DType::kF64, {kTokens, kHeads, kD}), wide_w(DType::kF64, {kD}), wide_dy = wide_x;
+  wide_x.Assign(x.ToVector()), wide_w.Assign(w.ToVector()), wide_dy.Assign(dy.ToVector());
+  Tensor y = wide_x, rstd(DType::kF64, {kTokens, kHeads});
+  const std::vector<double> want = op_testing::FiniteDifferences(&wide_x, [&] {
+    QkNormForward(CpuExec(), {.x = wide_x,
+                              .w = wide_w,
+                              .cos = tables.cos,
+                              .sin = tables.sin,
+                              .y = y,
+                              .rstd = rstd,
+                              .rotary_dim = R,
+                              .weight_offset = 1.0});
+    return op_testing::Dot(y, wide_dy);
+  });
+  QkNormForward(CpuExec(), {.x = wide_x,
+                            .w = wide_w,
+                            .cos = tables.cos,
+                            .sin = tables.sin,
+                            .y = y,
+                            .rstd = rstd,
+                            .rotary_dim = R,
+                            .weight_offset = 1.0});
+  Tensor narrow_rstd(StatisticsOf(dtype), {kTokens, kHeads});
+  Tensor cos(StatisticsOf(dtype), {kTokens, R / 2}), sin = cos, dx(dtype, {kTokens, kHeads, kD}, 7);
+  narrow_rstd.Assign(rstd.ToVector());
+  cos.Assign(tables.cos.ToVector()), sin.Assign(tables.sin.ToVector());
+  QkNormBackward(CpuExec(), {.dy = dy,
+                             .x = x,
+                             .rstd = narrow_rstd,
+                             .w = w,
+                             .cos = cos,
+                             .sin = sin,
+                             .dx = dx,
+                             .rotary_dim = R,
+                             .weight_offset = 1.0});
+  op_testing::ExpectClose(dx, want, dtype == DType::kF64 ? 1e-8 : op_testing::Tolerance(dtype),
+                          "dx");
+  dx.ExpectGuardsIntact();
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, QkNormTest,
+                         testing::Combine(testing::ValuesIn(op_testing::kFloatDTypes),
+                                          testing::Values<int64_t>(0, 16, 40)));
+
+// The one pass gives what the two give.
+TEST(QkNormRopeTest, IsRopeAfterTheNorm) {
+  std::mt19937_64 rng(3);
+  const Tables tables(DType::kF32, 40, &rng);
+  Tensor x(DType::kF32, {kTokens, kHeads, kD}), w(DType::kF32, {kD}), y = x, n = x;
+  Tensor rstd(DType::kF32, {kTokens, kHeads});
+  x.Random(&rng), w.Random(&rng);
+  QkNormForwardArgs args{.x = x, .w = w, .y = n, .rstd = rstd};
+  QkNormForward(CpuExec(), args);
+  Rope(CpuExec(), {.x = n, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 40});
+  args.y = y, args.cos = tables.cos, args.sin = tables.sin, args.rotary_dim = 40;
+  QkNormForward(CpuExec(), args);
+  op_testing::ExpectClose(y, n.ToVector(), 1e-6, "y");
+}
+
+TEST(QkNormPlanTest, TouchesNothing) {
+  const TensorView x(nullptr, DType::kBF16, {4, 2, 8}), w(nullptr, DType::kBF16, {8});
+  const TensorView rstd(nullptr, DType::kF32, {4, 2}), table(nullptr, DType::kF32, {4, 4});
+  const Exec exec = op_testing::PlanExec();
+  QkNormForward(
+      exec, {.x = x, .w = w, .cos = table, .sin = table, .y = x, .rstd = rstd, .rotary_dim = 8});
+  QkNormBackward(exec, {.dy = x,
+                        .x = x,
+                        .rstd = rstd,
+                        .w = w,
+                        .cos = table,
+                        .sin = table,
+                        .dx = x,
+                        .rotary_dim = 8});
+}
+
+}  // namespace
+}  // namespace attune
