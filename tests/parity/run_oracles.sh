@@ -56,6 +56,9 @@ echo "== PEFT loads our adapter"
 "$python" tests/parity/engine/check_peft.py "$bin" examples/quickstart/model "$adapter"
 "$python" tests/parity/engine/check_peft.py "$bin" tests/parity/engine/golden/*
 
+echo "== merge"
+"$python" tests/parity/merge/check_merge.py "$bin"
+
 echo "== tokenizers"
 "$python" tests/parity/text/check_tokenizer.py "$bin/encode_tool" tests/parity/text
 if [ -d "$shared/tokenizers/llama-bpe" ]; then
