@@ -73,6 +73,7 @@ int main(int argc, char** argv) {
   attune::AddEstimateCommand(&app, &invocation);
   attune::AddValidateCommand(&app, &invocation);
   attune::AddGenerateCommand(&app, &invocation);
+  attune::AddMergeCommand(&app, &invocation);
   attune::AddLocalCommand(&app, &invocation);
   attune::AddCompletionCommand(&app, &invocation);
   try {

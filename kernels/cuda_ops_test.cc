@@ -358,12 +358,33 @@ TEST_F(CudaOps, EmbeddingAndRows) {
   }
 }
 
+TEST_F(CudaOps, EmbeddingNoise) {
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) {
+      ExpectGpuAsCpu("embedding noise " + Name(dtype, w),
+                     {{Random(dtype, {9, w.columns}, w.padding)},
+                      {Ints({3})},
+                      {Ints({0, 4, 4, 7, -1, -1})},
+                      {Ints({17, 3})}},
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       EmbeddingNoise(exec, {.x = v[0],
+                                             .num_segments = v[1],
+                                             .q_begin = v[2],
+                                             .step_pack = v[3],
+                                             .alpha = 5,
+                                             .seed = 0x123456789abcdefULL});
+                     });
+    }
+  }
+}
+
 TEST_F(CudaOps, CrossEntropy) {
   for (DType dtype : kDTypes) {
     for (const Width& w : kWidths) {
-      for (const double softcap : {0.0, 5.0}) {
+      for (int variant = 0; variant < 4; ++variant) {
+        const double softcap = variant & 1 ? 5.0 : 0.0, smoothing = variant & 2 ? 0.1 : 0.0;
         Tensor logits = Random(dtype, {6, w.columns}, w.padding, 3.0);
-        logits.Set(2 * w.columns + 5, -HUGE_VAL);
+        if (smoothing == 0) logits.Set(2 * w.columns + 5, -HUGE_VAL);
         logits.Set(3 * w.columns + 1, 50.0);  // the target, twice the maximum
         logits.Set(3 * w.columns + 9, 50.0);
         logits.Set(4 * w.columns + 4, NAN);
@@ -380,7 +401,9 @@ TEST_F(CudaOps, CrossEntropy) {
                                              .loss = v[2],
                                              .correct = v[3],
                                              .grad_scale = v[4],
-                                             .softcap = softcap});
+                                             .softcap = softcap,
+                                             .label_smoothing = smoothing,
+                                             .z_loss = smoothing / 100});
                        });
       }
     }
@@ -462,7 +485,8 @@ TEST_F(CudaOps, Optimizer) {
   ExpectGpuAsCpu("adamw", operands, [](const Exec& exec, const Views& v, Scratch&) {
     std::vector<AdamWTensor> tensors;
     for (size_t i = 1; i < v.size(); i += 4) {
-      tensors.push_back({v[i], v[i + 1], v[i + 2], v[i + 3], i % 8 == 1 ? 0.1 : 0.0});
+      tensors.push_back(
+          {v[i], v[i + 1], v[i + 2], v[i + 3], i % 8 == 1 ? 0.1 : 0.0, i % 8 == 1 ? 4.0 : 1.0});
     }
     AdamW(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
   });
@@ -477,6 +501,50 @@ TEST_F(CudaOps, Optimizer) {
     ClipScale(
         exec,
         {.norm_sq = v[0], .scale = v[v.size() - 2], .norm = v[v.size() - 1], .max_norm = 1.0});
+  });
+}
+
+TEST_F(CudaOps, AdamW8bit) {
+  std::vector<Operand> operands;
+  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
+  for (int i = 0; i < 50; ++i) {  // more than one launch takes
+    const int64_t n = i % 3 == 0 ? 1 : i % 3 == 1 ? 600 : 8192;
+    const int64_t blocks = AdamW8bitBlocks(n);
+    operands.push_back({Random(DType::kF32, {n})});
+    operands.push_back({Random(DType::kF32, {n})});
+    for (const int64_t factor : {37, 91}) {
+      Tensor codes(DType::kU8, {n});
+      for (int64_t e = 0; e < n; ++e) codes.Set(e, static_cast<double>(e * factor % 256));
+      operands.push_back({codes});
+    }
+    for (int k = 0; k < 2; ++k) {
+      Tensor absmax = Random(DType::kF32, {blocks});
+      for (int64_t e = 0; e < blocks; ++e) absmax.Set(e, e % 5 == 4 ? 0 : std::abs(absmax[e]));
+      operands.push_back({absmax});
+    }
+  }
+  ExpectGpuAsCpu("adamw 8-bit", operands, [](const Exec& exec, const Views& v, Scratch&) {
+    std::vector<AdamW8bitTensor> tensors;
+    for (size_t i = 1; i < v.size(); i += 6) {
+      tensors.push_back(
+          {v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], 0.1, i % 12 == 1 ? 4.0 : 1.0});
+    }
+    AdamW8bit(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
+  });
+}
+
+TEST_F(CudaOps, Lion) {
+  std::vector<Operand> operands;
+  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
+  for (int i = 0; i < 60; ++i) {
+    for (int k = 0; k < 3; ++k) operands.push_back({Random(DType::kF32, {i % 2 ? 20001 : 37})});
+  }
+  ExpectGpuAsCpu("lion", operands, [](const Exec& exec, const Views& v, Scratch&) {
+    std::vector<LionTensor> tensors;
+    for (size_t i = 1; i < v.size(); i += 3) {
+      tensors.push_back({v[i], v[i + 1], v[i + 2], 0.1, i % 6 == 1 ? 4.0 : 1.0});
+    }
+    Lion(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-3});
   });
 }
 

@@ -52,13 +52,69 @@ TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
   for (const google::protobuf::Message* message :
        std::initializer_list<const google::protobuf::Message*>{
            &spec.optimizer(), &spec.batch(), &spec.lora(), &spec.retry(), &spec.resources(),
-           &spec.quantization(), &spec.checkpoints(), &spec.sft(), &spec.parallelism()}) {
+           &spec.quantization(), &spec.checkpoints(), &spec.evaluation().early_stopping(),
+           &spec.sft(), &spec.parallelism()}) {
     for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
       const auto* field = message->GetDescriptor()->field(i);
-      if (field->is_repeated()) continue;
+      if (field->is_repeated() || field->message_type() == v1::Source::descriptor()) continue;
       EXPECT_TRUE(message->GetReflection()->HasField(*message, field)) << field->full_name();
     }
   }
+}
+
+TEST(JobSpecTest, AScheduleHasTheFieldsOfItsKind) {
+  const auto schedule = [](const std::string& yaml) {
+    v1::JobSpec spec = Parse(kMinimal + yaml).spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty()) << yaml;
+    v1::JobSpec again = spec;
+    ApplyDefaults("x", &again);
+    EXPECT_TRUE(MessageDifferencer::Equals(spec, again)) << yaml;
+    return spec.schedule();
+  };
+  EXPECT_FALSE(schedule("schedule: {kind: constant}").has_min_lr_ratio());
+  EXPECT_TRUE(schedule("schedule: {kind: linear}").has_min_lr_ratio());
+  EXPECT_FALSE(schedule("schedule: {warmup_ratio: 0.1}").has_warmup_steps());
+  EXPECT_EQ(schedule("schedule: {kind: cosine_with_restarts}").num_cycles(), 1);
+  EXPECT_EQ(schedule("schedule: {kind: polynomial}").power(), 1);
+  const v1::ScheduleSpec stable = schedule("schedule: {kind: warmup_stable_decay}");
+  EXPECT_EQ(stable.decay_ratio(), 0.1);
+  EXPECT_EQ(stable.decay_type(), v1::DECAY_TYPE_COSINE);
+  EXPECT_FALSE(schedule("schedule: {kind: warmup_stable_decay, decay_steps: 3}").has_decay_ratio());
+}
+
+TEST(JobSpecTest, TheResultOfAJobThatMayStopEarlyIsItsBestCheckpoint) {
+  for (const bool early : {false, true}) {
+    v1::JobSpec spec =
+        Parse(std::string(kMinimal) + "evaluation: {fraction: 0.1, early_stopping: {patience: " +
+              (early ? "2" : "0") + "}}\n")
+            .spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_EQ(spec.checkpoints().load_best_model_at_end(), early);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty());
+  }
+}
+
+TEST(JobSpecTest, DefaultsOfTheOptimizerAreThoseOfItsKind) {
+  const auto optimizer = [](const std::string& kind) {
+    v1::JobSpec spec = Parse(kMinimal + ("optimizer: {kind: " + kind + "}\n")).spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty()) << kind;
+    return spec.optimizer();
+  };
+  EXPECT_EQ(optimizer("adamw").beta2(), 0.999);
+  EXPECT_EQ(optimizer("adamw_8bit").beta2(), 0.999);
+  EXPECT_EQ(optimizer("lion").beta2(), 0.99);
+  EXPECT_FALSE(optimizer("lion").has_epsilon());
+}
+
+TEST(JobSpecTest, AnAdapterToStartFromBringsItsShape) {
+  v1::JobSpec spec = Parse(std::string(kMinimal) + "lora: {init_from: {path: adapter}}\n").spec;
+  ApplyDefaults("x", &spec);
+  EXPECT_FALSE(spec.lora().has_r());
+  EXPECT_TRUE(spec.lora().target_modules().empty());
+  EXPECT_EQ(spec.lora().dropout(), 0);
+  EXPECT_TRUE(ValidateJobSpec(spec, {}).empty());
 }
 
 TEST(JobSpecTest, YamlRoundTrip) {
@@ -102,13 +158,40 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
       {"lora: {r: 0}", "job.yaml:5: lora.r: is 0"},
       {"lora: {dropout: 1}", "lora.dropout: is 1"},
       {"lora: {target_modules: [\"\"]}", "lora.target_modules[0]"},
+      {"lora: {loraplus_lr_ratio: 0}", "lora.loraplus_lr_ratio: is 0"},
+      {"lora: {init_from: {path: ../a}}", "lora.init_from.path: must be a path on the worker"},
+      {"lora: {init_from: {}}", "lora.init_from: is required: give one of"},
+      {"lora: {init_from: {path: a}, r: 0}", "lora.r: is 0"},
+      {"sft: {label_smoothing_factor: 1}", "sft.label_smoothing_factor: is 1"},
+      {"sft: {z_loss_weight: -1}", "sft.z_loss_weight: is -1"},
+      {"sft: {neftune_noise_alpha: -5}", "sft.neftune_noise_alpha: is -5"},
+      {"optimizer: {kind: lion, epsilon: 1e-8}", "job.yaml:5: optimizer.epsilon: is not of `lion`"},
       {"optimizer: {learning_rate: -1}", "job.yaml:5: optimizer.learning_rate: is -1"},
       {"optimizer: {beta2: 1.0}", "optimizer.beta2"},
       {"batch: {micro_batch_tokens: 8}", "batch.micro_batch_tokens: is 8"},
       {"batch: {micro_batches: 0}", "batch.micro_batches"},
       {"schedule: {epochs: 1, steps: 3}", "not both"},
       {"schedule: {epochs: 0}", "schedule.epochs"},
+      {"schedule: {warmup_steps: 1, warmup_ratio: 0.1}", "job.yaml:5: schedule.warmup_ratio: give"},
+      {"schedule: {warmup_ratio: 1.5}", "schedule.warmup_ratio: is 1.5"},
+      {"schedule: {min_lr_ratio: -0.1}", "schedule.min_lr_ratio: is -0.1"},
+      {"schedule: {kind: constant, min_lr_ratio: 0.1}", "not for the schedule `constant`"},
+      {"schedule: {num_cycles: 2}",
+       "schedule.num_cycles: is for the schedule `cosine_with_restarts`, not `linear`"},
+      {"schedule: {kind: cosine_with_restarts, num_cycles: 0}", "schedule.num_cycles: is 0"},
+      {"schedule: {kind: cosine, power: 2}", "schedule.power: is for the schedule `polynomial`"},
+      {"schedule: {kind: polynomial, power: 0}", "schedule.power: is 0; it must be above 0"},
+      {"schedule: {decay_steps: 2}", "schedule.decay_steps: is for"},
+      {"schedule: {decay_type: linear}", "schedule.decay_type: is for"},
+      {"schedule: {kind: warmup_stable_decay, decay_steps: 2, decay_ratio: 0.1}", "not both"},
+      {"schedule: {kind: warmup_stable_decay, decay_ratio: 2}", "schedule.decay_ratio: is 2"},
       {"evaluation: {fraction: 0.7}", "evaluation.fraction"},
+      {"evaluation: {early_stopping: {patience: 3}}",
+       "job.yaml:5: evaluation.early_stopping.patience: needs held-out data"},
+      {"evaluation: {fraction: 0.1, early_stopping: {patience: -1}}", "patience: is -1"},
+      {"evaluation: {fraction: 0.1, early_stopping: {min_delta: -1}}", "min_delta: is -1"},
+      {"checkpoints: {load_best_model_at_end: true}",
+       "checkpoints.load_best_model_at_end: needs held-out data"},
       {"checkpoints: {keep: 0}", "checkpoints.keep"},
       {"resources: {devices: 0}", "resources.devices"},
       {"parallelism: {data: 3}", "parallelism.data: is 3, but resources.devices is 1"},

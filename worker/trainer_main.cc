@@ -3,6 +3,7 @@
 //   attune-trainer [train] --spec job.yaml -o DIR
 //   attune-trainer validate|estimate|inspect --spec job.yaml
 //   attune-trainer generate --model DIR [--adapter DIR] --prompt TEXT
+//   attune-trainer merge --model DIR --adapter DIR -o DIR
 // Exit codes: worker/train/exit_code.h, docs/trainer.md.
 #include <google/protobuf/util/json_util.h>
 #include <omp.h>
@@ -25,6 +26,7 @@
 #include "worker/train/device_choice.h"
 #include "worker/train/exit_code.h"
 #include "worker/train/generator.h"
+#include "worker/train/merge.h"
 #include "worker/train/observers.h"
 #include "worker/train/trainer.h"
 
@@ -56,6 +58,13 @@ struct GenerateFlags {
   int64_t max_tokens = 256, context = 4096;
   bool raw = false;
   std::string device = "auto";
+};
+
+struct MergeFlags {
+  std::string model, adapter, output;
+  std::string weights = "none", dtype = "auto";
+  bool single_quantization = false;
+  double max_shard_gib = 5;
 };
 
 int Report(const absl::Status& status, v1::FailureCause cause) {
@@ -135,6 +144,11 @@ absl::StatusOr<v1::TrainerAssignment> StandaloneAssignment(const StandaloneFlags
   absl::StatusOr<std::string> model = resolve(spec->model().source(), "model.source");
   if (!model.ok()) return model.status();
   assignment.set_model_directory(*model);
+  if (spec->lora().has_init_from()) {
+    auto path = resolve(spec->lora().init_from(), "lora.init_from");
+    if (!path.ok()) return path.status();
+    assignment.set_adapter_directory(*path);
+  }
   for (int i = 0; i < spec->datasets_size(); ++i) {
     auto path = resolve(spec->datasets(i).source(), absl::StrCat("datasets[", i, "].source"));
     if (!path.ok()) return path.status();
@@ -174,7 +188,13 @@ TrainerOutcome RunTraining(const v1::TrainerAssignment& assignment, RendezvousSt
   absl::StatusOr<std::unique_ptr<PreparedJob>> job = PrepareJob(assignment);
   if (!job.ok()) return {job.status(), v1::FAILURE_CAUSE_INVALID};
   if (assignment.rank() == 0) {
-    for (const std::string& warning : (*job)->report.warnings()) observer->Warning(warning);
+    for (const std::string& warning : (*job)->report.warnings()) {
+      v1::Event event;
+      event.set_kind(v1::EVENT_KIND_WARNING);
+      event.set_reason("TRAINER_WARNING");
+      event.set_message(warning);
+      observer->Event(event);
+    }
   }
   absl::StatusOr<std::unique_ptr<Communicator>> comm = Connect(assignment, store);
   if (absl::IsFailedPrecondition(comm.status())) return {comm.status(), v1::FAILURE_CAUSE_DEVICE};
@@ -423,6 +443,43 @@ int RunGenerate(const GenerateFlags& flags) {
   return status.ok() ? 0 : Report(status, v1::FAILURE_CAUSE_INVALID);
 }
 
+int RunMerge(const MergeFlags& flags) {
+  omp_set_num_threads(Cores());
+  MergeOptions options = {.model_directory = flags.model,
+                          .adapter_directory = flags.adapter,
+                          .output_directory = flags.output,
+                          .max_shard_bytes = static_cast<int64_t>(
+                              flags.max_shard_gib * static_cast<double>(int64_t{1} << 30))};
+  if (flags.weights == "nf4") {
+    options.storage = flags.single_quantization ? WeightStorage::kNf4 : WeightStorage::kNf4Double;
+  }
+  if (flags.dtype == "f32") options.dtype = DType::kF32;
+  if (flags.dtype == "bf16") options.dtype = DType::kBF16;
+  if (flags.dtype == "f16") options.dtype = DType::kF16;
+  const absl::StatusOr<MergeReport> report = MergeAdapter(options, [] {});
+  if (!report.ok()) return Report(report.status(), v1::FAILURE_CAUSE_INVALID);
+  std::printf("%s: %ld tensors, %ld of them merged, %.1f MiB in %ld files\n", flags.output.c_str(),
+              static_cast<long>(report->tensors), static_cast<long>(report->merged),
+              static_cast<double>(report->bytes) / 1048576.0, static_cast<long>(report->shards));
+  return 0;
+}
+
+void AddMergeFlags(CLI::App* app, MergeFlags* flags) {
+  app->add_option("--model", flags->model, "Directory of the base model")->required();
+  app->add_option("--adapter", flags->adapter, "PEFT adapter directory")->required();
+  app->add_option("-o,--output", flags->output, "New directory for the merged model")->required();
+  app->add_option("--weights", flags->weights,
+                  "What the adapter was trained on, quantization.weights of its job: none, or nf4, "
+                  "whose values the base then has in the output, too [none]")
+      ->check(CLI::IsMember({"nf4", "none"}));
+  app->add_flag("--single-quantization", flags->single_quantization,
+                "nf4 was without double quantisation");
+  app->add_option("--dtype", flags->dtype, "Of the output: f32, bf16, f16, or auto, as the base")
+      ->check(CLI::IsMember({"auto", "f32", "bf16", "f16"}));
+  app->add_option("--max-shard-gib", flags->max_shard_gib, "Largest file, in GiB [5]")
+      ->check(CLI::Range(1e-6, 1e6));
+}
+
 void AddDeviceFlags(CLI::App* app, std::string* device, std::vector<std::string>* directories) {
   app->add_option("--device", *device,
                   "cpu, cuda, cuda:N, or auto: a GPU if one can be used, unless the spec says "
@@ -500,6 +557,10 @@ int Main(int argc, char** argv, const char* cuda_library_directories) {
       ->check(CLI::Range(0.0, 100.0));
   gen->add_option("--top-p", generate.top_p, "[1]")->check(CLI::Range(0.0, 1.0));
   gen->add_option("--seed", generate.seed, "[0]");
+  MergeFlags merge;
+  CLI::App* merging =
+      app.add_subcommand("merge", "Base model and adapter as one Hugging Face checkpoint");
+  AddMergeFlags(merging, &merge);
   CLI11_PARSE(app, argc, argv);
   for (absl::string_view directory :
        absl::StrSplit(cuda_library_directories == nullptr ? "" : cuda_library_directories, ':',
@@ -509,6 +570,7 @@ int Main(int argc, char** argv, const char* cuda_library_directories) {
   SetLibraryDirectories(directories);
   if (!assignment.empty()) return RunUnderAgent(assignment, channel_fd);
   if (gen->parsed()) return RunGenerate(generate);
+  if (merging->parsed()) return RunMerge(merge);
   if (inspect->parsed()) return RunInspect(flags);
   if (validate->parsed() || estimate->parsed()) return RunValidate(flags, validate->parsed());
   if (flags.spec.empty()) {

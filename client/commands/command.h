@@ -54,6 +54,7 @@ void AddDataCommand(CLI::App* app, Invocation* invocation);
 void AddEstimateCommand(CLI::App* app, Invocation* invocation);
 void AddValidateCommand(CLI::App* app, Invocation* invocation);
 void AddGenerateCommand(CLI::App* app, Invocation* invocation);
+void AddMergeCommand(CLI::App* app, Invocation* invocation);
 void AddLocalCommand(CLI::App* app, Invocation* invocation);
 void AddCompletionCommand(CLI::App* app, Invocation* invocation);
 

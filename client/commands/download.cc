@@ -121,7 +121,10 @@ void AddDownloadCommand(CLI::App* app, Invocation* invocation) {
   command->add_option("-o,--output-dir", options->directory, "directory to write")
       ->required()
       ->type_name("DIR");
-  command->add_option("--checkpoint", options->checkpoint, "its step, or `last` [last]")
+  command
+      ->add_option(
+          "--checkpoint", options->checkpoint,
+          "its step, `result` (the best or the last, as the spec says), `best` or `last` [result]")
       ->type_name("STEP");
   command->add_flag("--all", options->all, "the trainer's state too, to resume from");
   command->add_flag("--replace", options->replace, "overwrite what is in DIR");

@@ -9,7 +9,7 @@ namespace attune {
 
 struct DownloadOptions {
   std::string job;
-  std::string checkpoint = "last";  // step, or "last"
+  std::string checkpoint = "result";  // step, "result", "best" or "last"
   std::string directory;
   bool all = false;      // the trainer's state too, not only the adapter
   bool replace = false;  // an existing directory

@@ -4,18 +4,8 @@
 namespace attune {
 
 void AddGenerateCommand(CLI::App* app, Invocation* invocation) {
-  CLI::App* command = app->add_subcommand(
-      "generate", "Let a model, with or without an adapter, answer on this machine");
-  // Values such as --prompt's may look like anything: the trainer reads them all.
-  command->prefix_command();
-  command->set_help_flag("");
-  command->callback([=] {
-    invocation->run = [=] {
-      std::vector<std::string> arguments = {"generate"};
-      for (const std::string& extra : command->remaining()) arguments.push_back(extra);
-      return RunTrainer(*invocation, arguments);
-    };
-  });
+  AddPassedCommand("generate", "Let a model, with or without an adapter, answer on this machine",
+                   app, invocation);
 }
 
 }  // namespace attune

@@ -21,6 +21,21 @@ CliExit RunTrainer(const Invocation& invocation, const std::vector<std::string>&
                    ". Install attune-trainer beside attune, or name it in ATTUNE_TRAINER.")));
 }
 
+void AddPassedCommand(const std::string& mode, const std::string& description, CLI::App* app,
+                      Invocation* invocation) {
+  CLI::App* command = app->add_subcommand(mode, description);
+  // Values may look like anything: the trainer reads them all.
+  command->prefix_command();
+  command->set_help_flag("");
+  command->callback([=] {
+    invocation->run = [=] {
+      std::vector<std::string> arguments = {mode};
+      for (const std::string& extra : command->remaining()) arguments.push_back(extra);
+      return RunTrainer(*invocation, arguments);
+    };
+  });
+}
+
 void AddSpecCommand(const std::string& mode, const std::string& description, CLI::App* app,
                     Invocation* invocation) {
   CLI::App* command = app->add_subcommand(mode, description);

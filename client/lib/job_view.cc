@@ -170,7 +170,8 @@ std::string CheckpointsTable(const v1::ListCheckpointsResponse& checkpoints, abs
   if (checkpoints.checkpoints().empty()) return "no checkpoints yet\n";
   Table table({"STEP", "LOSS", "EVALUATION", "SIZE", "ATTEMPT", "AGE", "ARTIFACT"});
   for (const v1::Checkpoint& checkpoint : checkpoints.checkpoints()) {
-    table.Add({absl::StrCat(checkpoint.step(), checkpoint.final() ? " (final)" : ""),
+    table.Add({absl::StrCat(checkpoint.step(), checkpoint.final() ? " (final)" : "",
+                            checkpoint.best() ? " (best)" : ""),
                LossText(checkpoint.loss()), LossText(checkpoint.evaluation_loss()),
                FormatBytes(checkpoint.bytes()), absl::StrCat(checkpoint.attempt()),
                FormatAge(checkpoint.create_time(), now), checkpoint.artifact()});

@@ -109,7 +109,9 @@ std::string ProgressView::PlainLine() const {
       "  lr ", FormatNumber(last_.learning_rate()), "  ", FormatCount(last_.tokens_per_s()),
       " tok/s  ", FormatDuration(RemainingSeconds()), " left");
   if (last_.has_evaluation_loss()) {
-    absl::StrAppend(&line, absl::StrFormat("  evaluation loss %.4f", last_.evaluation_loss()));
+    absl::StrAppend(&line, absl::StrFormat("  evaluation loss %.4f  perplexity %.4g  accuracy %.4f",
+                                           last_.evaluation_loss(), last_.evaluation_perplexity(),
+                                           last_.evaluation_accuracy()));
   }
   return line;
 }

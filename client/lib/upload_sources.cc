@@ -40,6 +40,20 @@ absl::Status ListModel(FileSource* found) {
   return absl::OkStatus();
 }
 
+// The two files that are the adapter; what else lies there is not sent.
+absl::Status ListAdapter(FileSource* found) {
+  for (const char* name : {"adapter_config.json", "adapter_model.safetensors"}) {
+    const std::string path = absl::StrCat(found->path, "/", name);
+    std::error_code error;
+    if (!fs::is_regular_file(path, error)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(found->path, " has no ", name, ": give a PEFT adapter's directory"));
+    }
+    found->files.push_back({name, path});
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::vector<FileSource>> FindFileSources(const std::string& directory,
@@ -48,7 +62,7 @@ absl::StatusOr<std::vector<FileSource>> FindFileSources(const std::string& direc
   std::vector<FieldViolation> violations;
   const auto add = [&](v1::Source* source, const std::string& field, v1::ArtifactKind kind) {
     if (source->source_case() != v1::Source::kFile) return;
-    FileSource found = {source, field + ".source.file",
+    FileSource found = {source, field + ".file",
                         (fs::path(directory) / source->file()).lexically_normal().string(), kind};
     std::error_code error;
     const fs::file_status status = fs::status(found.path, error);
@@ -60,6 +74,8 @@ absl::StatusOr<std::vector<FileSource>> FindFileSources(const std::string& direc
           absl::StrCat(found.path, " is a file; a model is a Hugging Face checkpoint directory"));
     } else if (kind == v1::ARTIFACT_KIND_MODEL) {
       problem = ListModel(&found);
+    } else if (kind == v1::ARTIFACT_KIND_ADAPTER) {
+      problem = ListAdapter(&found);
     } else if (!fs::is_regular_file(status)) {
       problem = absl::InvalidArgumentError(
           absl::StrCat(found.path, " is no file; a dataset is one JSONL file"));
@@ -71,15 +87,18 @@ absl::StatusOr<std::vector<FileSource>> FindFileSources(const std::string& direc
   };
   v1::JobSpec& spec = parsed->spec;
   if (spec.has_model()) {
-    add(spec.mutable_model()->mutable_source(), "model", v1::ARTIFACT_KIND_MODEL);
+    add(spec.mutable_model()->mutable_source(), "model.source", v1::ARTIFACT_KIND_MODEL);
+  }
+  if (spec.lora().has_init_from()) {
+    add(spec.mutable_lora()->mutable_init_from(), "lora.init_from", v1::ARTIFACT_KIND_ADAPTER);
   }
   for (int i = 0; i < spec.datasets_size(); ++i) {
-    add(spec.mutable_datasets(i)->mutable_source(), absl::StrCat("datasets[", i, "]"),
+    add(spec.mutable_datasets(i)->mutable_source(), absl::StrCat("datasets[", i, "].source"),
         v1::ARTIFACT_KIND_DATASET);
   }
   for (int i = 0; i < spec.evaluation().datasets_size(); ++i) {
     add(spec.mutable_evaluation()->mutable_datasets(i)->mutable_source(),
-        absl::StrCat("evaluation.datasets[", i, "]"), v1::ARTIFACT_KIND_DATASET);
+        absl::StrCat("evaluation.datasets[", i, "].source"), v1::ARTIFACT_KIND_DATASET);
   }
   if (absl::Status s = ViolationsToStatus(violations, parsed); !s.ok()) return s;
   return sources;

@@ -23,7 +23,8 @@ struct FileSource {
 
 // The `file` sources of a spec, relative to `directory`, with the files that each stands for: a
 // dataset is one file; a model is a directory, of which hidden files and weights in formats that
-// attune never reads (pickles and other frameworks') are left out.
+// attune never reads (pickles and other frameworks') are left out; an adapter is a directory with
+// PEFT's two files.
 // INVALID_ARGUMENT with file:line where something is not there.
 absl::StatusOr<std::vector<FileSource>> FindFileSources(const std::string& directory,
                                                         ParsedJobSpec* parsed);

@@ -36,6 +36,25 @@ class UploadSourcesTest : public testing::Test {
   std::string directory_;
 };
 
+TEST_F(UploadSourcesTest, AnAdapterIsItsTwoFiles) {
+  const std::string text = "lora: {init_from: {file: adapter}}\n";
+  ParsedJobSpec parsed = Parse(text);
+  fs::create_directories(directory_ + "/adapter");
+  std::ofstream(directory_ + "/adapter/adapter_config.json") << "x";
+  std::ofstream(directory_ + "/adapter/tokenizer.json") << "x";
+  const absl::Status missing = FindFileSources(directory_, &parsed).status();
+  EXPECT_THAT(std::string(missing.message()), HasSubstr("job.yaml:1: lora.init_from.file: "));
+  EXPECT_THAT(std::string(missing.message()), HasSubstr("has no adapter_model.safetensors"));
+  std::ofstream(directory_ + "/adapter/adapter_model.safetensors") << "x";
+  absl::StatusOr<std::vector<FileSource>> sources = FindFileSources(directory_, &parsed);
+  ASSERT_TRUE(sources.ok()) << sources.status();
+  ASSERT_EQ(sources->size(), 1u);
+  EXPECT_EQ(sources->at(0).kind, v1::ARTIFACT_KIND_ADAPTER);
+  std::vector<std::string> files;
+  for (const LocalFile& file : sources->at(0).files) files.push_back(file.path);
+  EXPECT_THAT(files, ElementsAre("adapter_config.json", "adapter_model.safetensors"));
+}
+
 TEST_F(UploadSourcesTest, ReplacesFilesByArtifactsAndLeavesTheRest) {
   ParsedJobSpec parsed = Parse(R"(
 model: {source: {file: model}}
@@ -66,8 +85,9 @@ evaluation: {datasets: [{source: {file: a.jsonl}}]}
 }
 
 TEST_F(UploadSourcesTest, NamesTheLineOfWhatIsNotThere) {
-  ParsedJobSpec parsed = Parse("model:\n  source:\n    file: a.jsonl\ndatasets:\n"
-                               "  - source: {file: b.jsonl}\n  - source: {file: model}\n");
+  ParsedJobSpec parsed = Parse(
+      "model:\n  source:\n    file: a.jsonl\ndatasets:\n"
+      "  - source: {file: b.jsonl}\n  - source: {file: model}\n");
   const absl::Status status = FindFileSources(directory_, &parsed).status();
   const std::string message(status.message());
   EXPECT_TRUE(absl::IsInvalidArgument(status));

@@ -14,6 +14,7 @@ void CrossEntropy(const Exec& exec, const CrossEntropyArgs& args) {
   CheckVector(args.targets, DType::kI32, rows);
   CheckVector(args.loss, accumulator, rows);
   if (args.correct.defined()) CheckVector(args.correct, DType::kU8, rows);
+  CHECK(args.label_smoothing >= 0 && args.label_smoothing < 1 && args.z_loss >= 0);
   if (args.want_grad) CheckVector(args.grad_scale, accumulator, 1);
   ATTUNE_RUN(CrossEntropy, exec, args);
 }

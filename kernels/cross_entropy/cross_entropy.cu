@@ -22,6 +22,7 @@ struct Peak {
   float z_max, sum;
   float x_max;  // before the cap: where tanh is flat, the larger logit counts
   int place;
+  float total;  // of the elements themselves, for label smoothing
 };
 
 __device__ Peak Merge(const Peak& a, const Peak& b) {
@@ -30,11 +31,13 @@ __device__ Peak Merge(const Peak& a, const Peak& b) {
   const float from_a = a.z_max == z_max ? a.sum : a.sum * expf(a.z_max - z_max);
   const float from_b = b.z_max == z_max ? b.sum : b.sum * expf(b.z_max - z_max);
   const bool take_b = b.x_max > a.x_max || (b.x_max == a.x_max && b.place < a.place);
-  return {z_max, from_a + from_b, take_b ? b.x_max : a.x_max, take_b ? b.place : a.place};
+  return {z_max, from_a + from_b, take_b ? b.x_max : a.x_max, take_b ? b.place : a.place,
+          a.total + b.total};
 }
 
 __device__ void Include(float x, int place, float softcap, Peak* peak) {
   const float z = Capped(x, softcap);
+  peak->total += z;
   if (x > peak->x_max) {  // places ascend within a thread
     peak->x_max = x;
     peak->place = place;
@@ -52,7 +55,8 @@ __device__ Peak BlockMerge(Peak peak) {
     const Peak other{__shfl_down_sync(0xffffffffu, peak.z_max, offset),
                      __shfl_down_sync(0xffffffffu, peak.sum, offset),
                      __shfl_down_sync(0xffffffffu, peak.x_max, offset),
-                     __shfl_down_sync(0xffffffffu, peak.place, offset)};
+                     __shfl_down_sync(0xffffffffu, peak.place, offset),
+                     __shfl_down_sync(0xffffffffu, peak.total, offset)};
     peak = Merge(peak, other);
   }
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = peak;
@@ -70,7 +74,7 @@ struct Args {
   uint8_t* correct;  // may be null
   const float* grad_scale;
   int64_t columns;
-  float softcap;
+  float softcap, smoothing, z_loss;
   bool want_grad;
 };
 
@@ -93,7 +97,7 @@ __global__ __launch_bounds__(kThreads) void CrossEntropyKernel(Args<T> a) {
     }
     return;
   }
-  Peak peak{-Infinity(), 0.0f, -Infinity(), 0x7fffffff};
+  Peak peak{-Infinity(), 0.0f, -Infinity(), 0x7fffffff, 0.0f};
   for (int64_t v = threadIdx.x * N; v < a.columns; v += kThreads * N) {
     const Pack<T, N> pack = Pack<T, N>::Load(x + v);
     for (int i = 0; i < N; ++i) Include(pack[i], static_cast<int>(v) + i, a.softcap, &peak);
@@ -104,7 +108,12 @@ __global__ __launch_bounds__(kThreads) void CrossEntropyKernel(Args<T> a) {
     // Nothing outside the row is read for a target that is not in it.
     const bool inside = target < a.columns;
     const float z = inside ? Capped(ToFloat(x[target]), a.softcap) : __int_as_float(0x7fffffff);
-    a.loss[row] = lse - z;
+    float loss = lse - (1.0f - a.smoothing) * z;
+    if (a.smoothing > 0.0f) {
+      loss -= a.smoothing * (peak.total / static_cast<float>(a.columns));
+    }
+    if (a.z_loss > 0.0f) loss += a.z_loss * lse * lse;
+    a.loss[row] = loss;
     if (a.correct != nullptr) {
       const bool all_hidden =
           inside && target == 0 && peak.place == 0x7fffffff && ToFloat(x[0]) == -Infinity();
@@ -114,13 +123,15 @@ __global__ __launch_bounds__(kThreads) void CrossEntropyKernel(Args<T> a) {
   if (!a.want_grad) return;
   __syncthreads();  // x[target] was read
   const float grad_scale = *a.grad_scale;
+  const float rise = a.z_loss > 0.0f ? 1.0f + 2.0f * a.z_loss * lse : 1.0f;
+  const float spread = a.smoothing / static_cast<float>(a.columns), hit = 1.0f - a.smoothing;
   for (int64_t v = threadIdx.x * N; v < a.columns; v += kThreads * N) {
     Pack<T, N> pack = Pack<T, N>::Load(x + v);
     for (int i = 0; i < N; ++i) {
       const float z = Capped(pack[i], a.softcap);
       const float ratio = a.softcap > 0.0f ? z / a.softcap : 0.0f;
-      const float one = v + i == target ? 1.0f : 0.0f;
-      pack.Set(i, (expf(z - lse) - one) * (1.0f - ratio * ratio) * grad_scale);
+      const float share = v + i == target ? spread + hit : spread;
+      pack.Set(i, (expf(z - lse) * rise - share) * (1.0f - ratio * ratio) * grad_scale);
     }
     pack.Store(x + v);
   }
@@ -140,6 +151,8 @@ void CrossEntropyCuda(const Exec& exec, const CrossEntropyArgs& a) {
                        a.want_grad ? Data<const float>(a.grad_scale) : nullptr,
                        columns,
                        static_cast<float>(a.softcap),
+                       static_cast<float>(a.label_smoothing),
+                       static_cast<float>(a.z_loss),
                        a.want_grad};
     const unsigned grid = static_cast<unsigned>(rows);
     if (Packable(kPackSize<T>, {&a.logits})) {

@@ -1,7 +1,11 @@
 // Cross entropy of one chunk of logits, and its gradient in the place of the logits:
 //   z = logits, or softcap * tanh(logits / softcap) if softcap > 0
-//   loss[r] = log sum_v exp(z[r,v]) - z[r, targets[r]]
-//   dlogits[r,v] = (softmax(z[r])[v] - [v == targets[r]]) * grad_scale   (* 1 - (z/softcap)^2)
+//   lse = log sum_v exp(z[r,v])
+//   loss[r] = lse - (1 - e) z[r, targets[r]] - e mean_v z[r,v] + c lse^2
+//   dlogits[r,v] = (softmax(z[r])[v] (1 + 2 c lse) - (1 - e) [v == targets[r]] - e / V) *
+//   grad_scale
+//                  (* 1 - (z/softcap)^2)
+//   e = label_smoothing (as torch's cross_entropy), c = z_loss (PaLM's)
 //   correct[r] = argmax_v z[r,v] == targets[r]                (the first of equal maxima)
 // targets[r] < 0 is ignored: loss 0, correct 0, gradient row 0. A target >= V is the caller's bug
 // (CHECK on the CPU). NaN in a row makes its loss and gradient NaN.
@@ -22,7 +26,9 @@ struct CrossEntropyArgs {
   TensorView correct;     // (R)     out, u8, optional
   TensorView grad_scale;  // (1)     f32 (f64 for f64); needed with want_grad only
   double softcap = 0.0;   // 0: none
-  bool want_grad = true;  // false: logits are left alone
+  double label_smoothing = 0.0;  // [0, 1)
+  double z_loss = 0.0;           // at least 0
+  bool want_grad = true;         // false: logits are left alone
 };
 void CrossEntropy(const Exec& exec, const CrossEntropyArgs& args);
 

@@ -49,12 +49,22 @@ ATTUNE_CLONES AccumulatorOf<T> SumOfExp(const T* x, AccumulatorOf<T> shift, int6
   return sum.Total();
 }
 
-// x[v] = exp(x[v] - lse) * grad_scale. The target's -1 is the caller's.
+// sum_v z[v]
 template <typename T>
-ATTUNE_CLONES void SoftmaxRow(T* x, AccumulatorOf<T> lse, AccumulatorOf<T> grad_scale, int64_t V) {
+AccumulatorOf<T> SumOfCapped(const T* x, AccumulatorOf<T> softcap, int64_t V) {
+  LaneSum<AccumulatorOf<T>> sum;
+  for (int64_t v = 0; v < V; ++v) sum.lane[v % kLanes] += Capped(ToAccumulator(x[v]), softcap);
+  return sum.Total();
+}
+
+// x[v] = exp(x[v] - lse) * weight - shift. The target's share is the caller's.
+template <typename T>
+ATTUNE_CLONES void SoftmaxRow(T* x, AccumulatorOf<T> lse, AccumulatorOf<T> weight,
+                              AccumulatorOf<T> shift, int64_t V) {
 #pragma omp simd
-  for (int64_t v = 0; v < V; ++v)
-    StoreRounded<T>(Exp(ToAccumulator(x[v]) - lse) * grad_scale, &x[v]);
+  for (int64_t v = 0; v < V; ++v) {
+    StoreRounded<T>(Exp(ToAccumulator(x[v]) - lse) * weight - shift, &x[v]);
+  }
 }
 
 template <typename T>
@@ -68,13 +78,13 @@ AccumulatorOf<T> SumOfExpCapped(const T* x, AccumulatorOf<T> shift, AccumulatorO
 }
 
 template <typename T>
-void SoftmaxRowCapped(T* x, AccumulatorOf<T> lse, AccumulatorOf<T> softcap,
-                      AccumulatorOf<T> grad_scale, int64_t target, int64_t V) {
+void SoftmaxRowCapped(T* x, AccumulatorOf<T> lse, AccumulatorOf<T> softcap, AccumulatorOf<T> weight,
+                      AccumulatorOf<T> shift, AccumulatorOf<T> hit, int64_t target, int64_t V) {
   using A = AccumulatorOf<T>;
   for (int64_t v = 0; v < V; ++v) {
     const A z = Capped(ToAccumulator(x[v]), softcap);
     const A slope = A(1) - (z / softcap) * (z / softcap);
-    StoreRounded<T>((Exp(z - lse) - (v == target ? A(1) : A(0))) * slope * grad_scale, &x[v]);
+    StoreRounded<T>((Exp(z - lse) * weight - shift - (v == target ? hit : A(0))) * slope, &x[v]);
   }
 }
 
@@ -101,12 +111,22 @@ void Row(const CrossEntropyArgs& a, int64_t r) {
   const A z_max = Capped(x_max, softcap);
   const A sum = softcap > 0 ? SumOfExpCapped(x, z_max, softcap, V) : SumOfExp(x, z_max, V);
   const A lse = z_max + std::log(sum);
-  a.loss.As<A>()[r] = lse - Capped(x_target, softcap);
+  const A smoothing = static_cast<A>(a.label_smoothing), z_loss = static_cast<A>(a.z_loss);
+  A loss = lse - (A(1) - smoothing) * Capped(x_target, softcap);
+  if (smoothing > 0) loss -= smoothing * (SumOfCapped(x, softcap, V) / static_cast<A>(V));
+  if (z_loss > 0) loss += z_loss * lse * lse;
+  a.loss.As<A>()[r] = loss;
   if (!a.want_grad) return;
   const A grad_scale = a.grad_scale.As<A>()[0];
-  if (softcap > 0) return SoftmaxRowCapped(x, lse, softcap, grad_scale, target, V);
-  SoftmaxRow(x, lse, grad_scale, V);
-  StoreRounded<T>((Exp(x_target - lse) - A(1)) * grad_scale, &x[target]);
+  const A rise = z_loss > 0 ? A(1) + A(2) * z_loss * lse : A(1);
+  const A spread = smoothing / static_cast<A>(V);
+  const A hit = A(1) - smoothing;
+  if (softcap > 0) {
+    return SoftmaxRowCapped(x, lse, softcap, rise * grad_scale, spread * grad_scale,
+                            hit * grad_scale, target, V);
+  }
+  SoftmaxRow(x, lse, rise * grad_scale, spread * grad_scale, V);
+  StoreRounded<T>((Exp(x_target - lse) * rise - spread - hit) * grad_scale, &x[target]);
 }
 
 }  // namespace

@@ -84,7 +84,8 @@ INSTANTIATE_TEST_SUITE_P(Shapes, CrossEntropyTest,
 
 TEST(CrossEntropyGradientTest, MatchesFiniteDifferences) {
   const int64_t V = 41;
-  for (double softcap : {0.0, 5.0}) {
+  for (int variant = 0; variant < 8; ++variant) {
+    const double softcap = variant & 1 ? 5.0 : 0.0;
     std::mt19937_64 rng(2);
     Tensor logits(DType::kF64, {kRows, V}), loss(DType::kF64, {kRows}), scale(DType::kF64, {1});
     logits.Random(&rng, 2.0), scale.Constant(1.0);
@@ -94,6 +95,8 @@ TEST(CrossEntropyGradientTest, MatchesFiniteDifferences) {
                           .loss = loss,
                           .grad_scale = scale,
                           .softcap = softcap,
+                          .label_smoothing = variant & 2 ? 0.2 : 0.0,
+                          .z_loss = variant & 4 ? 0.03 : 0.0,
                           .want_grad = false};
     const auto total = [&] {
       CrossEntropy(CpuExec(), args);
@@ -106,6 +109,29 @@ TEST(CrossEntropyGradientTest, MatchesFiniteDifferences) {
     CrossEntropy(CpuExec(), args);
     op_testing::ExpectClose(logits, want, 1e-8, "dlogits");
   }
+}
+
+// From torch 2.x in double: logits[v] = sin(v) + v / 4 for v of 0 to 6, target 2;
+//   torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+//   + 0.01 * torch.logsumexp(logits, -1)**2     and its gradient.
+constexpr double kTorchLoss = 1.540820249270057;
+constexpr double kTorchGradient[7] = {0.04967293711224947, 0.17622487645604304, -0.6524979201621832,
+                                      0.1416364304895637,  0.06728206378085215, 0.07128238381941016,
+                                      0.2024809086488331};
+
+TEST(CrossEntropyGradientTest, SmoothingAndZLossAsTorch) {
+  Tensor logits(DType::kF64, {1, 7}), loss(DType::kF64, {1}), scale(DType::kF64, {1});
+  for (int v = 0; v < 7; ++v) logits.Set(v, std::sin(v) + v / 4.0);
+  scale.Constant(1.0);
+  const Tensor targets = op_testing::Ints({2});
+  CrossEntropy(CpuExec(), {.logits = logits,
+                           .targets = targets,
+                           .loss = loss,
+                           .grad_scale = scale,
+                           .label_smoothing = 0.1,
+                           .z_loss = 0.01});
+  EXPECT_NEAR(loss[0], kTorchLoss, 1e-13);
+  for (int v = 0; v < 7; ++v) EXPECT_NEAR(logits[v], kTorchGradient[v], 1e-14) << v;
 }
 
 TEST(CrossEntropyEdgeTest, ExtremeLogits) {

@@ -1,4 +1,5 @@
 #include "kernels/core/cuda.cuh"
+#include "kernels/core/philox.h"
 #include "kernels/embedding/embedding.h"
 
 namespace attune {
@@ -25,7 +26,59 @@ struct Forward {
   }
 };
 
+// A block of threads per token, a Philox block per thread and turn. Every product and sum is
+// rounded on its own, as on the CPU.
+template <typename T>
+__global__ __launch_bounds__(256) void NoiseKernel(Rows<T> x, const int32_t* num_segments,
+                                                   const int32_t* q_begin, const int32_t* step_pack,
+                                                   int64_t columns, float alpha, uint32_t key0,
+                                                   uint32_t key1) {
+  const int64_t t = blockIdx.x;
+  const int segments = *num_segments;
+  if (segments <= 0 || t < q_begin[0] || t >= q_begin[segments]) return;
+  int low = 0, high = segments;  // q_begin[low] <= t < q_begin[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (q_begin[middle] <= t) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  const float length = static_cast<float>(q_begin[low + 1] - q_begin[low]);
+  const float size = __fdiv_rn(alpha, __fsqrt_rn(__fmul_rn(length, static_cast<float>(columns))));
+  const int64_t begin = t * columns, end = begin + columns;
+  for (int64_t block = begin / 4 + threadIdx.x; block * 4 < end; block += 256) {
+    const uint32_t high_bits = static_cast<uint32_t>(block >> 32) & 0xffu;
+    const PhiloxBlock drawn =
+        Philox4x32({{static_cast<uint32_t>(block), static_cast<uint32_t>(step_pack[0]),
+                     static_cast<uint32_t>(step_pack[1]), 0xffffff00u | high_bits}},
+                   key0, key1);
+    for (int w = 0; w < 4; ++w) {
+      const int64_t element = block * 4 + w;
+      if (element < begin || element >= end) continue;
+      T* place = x(t, element - begin);
+      const float u =
+          __fsub_rn(__fmul_rn(__uint2float_rn(drawn.word[w]), 4.656612873077392578125e-10f), 1.0f);
+      Pack<T, 1> value = Pack<T, 1>::Load(place);
+      value.Set(0, __fadd_rn(value[0], __fmul_rn(size, u)));
+      value.Store(place);
+    }
+  }
+}
+
 }  // namespace
+
+void EmbeddingNoiseCuda(const Exec& exec, const EmbeddingNoiseArgs& a) {
+  if (a.x.size() == 0) return;
+  DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
+    NoiseKernel<T><<<static_cast<unsigned>(a.x.dim(0)), 256, 0, StreamOf(exec.stream)>>>(
+        RowsOf<T>(a.x), Data<const int32_t>(a.num_segments), Data<const int32_t>(a.q_begin),
+        Data<const int32_t>(a.step_pack), a.x.dim(1), static_cast<float>(a.alpha),
+        static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32));
+  });
+  CUDA_CHECK(cudaGetLastError());
+}
 
 void EmbeddingForwardCuda(const Exec& exec, const EmbeddingForwardArgs& a) {
   DispatchCudaFloat(a.table.dtype, [&]<typename T>() {

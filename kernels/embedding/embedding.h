@@ -1,4 +1,4 @@
-// Embedding: y[t] = table[ids[t]] * scale.   (Gemma: scale = sqrt(C).)
+// Embedding and noise on it: y[t] = table[ids[t]] * scale.   (Gemma: scale = sqrt(C).)
 // The table is frozen: there is no backward. An id outside [0, V) is the caller's bug: CHECK on the
 // CPU, a zero row on CUDA; nothing outside the table is read. Cost: one pass over y.
 #pragma once
@@ -15,5 +15,21 @@ struct EmbeddingForwardArgs {
   double scale = 1.0;
 };
 void EmbeddingForward(const Exec& exec, const EmbeddingForwardArgs& args);
+
+// NEFTune (Jain et al., 2023): uniform noise on embeddings,
+//   x[t,c] += alpha / sqrt(L C) u,   u uniform in [-1, 1],  L the length of t's segment;
+// tokens behind the last segment stay. Noise is no function of x: its gradient is that of x.
+// u is a pure function of (seed; step, pack, element t C + c), so a resumed run draws the same:
+// word e % 4 of Philox4x32-10 (kernels/core/philox.h), key = seed, counter = {low 32 bits of e / 4,
+// step, pack, 0xffffff00 | next 8 bits of e / 4}: a layer and a module that no dropout has.
+struct EmbeddingNoiseArgs {
+  TensorView x;             // (T, C)  f64, f32 or bf16; rows may be strided  in and out
+  TensorView num_segments;  // (1)     i32
+  TensorView q_begin;       // (S + 1) i32: the segments' ends, as of attention
+  TensorView step_pack;     // (2)     i32: step, pack
+  double alpha = 0;
+  uint64_t seed = 0;
+};
+void EmbeddingNoise(const Exec& exec, const EmbeddingNoiseArgs& args);
 
 }  // namespace attune

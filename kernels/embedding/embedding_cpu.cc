@@ -1,5 +1,9 @@
+#include <algorithm>
+#include <cmath>
+
 #include "kernels/core/dispatch.h"
 #include "kernels/core/parallel.h"
+#include "kernels/core/philox.h"
 #include "kernels/core/simd.h"
 #include "kernels/embedding/embedding.h"
 
@@ -24,7 +28,41 @@ void Forward(const EmbeddingForwardArgs& a) {
   }
 }
 
+template <typename T>
+void AddNoise(const EmbeddingNoiseArgs& a) {
+  using A = AccumulatorOf<T>;
+  const int64_t C = a.x.dim(1);
+  const int32_t* begin = a.q_begin.As<int32_t>();
+  const int32_t segments = *a.num_segments.As<int32_t>();
+  const int32_t* step_pack = a.step_pack.As<int32_t>();
+  CHECK(0 <= segments && segments < a.q_begin.dim(0));
+  const int64_t end = segments > 0 ? begin[segments] : 0;
+#pragma omp parallel for schedule(static) if (WorthThreads(end * C))
+  for (int64_t t = segments > 0 ? begin[0] : 0; t < end; ++t) {
+    const int64_t s = std::upper_bound(begin, begin + segments + 1, t) - begin - 1;
+    const A length = static_cast<A>(begin[s + 1] - begin[s]);
+    const A size = static_cast<A>(a.alpha) / std::sqrt(length * static_cast<A>(C));
+    T* x = a.x.As<T>() + t * a.x.stride(0);
+    PhiloxBlock drawn{};
+    for (int64_t c = 0; c < C; ++c) {
+      const uint64_t element = static_cast<uint64_t>(t * C + c), block = element / 4;
+      if (c == 0 || element % 4 == 0) {
+        drawn = Philox4x32({{static_cast<uint32_t>(block), static_cast<uint32_t>(step_pack[0]),
+                             static_cast<uint32_t>(step_pack[1]),
+                             0xffffff00u | (static_cast<uint32_t>(block >> 32) & 0xffu)}},
+                           static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32));
+      }
+      const A u = static_cast<A>(drawn.word[element % 4]) * A(4.656612873077392578125e-10) - A(1);
+      StoreRounded<T>(ToAccumulator(x[c]) + size * u, &x[c]);
+    }
+  }
+}
+
 }  // namespace
+
+void EmbeddingNoiseCpu(const Exec& exec, const EmbeddingNoiseArgs& a) {
+  DispatchFloat(a.x.dtype, [&]<typename T>() { AddNoise<T>(a); });
+}
 
 void EmbeddingForwardCpu(const Exec& exec, const EmbeddingForwardArgs& a) {
   DispatchFloat(a.table.dtype, [&]<typename T>() { Forward<T>(a); });

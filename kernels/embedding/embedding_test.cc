@@ -32,6 +32,51 @@ TEST(EmbeddingTest, ScaleOneKeepsBits) {
   EXPECT_EQ(y.bytes(), table.bytes());
 }
 
+// A run of noise on zeros: documents of 4, 1 and 6 tokens, then padding.
+std::vector<double> Noise(DType dtype, int32_t step, int32_t pack, uint64_t seed, double alpha) {
+  Tensor x(dtype, {13, 41}, 3);
+  x.Constant(0.0);
+  const Tensor count = op_testing::Ints({3}), begin = op_testing::Ints({0, 4, 5, 11, -1}),
+               step_pack = op_testing::Ints({step, pack});
+  EmbeddingNoise(op_testing::CpuExec(), {.x = x,
+                                         .num_segments = count,
+                                         .q_begin = begin,
+                                         .step_pack = step_pack,
+                                         .alpha = alpha,
+                                         .seed = seed});
+  x.ExpectGuardsIntact();
+  return x.ToVector();
+}
+
+TEST(EmbeddingNoiseTest, IsUniformWithinAlphaOverTheRootOfTheDocumentsSize) {
+  const std::vector<double> noise = Noise(DType::kF64, 3, 1, 42, 5);
+  const struct { int64_t begin, end; } documents[] = {{0, 4}, {4, 5}, {5, 11}};
+  for (const auto& document : documents) {
+    const int64_t n = (document.end - document.begin) * 41;
+    const double bound = 5 / std::sqrt(static_cast<double>(n));
+    double sum = 0, squares = 0, largest = 0;
+    for (int64_t i = document.begin * 41; i < document.end * 41; ++i) {
+      sum += noise[i] / bound, squares += noise[i] / bound * noise[i] / bound;
+      largest = std::max(largest, std::abs(noise[i]) / bound);
+    }
+    EXPECT_LE(largest, 1);
+    EXPECT_GT(largest, 0.9);
+    EXPECT_NEAR(sum / static_cast<double>(n), 0, 4 / std::sqrt(3.0 * static_cast<double>(n)));
+    EXPECT_NEAR(squares / static_cast<double>(n), 1.0 / 3, 0.15);
+  }
+  for (size_t i = 11 * 41; i < noise.size(); ++i) EXPECT_EQ(noise[i], 0) << "padding";
+}
+
+TEST(EmbeddingNoiseTest, IsAFunctionOfSeedStepAndPack) {
+  const std::vector<double> noise = Noise(DType::kF32, 3, 1, 42, 5);
+  EXPECT_EQ(Noise(DType::kF32, 3, 1, 42, 5), noise);
+  EXPECT_NE(Noise(DType::kF32, 4, 1, 42, 5), noise);
+  EXPECT_NE(Noise(DType::kF32, 3, 2, 42, 5), noise);
+  EXPECT_NE(Noise(DType::kF32, 3, 1, 43, 5), noise);
+  const std::vector<double> exact = Noise(DType::kF64, 3, 1, 42, 5);
+  for (size_t i = 0; i < noise.size(); ++i) EXPECT_NEAR(noise[i], exact[i], 1e-6);
+}
+
 TEST(EmbeddingDeathTest, StopsAtAnIdOutside) {
   const Tensor table(DType::kF32, {4, 9}), y(DType::kF32, {1, 9});
   for (int32_t id : {-1, 4}) {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/core/cuda.cuh"
+#include "kernels/core/dynamic_map.h"
 #include "kernels/nf4/nf4.h"
 
 namespace attune {
@@ -21,7 +22,7 @@ Tables MakeTables() {
   std::memcpy(out.nf4, Nf4Values(), sizeof(out.nf4));
   for (int i = 0; i < 15; ++i) out.borders[i] = (out.nf4[i] + out.nf4[i + 1]) / 2.0f;
   out.borders[15] = out.nf4[15];
-  std::memcpy(out.map, Nf4DynamicMap(), sizeof(out.map));
+  std::memcpy(out.map, DynamicMap(/*is_signed=*/true), sizeof(out.map));
   return out;
 }
 
@@ -196,21 +197,6 @@ __global__ __launch_bounds__(1024) void MeanKernel(const float* absmax, int64_t 
   }
 }
 
-// The nearest value of the map; of two equally near ones the one with the even code.
-__device__ uint8_t NearestCode(const float* map, float x) {
-  int above = 0;  // how many values are below x
-  for (int step = 256; step > 0; step /= 2) {
-    if (above + step <= 256 && map[above + step - 1] < x) above += step;
-  }
-  if (above == 0) return 0;
-  if (above == 256) return 255;
-  const int below = above - 1;
-  const float middle = __fmul_rn(__fadd_rn(map[below], map[above]), 0.5f);
-  if (x < middle) return static_cast<uint8_t>(below);
-  if (x > middle) return static_cast<uint8_t>(above);
-  return static_cast<uint8_t>(below % 2 == 0 ? below : above);
-}
-
 // A block of threads per group.
 __global__ __launch_bounds__(kNf4Group) void DoubleQuantizeKernel(
     const __grid_constant__ Tables tables, const float* absmax, const float* offset, uint8_t* codes,
@@ -227,7 +213,7 @@ __global__ __launch_bounds__(kNf4Group) void DoubleQuantizeKernel(
   for (int w = 0; w < kNf4Group / 32; ++w) group = fmaxf(group, largest[w]);
   if (threadIdx.x == 0) absmax2[blockIdx.x] = group;
   const float reciprocal = group > 0.0f ? __frcp_rn(group) : 0.0f;
-  if (b < blocks) codes[b] = NearestCode(map, __fmul_rn(centred, reciprocal));
+  if (b < blocks) codes[b] = NearestDynamicCode(map, __fmul_rn(centred, reciprocal));
 }
 
 }  // namespace

@@ -67,9 +67,8 @@ struct Nf4DequantizeArgs {
 };
 void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args);
 
-// The 16 values, and the 256 of the dynamic map (both ascending), as host arrays: for readers of
-// pre-quantised checkpoints, which carry their own maps to be compared.
+// The 16 values, ascending, as a host array: for readers of pre-quantised checkpoints, which carry
+// their own to be compared (and a map: kernels/core/dynamic_map.h).
 const float* Nf4Values();
-const float* Nf4DynamicMap();
 
 }  // namespace attune

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/dynamic_map.h"
 #include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/nf4/nf4.h"
@@ -77,18 +78,6 @@ void Quantize(const Nf4QuantizeArgs& a) {
   }
 }
 
-// The nearest value of the map; of two equally near ones the one with the even code.
-uint8_t NearestCode(const float* map, float x) {
-  const int above = static_cast<int>(std::lower_bound(map, map + 256, x) - map);
-  if (above == 0) return 0;
-  if (above == 256) return 255;
-  const int below = above - 1;
-  const float middle = (map[below] + map[above]) * 0.5f;
-  if (x < middle) return static_cast<uint8_t>(below);
-  if (x > middle) return static_cast<uint8_t>(above);
-  return static_cast<uint8_t>(below % 2 == 0 ? below : above);
-}
-
 // The two values of each packed byte.
 std::array<float, 512> MakePairs() {
   std::array<float, 512> pairs;
@@ -116,7 +105,7 @@ struct Source {
   float AbsMax(int64_t block) const {
     if (absmax != nullptr) return absmax[block];
     const int64_t group = (first_block + block) / kNf4Group - first_block / kNf4Group;
-    return Nf4DynamicMap()[codes[block]] * absmax2[group] + offset;
+    return DynamicMap(/*is_signed=*/true)[codes[block]] * absmax2[group] + offset;
   }
 };
 
@@ -171,7 +160,7 @@ void Nf4DoubleQuantizeCpu(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
     for (int64_t b = 0; b < blocks; ++b) sum += absmax[b];
     *offset = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;
   }
-  const float* map = Nf4DynamicMap();
+  const float* map = DynamicMap(/*is_signed=*/true);
 #pragma omp parallel for schedule(static) if (WorthThreads(blocks))
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = g * kNf4Group, end = std::min(begin + kNf4Group, blocks);
@@ -182,7 +171,7 @@ void Nf4DoubleQuantizeCpu(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
     a.absmax2.As<float>()[g] = absmax2;
     const float reciprocal = absmax2 > 0.0f ? 1.0f / absmax2 : 0.0f;
     for (int64_t b = begin; b < end; ++b) {
-      a.codes.As<uint8_t>()[b] = NearestCode(map, (absmax[b] - *offset) * reciprocal);
+      a.codes.As<uint8_t>()[b] = NearestDynamicCode(map, (absmax[b] - *offset) * reciprocal);
     }
   }
 }

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "kernels/core/dynamic_map.h"
 #include "kernels/core/op_testing.h"
 
 namespace attune {
@@ -77,7 +78,7 @@ TEST(Nf4GoldenTest, TablesAreBitEqual) {
     EXPECT_EQ(Nf4Values()[i], FromBits(Golden()["nf4_values"][i])) << i;
   }
   for (int i = 0; i < 256; ++i) {
-    EXPECT_EQ(Nf4DynamicMap()[i], FromBits(Golden()["dynamic_map"][i])) << i;
+    EXPECT_EQ(DynamicMap(/*is_signed=*/true)[i], FromBits(Golden()["dynamic_map"][i])) << i;
   }
 }
 
@@ -124,7 +125,7 @@ TEST(Nf4GoldenTest, CodesAndMaximaAreBitEqual) {
 
 // Every border of the map, and its two neighbours; of two equally near values the even code wins.
 TEST(Nf4Test, SecondLevelTakesTheNearestCode) {
-  const float* map = Nf4DynamicMap();
+  const float* map = DynamicMap(/*is_signed=*/true);
   std::vector<double> values, want;
   for (int below = 0; below < 255; ++below) {
     const float middle = (map[below] + map[below + 1]) * 0.5f;

@@ -6,6 +6,8 @@
 namespace attune {
 
 ATTUNE_BACKENDS(AdamW);
+ATTUNE_BACKENDS(AdamW8bit);
+ATTUNE_BACKENDS(Lion);
 ATTUNE_BACKENDS(GradNorm);
 ATTUNE_BACKENDS(ClipScale);
 int64_t GradNormWorkspaceBytesCpu(const Exec& exec, const GradNormArgs& a);
@@ -32,6 +34,30 @@ void AdamW(const Exec& exec, const AdamWArgs& args) {
   if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
   CHECK(args.step >= 1);
   ATTUNE_RUN(AdamW, exec, args);
+}
+
+void AdamW8bit(const Exec& exec, const AdamW8bitArgs& args) {
+  for (const AdamW8bitTensor& t : args.tensors) {
+    const int64_t size = t.param.size(), blocks = AdamW8bitBlocks(size);
+    CHECK(t.param.dtype == DType::kF32 && t.param.contiguous());
+    CHECK(t.grad.dtype == DType::kF32 && t.grad.SameShape(t.param) && t.grad.contiguous());
+    for (const TensorView* x : {&t.m, &t.v}) CheckVector(*x, DType::kU8, size);
+    for (const TensorView* x : {&t.m_absmax, &t.v_absmax}) CheckVector(*x, DType::kF32, blocks);
+  }
+  if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
+  CHECK(args.step >= 1);
+  ATTUNE_RUN(AdamW8bit, exec, args);
+}
+
+void Lion(const Exec& exec, const LionArgs& args) {
+  for (const LionTensor& t : args.tensors) {
+    CHECK(IsSingleOrDouble(t.param.dtype));
+    for (const TensorView* x : {&t.param, &t.grad, &t.m}) {
+      CHECK(x->dtype == t.param.dtype && x->SameShape(t.param) && x->contiguous());
+    }
+  }
+  if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
+  ATTUNE_RUN(Lion, exec, args);
 }
 
 int64_t GradNormWorkspaceBytes(const Exec& exec, const GradNormArgs& args) {

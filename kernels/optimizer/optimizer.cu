@@ -1,8 +1,10 @@
-// AdamW and the gradient norm on CUDA: one launch for up to kBatch tensors, whose pointers travel
-// as kernel parameters. A block of threads takes a piece of one tensor.
+// Optimisers and the gradient norm on CUDA: one launch for up to kBatch tensors, whose pointers
+// travel as kernel parameters. A block of threads takes a piece of one tensor.
 #include <cmath>
+#include <cstring>
 
 #include "kernels/core/cuda.cuh"
+#include "kernels/core/dynamic_map.h"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/optimizer/pieces.h"
 
@@ -52,17 +54,19 @@ struct AdamWBatch {
   float* v[kBatch];
   int64_t size[kBatch];
   float decay[kBatch];
+  float minus_step_size[kBatch];
   int32_t first_piece[kBatch];
   int count = 0;
   // Common to all; rounded from f64 once.
-  float one_minus_beta1, beta1, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size;
+  float one_minus_beta1, beta1, beta2, one_minus_beta2, sqrt_correction2, eps;
   bool lerp_from_end;  // torch's lerp starts at the nearer end
   DeviceScalar grad_scale;
 };
 
 // Every product and sum rounded on its own, as on the CPU: the parameters are the same bits.
-__device__ void Update(const AdamWBatch& b, float decay, float grad_scale, float grad, float* param,
-                       float* m, float* v) {
+template <typename Batch>
+__device__ void Update(const Batch& b, float decay, float minus_step_size, float grad_scale,
+                       float grad, float* param, float* m, float* v) {
   const float g = __fmul_rn(grad, grad_scale);
   const float difference = __fsub_rn(g, *m);
   const float m_new = b.lerp_from_end ? __fsub_rn(g, __fmul_rn(difference, b.beta1))
@@ -73,7 +77,7 @@ __device__ void Update(const AdamWBatch& b, float decay, float grad_scale, float
   *m = m_new;
   *v = v_new;
   *param = __fadd_rn(__fmul_rn(*param, decay),
-                     __fdiv_rn(__fmul_rn(b.minus_step_size, m_new), denominator));
+                     __fdiv_rn(__fmul_rn(minus_step_size, m_new), denominator));
 }
 
 __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
@@ -83,7 +87,8 @@ __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ 
   float* param = b.param[t];
   const float* grad = b.grad[t];
   float *m = b.m[t], *v = b.v[t];
-  const float decay = b.decay[t], grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
+  const float decay = b.decay[t], minus_step_size = b.minus_step_size[t];
+  const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
   using P = Pack<float, 4>;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(m) |
                               reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(v);
@@ -92,20 +97,25 @@ __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ 
     const P g = P::Load(grad + i);
     P p = P::Load(param + i), first = P::Load(m + i), second = P::Load(v + i);
     for (int k = 0; k < 4; ++k) {
-      Update(b, decay, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k]);
+      Update(b, decay, minus_step_size, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k]);
     }
     p.Store(param + i);
     first.Store(m + i);
     second.Store(v + i);
   }
   for (int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
-    Update(b, decay, grad_scale, grad[i], &param[i], &m[i], &v[i]);
+    Update(b, decay, minus_step_size, grad_scale, grad[i], &param[i], &m[i], &v[i]);
   }
 }
 
-AdamWBatch NewBatch(const AdamWArgs& a) {
-  AdamWBatch b{};
-  const double correction1 = 1.0 - std::pow(a.beta1, static_cast<double>(a.step));
+template <typename Args>
+double StepSize(const Args& a, double lr_scale) {
+  return a.lr * lr_scale / (1.0 - std::pow(a.beta1, static_cast<double>(a.step)));
+}
+
+template <typename Batch, typename Args>
+Batch NewBatch(const Args& a) {
+  Batch b{};
   const double correction2 = 1.0 - std::pow(a.beta2, static_cast<double>(a.step));
   b.one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
   b.beta1 = 1.0f - b.one_minus_beta1;
@@ -113,12 +123,109 @@ AdamWBatch NewBatch(const AdamWArgs& a) {
   b.one_minus_beta2 = static_cast<float>(1.0 - a.beta2);
   b.sqrt_correction2 = static_cast<float>(std::sqrt(correction2));
   b.eps = static_cast<float>(a.eps);
-  b.minus_step_size = static_cast<float>(-(a.lr / correction1));
   b.lerp_from_end = b.one_minus_beta1 >= 0.5f;
   if (a.grad_scale.defined()) {
     b.grad_scale = {a.grad_scale.data, a.grad_scale.dtype == DType::kF64};
   }
   return b;
+}
+
+constexpr int kBatch8bit = 24;
+constexpr int64_t kBlock = kAdamW8bitBlock;
+static_assert(kBlock == kThreads);
+
+// As AdamWBatch, with 8-bit states. Piece p of the launch is a block of 256 elements.
+struct AdamW8bitBatch {
+  float* param[kBatch8bit];
+  const float* grad[kBatch8bit];
+  uint8_t* m[kBatch8bit];
+  uint8_t* v[kBatch8bit];
+  float* m_absmax[kBatch8bit];
+  float* v_absmax[kBatch8bit];
+  int64_t size[kBatch8bit];
+  float decay[kBatch8bit];
+  float minus_step_size[kBatch8bit];
+  int32_t first_piece[kBatch8bit];
+  int count = 0;
+  float one_minus_beta1, beta1, beta2, one_minus_beta2, sqrt_correction2, eps;
+  bool lerp_from_end;
+  DeviceScalar grad_scale;
+};
+struct DynamicMaps {
+  float m[256], v[256];
+};
+
+// The largest x of the block of threads, in every thread.
+__device__ float BlockMax(float x, float* partial) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  }
+  __syncthreads();  // `partial` may still be read
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  for (int w = 0; w < kThreads / 32; ++w) x = fmaxf(x, partial[w]);
+  return x;
+}
+
+// A thread per element, a block of threads per block of the states.
+__global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
+    const __grid_constant__ AdamW8bitBatch b, const __grid_constant__ DynamicMaps maps) {
+  __shared__ float m_map[256], v_map[256], partial[kThreads / 32];
+  m_map[threadIdx.x] = maps.m[threadIdx.x];
+  v_map[threadIdx.x] = maps.v[threadIdx.x];
+  __syncthreads();
+  const int t = TensorOf(b, blockIdx.x);
+  const int64_t block = blockIdx.x - b.first_piece[t];
+  const int64_t i = block * kBlock + threadIdx.x;
+  const bool inside = i < b.size[t];
+  float m = 0.0f, v = 0.0f;
+  if (inside) {
+    m = __fmul_rn(m_map[b.m[t][i]], b.m_absmax[t][block]);
+    v = __fmul_rn(v_map[b.v[t][i]], b.v_absmax[t][block]);
+    Update(b, b.decay[t], b.minus_step_size[t], static_cast<float>(b.grad_scale.Read(1.0)),
+           b.grad[t][i], &b.param[t][i], &m, &v);
+  }
+  const float m_absmax = BlockMax(fabsf(m), partial);
+  const float v_absmax = BlockMax(fabsf(v), partial);
+  if (inside) {
+    b.m[t][i] = NearestDynamicCode(m_map, m_absmax > 0.0f ? __fdiv_rn(m, m_absmax) : 0.0f);
+    b.v[t][i] = NearestDynamicCode(v_map, v_absmax > 0.0f ? __fdiv_rn(v, v_absmax) : 0.0f);
+  }
+  // Every thread has read the old ones: BlockMax has waited for all.
+  if (threadIdx.x == 0) {
+    b.m_absmax[t][block] = m_absmax;
+    b.v_absmax[t][block] = v_absmax;
+  }
+}
+
+struct LionBatch {
+  float* param[kBatch];
+  const float* grad[kBatch];
+  float* m[kBatch];
+  int64_t size[kBatch];
+  float decay[kBatch];
+  float lr[kBatch];
+  int32_t first_piece[kBatch];
+  int count = 0;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  DeviceScalar grad_scale;
+};
+
+__global__ __launch_bounds__(kThreads) void LionKernel(const __grid_constant__ LionBatch b) {
+  const int t = TensorOf(b, blockIdx.x);
+  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
+  const int64_t end = min(begin + kCudaPiece, b.size[t]);
+  float *param = b.param[t], *m = b.m[t];
+  const float* grad = b.grad[t];
+  const float decay = b.decay[t], lr = b.lr[t];
+  const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    const float g = __fmul_rn(grad[i], grad_scale);
+    const float direction = __fadd_rn(__fmul_rn(m[i], b.beta1), __fmul_rn(b.one_minus_beta1, g));
+    const float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : direction;
+    param[i] = __fsub_rn(__fmul_rn(param[i], decay), __fmul_rn(lr, sign));
+    m[i] = __fadd_rn(__fmul_rn(m[i], b.beta2), __fmul_rn(b.one_minus_beta2, g));
+  }
 }
 
 struct NormBatch {
@@ -168,7 +275,7 @@ __global__ void ClipKernel(const double* norm_sq, DeviceOutput scale_out, Device
 }  // namespace
 
 void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
-  AdamWBatch b = NewBatch(a);
+  auto b = NewBatch<AdamWBatch>(a);
   int64_t pieces = 0;
   const auto launch = [&] {
     if (pieces == 0) return;
@@ -186,7 +293,74 @@ void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
     b.m[i] = Data<float>(t.m);
     b.v[i] = Data<float>(t.v);
     b.size[i] = t.param.size();
-    b.decay[i] = static_cast<float>(1.0 - a.lr * t.weight_decay);
+    b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
+    b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
+    b.first_piece[i] = static_cast<int32_t>(pieces);
+    pieces += Pieces(t.param);
+    if (b.count == kBatch) launch();
+  }
+  launch();
+}
+
+void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
+  auto b = NewBatch<AdamW8bitBatch>(a);
+  DynamicMaps maps;
+  std::memcpy(maps.m, DynamicMap(/*is_signed=*/true), sizeof(maps.m));
+  std::memcpy(maps.v, DynamicMap(/*is_signed=*/false), sizeof(maps.v));
+  int64_t blocks = 0;
+  const auto launch = [&] {
+    if (blocks == 0) return;
+    AdamW8bitKernel<<<static_cast<unsigned>(blocks), kThreads, 0, StreamOf(exec.stream)>>>(b, maps);
+    CUDA_CHECK(cudaGetLastError());
+    b.count = 0;
+    blocks = 0;
+  };
+  for (const AdamW8bitTensor& t : a.tensors) {
+    if (t.param.size() == 0) continue;
+    const int i = b.count++;
+    b.param[i] = Data<float>(t.param);
+    b.grad[i] = Data<const float>(t.grad);
+    b.m[i] = Data<uint8_t>(t.m);
+    b.v[i] = Data<uint8_t>(t.v);
+    b.m_absmax[i] = Data<float>(t.m_absmax);
+    b.v_absmax[i] = Data<float>(t.v_absmax);
+    b.size[i] = t.param.size();
+    b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
+    b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
+    b.first_piece[i] = static_cast<int32_t>(blocks);
+    blocks += AdamW8bitBlocks(t.param.size());
+    if (b.count == kBatch8bit) launch();
+  }
+  launch();
+}
+
+void LionCuda(const Exec& exec, const LionArgs& a) {
+  LionBatch b{};
+  b.beta1 = static_cast<float>(a.beta1);
+  b.one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
+  b.beta2 = static_cast<float>(a.beta2);
+  b.one_minus_beta2 = static_cast<float>(1.0 - a.beta2);
+  if (a.grad_scale.defined()) {
+    b.grad_scale = {a.grad_scale.data, a.grad_scale.dtype == DType::kF64};
+  }
+  int64_t pieces = 0;
+  const auto launch = [&] {
+    if (pieces == 0) return;
+    LionKernel<<<static_cast<unsigned>(pieces), kThreads, 0, StreamOf(exec.stream)>>>(b);
+    CUDA_CHECK(cudaGetLastError());
+    b.count = 0;
+    pieces = 0;
+  };
+  for (const LionTensor& t : a.tensors) {
+    CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
+    if (t.param.size() == 0) continue;
+    const int i = b.count++;
+    b.param[i] = Data<float>(t.param);
+    b.grad[i] = Data<const float>(t.grad);
+    b.m[i] = Data<float>(t.m);
+    b.size[i] = t.param.size();
+    b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
+    b.lr[i] = static_cast<float>(a.lr * t.lr_scale);
     b.first_piece[i] = static_cast<int32_t>(pieces);
     pieces += Pieces(t.param);
     if (b.count == kBatch) launch();

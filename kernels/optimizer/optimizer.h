@@ -1,6 +1,6 @@
-// AdamW and gradient clipping over lists of tensors. Lists are host arrays of views; the numbers
-// are device data. Sums are in a fixed order. Cost: AdamW one pass over four tensors, the norm one
-// pass over the gradients.
+// Optimisers and gradient clipping over lists of tensors. Lists are host arrays of views; the
+// numbers are device data. Sums are in a fixed order. Cost: one pass over parameters, gradients and
+// state; the norm one pass over the gradients.
 #pragma once
 
 #include <span>
@@ -24,6 +24,7 @@ struct AdamWTensor {
   TensorView v;      // same; second moment, starts at 0     in and out
   // Of its parameter group: torch's weight_decay, 0 for none.
   double weight_decay = 0.0;
+  double lr_scale = 1.0;  // of its parameter group: its learning rate is lr * lr_scale
 };
 struct AdamWArgs {
   std::span<const AdamWTensor> tensors;
@@ -35,6 +36,55 @@ struct AdamWArgs {
   int64_t step = 1;  // of this update; the first is 1
 };
 void AdamW(const Exec& exec, const AdamWArgs& args);
+
+// AdamW with block-wise dynamic 8-bit states (Dettmers et al., 2022), as bitsandbytes' AdamW8bit:
+// m and v are codes of the dynamic map (m signed, v unsigned; kernels/core/dynamic_map.h) times the
+// absolute maximum of their block of 256 elements. A step expands a block, does AdamW on it, and
+// quantises it again to the nearest codes. A block's maximum of 0 stands for zeros.
+// Unlike bitsandbytes' default, small tensors have 8-bit states too.
+constexpr int64_t kAdamW8bitBlock = 256;
+inline int64_t AdamW8bitBlocks(int64_t elements) {
+  return (elements + kAdamW8bitBlock - 1) / kAdamW8bitBlock;
+}
+struct AdamW8bitTensor {
+  TensorView param;     // any shape, contiguous, f32          in and out
+  TensorView grad;      // same shape, f32
+  TensorView m, v;      // (elements) u8 codes                  in and out
+  TensorView m_absmax;  // (AdamW8bitBlocks) f32; starts at 0   in and out
+  TensorView v_absmax;  // same
+  double weight_decay = 0.0;
+  double lr_scale = 1.0;
+};
+struct AdamW8bitArgs {
+  std::span<const AdamW8bitTensor> tensors;
+  TensorView grad_scale;  // as in AdamW
+  double lr = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  int64_t step = 1;
+};
+void AdamW8bit(const Exec& exec, const AdamW8bitArgs& args);
+
+// Lion (Chen et al., 2023), with decoupled weight decay:
+//   g = grad * grad_scale
+//   param *= 1 - lr * weight_decay
+//   param -= lr * sign(beta1 * m + (1 - beta1) * g);  m = beta2 * m + (1 - beta2) * g
+struct LionTensor {
+  TensorView param;  // any shape, contiguous, f32 (or f64)  in and out
+  TensorView grad;   // same shape and dtype
+  TensorView m;      // same; starts at 0                    in and out
+  double weight_decay = 0.0;
+  double lr_scale = 1.0;
+};
+struct LionArgs {
+  std::span<const LionTensor> tensors;
+  TensorView grad_scale;  // as in AdamW
+  double lr = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.99;
+};
+void Lion(const Exec& exec, const LionArgs& args);
 
 // norm_sq = sum over all tensors of the sum of squares. NaN and inf come through.
 struct GradNormArgs {

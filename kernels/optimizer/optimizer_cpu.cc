@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/dynamic_map.h"
 #include "kernels/core/parallel.h"
 #include "kernels/core/simd.h"
 #include "kernels/optimizer/optimizer.h"
@@ -33,20 +34,21 @@ struct Coefficients {
   bool lerp_from_end;  // torch's lerp starts at the nearer end
 };
 
-template <typename A>
-Coefficients<A> CoefficientsOf(const AdamWArgs& a, double weight_decay) {
+template <typename A, typename Args, typename TensorArgs>
+Coefficients<A> CoefficientsOf(const Args& a, const TensorArgs& t) {
+  const double lr = a.lr * t.lr_scale;
   const double correction1 = 1.0 - std::pow(a.beta1, static_cast<double>(a.step));
   const double correction2 = 1.0 - std::pow(a.beta2, static_cast<double>(a.step));
   Coefficients<A> c;
   c.grad_scale = static_cast<A>(a.grad_scale.defined() ? ReadScalar(a.grad_scale) : 1.0);
-  c.decay = static_cast<A>(1.0 - a.lr * weight_decay);
+  c.decay = static_cast<A>(1.0 - lr * t.weight_decay);
   c.one_minus_beta1 = static_cast<A>(1.0 - a.beta1);
   c.beta1 = A(1) - c.one_minus_beta1;
   c.beta2 = static_cast<A>(a.beta2);
   c.one_minus_beta2 = static_cast<A>(1.0 - a.beta2);
   c.sqrt_correction2 = static_cast<A>(std::sqrt(correction2));
   c.eps = static_cast<A>(a.eps);
-  c.minus_step_size = static_cast<A>(-(a.lr / correction1));
+  c.minus_step_size = static_cast<A>(-(lr / correction1));
   c.lerp_from_end = c.one_minus_beta1 >= A(0.5);
   return c;
 }
@@ -73,13 +75,69 @@ ATTUNE_CLONES void UpdateRun(const Coefficients<A>& c, A* param, const A* grad, 
 
 template <typename A>
 void Update(const AdamWArgs& a, const AdamWTensor& t) {
-  const Coefficients<A> c = CoefficientsOf<A>(a, t.weight_decay);
+  const Coefficients<A> c = CoefficientsOf<A>(a, t);
   const int64_t size = t.param.size(), pieces = Pieces(t.param);
 #pragma omp parallel for schedule(static) if (WorthThreads(size))
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = piece * kPiece;
     UpdateRun(c, t.param.As<A>() + begin, t.grad.As<A>() + begin, t.m.As<A>() + begin,
               t.v.As<A>() + begin, std::min(kPiece, size - begin));
+  }
+}
+
+void ExpandBlock(const float* map, const uint8_t* codes, float absmax, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = map[codes[i]] * absmax;
+}
+
+// Returns the block's absolute maximum.
+float QuantizeBlock(const float* map, const float* x, uint8_t* codes, int64_t n) {
+  float absmax = 0.0f;
+  for (int64_t i = 0; i < n; ++i) absmax = std::max(absmax, std::abs(x[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    codes[i] = NearestDynamicCode(map, absmax > 0.0f ? x[i] / absmax : 0.0f);
+  }
+  return absmax;
+}
+
+void Update8bit(const AdamW8bitArgs& a, const AdamW8bitTensor& t) {
+  const Coefficients<float> c = CoefficientsOf<float>(a, t);
+  const float* const m_map = DynamicMap(/*is_signed=*/true);
+  const float* const v_map = DynamicMap(/*is_signed=*/false);
+  const int64_t size = t.param.size(), blocks = AdamW8bitBlocks(size);
+#pragma omp parallel for schedule(static) if (WorthThreads(size))
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * kAdamW8bitBlock, n = std::min(kAdamW8bitBlock, size - begin);
+    uint8_t *const m_codes = t.m.As<uint8_t>() + begin, *const v_codes = t.v.As<uint8_t>() + begin;
+    float *const m_absmax = t.m_absmax.As<float>() + block, *const v_absmax =
+                                                                t.v_absmax.As<float>() + block;
+    float m[kAdamW8bitBlock], v[kAdamW8bitBlock];
+    ExpandBlock(m_map, m_codes, *m_absmax, m, n);
+    ExpandBlock(v_map, v_codes, *v_absmax, v, n);
+    UpdateRun(c, t.param.As<float>() + begin, t.grad.As<float>() + begin, m, v, n);
+    *m_absmax = QuantizeBlock(m_map, m, m_codes, n);
+    *v_absmax = QuantizeBlock(v_map, v, v_codes, n);
+  }
+}
+
+template <typename A>
+void UpdateLion(const LionArgs& a, const LionTensor& t) {
+  const double learning_rate = a.lr * t.lr_scale;
+  const A scale = static_cast<A>(a.grad_scale.defined() ? ReadScalar(a.grad_scale) : 1.0);
+  const A decay = static_cast<A>(1.0 - learning_rate * t.weight_decay);
+  const A lr = static_cast<A>(learning_rate);
+  const A beta1 = static_cast<A>(a.beta1), one_minus_beta1 = static_cast<A>(1.0 - a.beta1);
+  const A beta2 = static_cast<A>(a.beta2), one_minus_beta2 = static_cast<A>(1.0 - a.beta2);
+  A *const param = t.param.As<A>(), *const m = t.m.As<A>();
+  const A* const grad = t.grad.As<A>();
+  const int64_t size = t.param.size();
+#pragma omp parallel for simd schedule(static) if (WorthThreads(size))
+  for (int64_t i = 0; i < size; ++i) {
+    const A g = grad[i] * scale;
+    const A direction = m[i] * beta1 + one_minus_beta1 * g;
+    // 0 stays where it is, and NaN gets through.
+    const A sign = direction > A(0) ? A(1) : direction < A(0) ? A(-1) : direction;
+    param[i] = param[i] * decay - lr * sign;
+    m[i] = m[i] * beta2 + one_minus_beta2 * g;
   }
 }
 
@@ -120,6 +178,20 @@ void AdamWCpu(const Exec& exec, const AdamWArgs& a) {
       Update<double>(a, t);
     } else {
       Update<float>(a, t);
+    }
+  }
+}
+
+void AdamW8bitCpu(const Exec& exec, const AdamW8bitArgs& a) {
+  for (const AdamW8bitTensor& t : a.tensors) Update8bit(a, t);
+}
+
+void LionCpu(const Exec& exec, const LionArgs& a) {
+  for (const LionTensor& t : a.tensors) {
+    if (t.param.dtype == DType::kF64) {
+      UpdateLion<double>(a, t);
+    } else {
+      UpdateLion<float>(a, t);
     }
   }
 }

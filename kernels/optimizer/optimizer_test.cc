@@ -1,6 +1,11 @@
-// AdamW against torch.optim.AdamW's own numbers and a reference in double; clipping.
+// AdamW against torch.optim.AdamW's own numbers and a reference in double; 8-bit AdamW and Lion
+// against bitsandbytes over 100 steps (tests/parity/optimizer); clipping.
 #include "kernels/optimizer/optimizer.h"
 
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "kernels/core/dynamic_map.h"
 #include "kernels/core/op_testing.h"
 
 namespace attune {
@@ -82,6 +87,124 @@ TEST(AdamWTest, MatchesReferenceOnManyTensors) {
       op_testing::ExpectClose(params[t], want[t], dtype == DType::kF64 ? 1e-14 : 1e-6, "param");
     }
   }
+}
+
+TEST(AdamWTest, AParameterGroupHasItsLearningRate) {
+  Tensor param(DType::kF32, {3}), grad(DType::kF32, {3}), m(DType::kF32, {3}), v(DType::kF32, {3});
+  const auto step = [&](double lr, double lr_scale) {
+    param.Assign({1, 2, 3}), grad.Assign({0.1, -0.2, 3}), m.Constant(0), v.Constant(0);
+    const AdamWTensor tensors[] = {{param, grad, m, v, 0.1, lr_scale}};
+    AdamW(CpuExec(), {.tensors = tensors, .lr = lr});
+    return param.ToVector();
+  };
+  EXPECT_EQ(step(1e-2, 8), step(8e-2, 1));
+  EXPECT_NE(step(1e-2, 8), step(1e-2, 1));
+}
+
+const nlohmann::json& Golden() {
+  static const nlohmann::json golden = [] {
+    std::ifstream in(std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/optimizer/golden.json");
+    return nlohmann::json::parse(in);
+  }();
+  return golden;
+}
+
+// The formulas of make_golden.py.
+Tensor GoldenParameters() {
+  Tensor param(DType::kF32, {Golden()["size"].get<int64_t>()});
+  for (int64_t i = 0; i < param.size(); ++i) {
+    param.Set(i, 0.5 * std::sin(1.7 * static_cast<double>(i)));
+  }
+  return param;
+}
+void SetGoldenGradient(int64_t step, Tensor* grad) {
+  for (int64_t i = 0; i < grad->size(); ++i) {
+    const double wave = std::sin(0.37 * static_cast<double>(i) + 0.11 * static_cast<double>(step));
+    grad->Set(i, i % 11 == 3 ? 0.0 : std::pow(10.0, static_cast<double>(-(i % 7))) * wave);
+  }
+}
+
+int64_t DifferentCodes(const Tensor& codes, const nlohmann::json& want) {
+  int64_t different = 0;
+  for (int64_t i = 0; i < codes.size(); ++i) {
+    const int apart = std::abs(static_cast<int>(codes[i]) - want[i].get<int>());
+    EXPECT_LE(apart, 1) << i;
+    different += apart != 0;
+  }
+  return different;
+}
+
+TEST(AdamW8bitTest, MapsAreThoseOfBitsandbytes) {
+  for (int i = 0; i < 256; ++i) {
+    EXPECT_EQ(DynamicMap(true)[i], Golden()["signed_map"][i].get<float>()) << i;
+    EXPECT_EQ(DynamicMap(false)[i], Golden()["unsigned_map"][i].get<float>()) << i;
+    EXPECT_EQ(NearestDynamicCode(DynamicMap(false), DynamicMap(false)[i]), i);
+  }
+}
+
+TEST(AdamW8bitTest, EqualsBitsandbytesOver100Steps) {
+  Tensor param = GoldenParameters();
+  const int64_t n = param.size(), blocks = AdamW8bitBlocks(n);
+  ASSERT_EQ(blocks, 3);
+  Tensor grad(DType::kF32, {n}), m(DType::kU8, {n}), v(DType::kU8, {n});
+  Tensor m_absmax(DType::kF32, {blocks}), v_absmax(DType::kF32, {blocks});
+  m_absmax.Constant(0), v_absmax.Constant(0);  // the codes are poison, which is no matter
+  for (int64_t step = 0; step < Golden()["steps"].get<int64_t>(); ++step) {
+    SetGoldenGradient(step, &grad);
+    const AdamW8bitTensor tensors[] = {{param, grad, m, v, m_absmax, v_absmax, 0.1}};
+    AdamW8bit(CpuExec(), {.tensors = tensors,
+                          .lr = 1e-2,
+                          .beta1 = 0.9,
+                          .beta2 = 0.95,
+                          .eps = 1e-8,
+                          .step = step + 1});
+  }
+  const nlohmann::json& want = Golden()["adamw_8bit"];
+  op_testing::ExpectClose(param, want["param"], 1e-5, "param");
+  op_testing::ExpectClose(m_absmax, want["m_absmax"], 1e-6, "m_absmax");
+  op_testing::ExpectClose(v_absmax, want["v_absmax"], 1e-6, "v_absmax");
+  // A value between two codes may fall to either by a last bit.
+  EXPECT_LE(DifferentCodes(m, want["m"]), 2);
+  EXPECT_LE(DifferentCodes(v, want["v"]), 2);
+  for (const Tensor* x : {&param, &m, &v, &m_absmax, &v_absmax}) x->ExpectGuardsIntact();
+}
+
+TEST(AdamW8bitTest, IsCloseToAdamWAndTheSameOnAnyThreadCount) {
+  constexpr int64_t kElements = 40001;
+  op_testing::ExpectSameOnAnyThreadCount([&] {
+    std::mt19937_64 rng(3);
+    Tensor param(DType::kF32, {kElements}), grad(DType::kF32, {kElements});
+    Tensor m(DType::kU8, {kElements}), v(DType::kU8, {kElements});
+    Tensor m_absmax(DType::kF32, {AdamW8bitBlocks(kElements)}), v_absmax = m_absmax;
+    m_absmax.Constant(0), v_absmax.Constant(0);
+    param.Random(&rng);
+    Tensor exact = param, exact_m(DType::kF32, {kElements}), exact_v = exact_m;
+    exact_m.Constant(0), exact_v.Constant(0);
+    for (int step = 1; step <= 5; ++step) {
+      grad.Random(&rng);
+      const AdamW8bitTensor tensors[] = {{param, grad, m, v, m_absmax, v_absmax}};
+      AdamW8bit(CpuExec(), {.tensors = tensors, .lr = 1e-2, .step = step});
+      const AdamWTensor wide[] = {{exact, grad, exact_m, exact_v}};
+      AdamW(CpuExec(), {.tensors = wide, .lr = 1e-2, .step = step});
+    }
+    double error = 0;
+    for (int64_t i = 0; i < kElements; ++i) error += std::abs(param[i] - exact[i]);
+    EXPECT_LT(error / kElements, 1e-3);
+    EXPECT_GT(error, 0);
+    return param.bytes();
+  });
+}
+
+TEST(LionTest, EqualsBitsandbytesOver100Steps) {
+  Tensor param = GoldenParameters(), grad(DType::kF32, {param.size()}), m = grad;
+  m.Constant(0);
+  for (int64_t step = 0; step < Golden()["steps"].get<int64_t>(); ++step) {
+    SetGoldenGradient(step, &grad);
+    const LionTensor tensors[] = {{param, grad, m, 0.1}};
+    Lion(CpuExec(), {.tensors = tensors, .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.99});
+  }
+  op_testing::ExpectClose(param, Golden()["lion"]["param"], 1e-6, "param");
+  op_testing::ExpectClose(m, Golden()["lion"]["m"], 1e-6, "m");
 }
 
 double NormSquared(std::initializer_list<const Tensor*> tensors) {

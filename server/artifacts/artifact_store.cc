@@ -167,7 +167,7 @@ absl::StatusOr<v1::Artifact> ArtifactStore::Create(v1::ArtifactKind kind,
                                                    const std::vector<v1::ArtifactFile>& files,
                                                    absl::Time now) {
   if (kind == v1::ARTIFACT_KIND_UNSPECIFIED || !v1::ArtifactKind_IsValid(kind)) {
-    return InvalidFields({{"kind", "must be DATASET, MODEL or CHECKPOINT"}}, "");
+    return InvalidFields({{"kind", "must be DATASET, MODEL, CHECKPOINT or ADAPTER"}}, "");
   }
   if (absl::Status status = CheckFiles(files); !status.ok()) return status;
   std::vector<v1::ArtifactFile> sorted = files;

@@ -203,6 +203,7 @@ void Coordinator::CountArtifact(const std::string& artifact, int by) {
 
 void Coordinator::CountArtifacts(const v1::JobSpec& spec, int by) {
   CountArtifact(spec.model().source().artifact(), by);
+  CountArtifact(spec.lora().init_from().artifact(), by);
   for (const auto& dataset : spec.datasets()) CountArtifact(dataset.source().artifact(), by);
   for (const auto& dataset : spec.evaluation().datasets()) {
     CountArtifact(dataset.source().artifact(), by);
@@ -287,16 +288,38 @@ absl::StatusOr<v1::Checkpoint> Coordinator::GetCheckpoint(const std::string& nam
   if (!id.ok()) return id.status();
   const absl::StatusOr<v1::Job> job = GetJob(id->job);
   if (!job.ok()) return job.status();
-  const auto& checkpoints = jobs_.at(id->job).checkpoints;
-  const auto it = id->step >= 0         ? checkpoints.find(id->step)
-                  : checkpoints.empty() ? checkpoints.end()
-                                        : std::prev(checkpoints.end());
-  if (it == checkpoints.end()) {
+  const JobEntry& entry = jobs_.at(id->job);
+  const v1::Checkpoint* found = nullptr;
+  if (id->step == kResultCheckpoint) {
+    found = ResultCheckpoint(entry);
+  } else if (id->step == kBestCheckpoint) {
+    found = BestCheckpoint(entry);
+  } else if (id->step == kLastCheckpoint) {
+    if (!entry.checkpoints.empty()) found = &entry.checkpoints.rbegin()->second.checkpoint;
+  } else if (const auto it = entry.checkpoints.find(id->step); it != entry.checkpoints.end()) {
+    found = &it->second.checkpoint;
+  }
+  if (found == nullptr) {
     return ErrorWithReason(
         absl::StatusCode::kNotFound, "CHECKPOINT_NOT_FOUND",
         absl::StrCat("there is no checkpoint '", name, "'; list the checkpoints of ", id->job));
   }
-  return it->second.checkpoint;
+  return *found;
+}
+
+const v1::Checkpoint* Coordinator::BestCheckpoint(const JobEntry& entry) {
+  const v1::Checkpoint* best = nullptr;
+  for (const auto& [step, record] : entry.checkpoints) {
+    if (record.checkpoint.best()) best = &record.checkpoint;  // each is better than those before
+  }
+  return best;
+}
+
+const v1::Checkpoint* Coordinator::ResultCheckpoint(const JobEntry& entry) {
+  if (entry.checkpoints.empty()) return nullptr;
+  const v1::Checkpoint* best = BestCheckpoint(entry);
+  const bool want_best = entry.job().spec().checkpoints().load_best_model_at_end();
+  return want_best && best != nullptr ? best : &entry.checkpoints.rbegin()->second.checkpoint;
 }
 
 CoordinatorStats Coordinator::Stats() const {

@@ -93,7 +93,7 @@ class Coordinator {
     SessionId session = 0;  // 0: not connected
     absl::Time last_heard;
     bool lost = false;
-    std::set<int64_t> live;  // epochs of leases that have not ended
+    std::set<int64_t> live;                            // epochs of leases that have not ended
     std::map<std::string, v1::DeviceStatus> statuses;  // of its GPUs, as last heard, by Device.id
 
     bool Faulty(const std::string& device) const {
@@ -147,6 +147,10 @@ class Coordinator {
   void ApplyCheckpoint(JobEntry* entry, const v1::CheckpointStored& stored);
   void ApplyValidation(JobEntry* entry, const v1::ValidationReport& report);
   void RetainCheckpoints(JobEntry* entry);
+  // With the lowest evaluation loss; null if there was no evaluation.
+  static const v1::Checkpoint* BestCheckpoint(const JobEntry& entry);
+  // The best or the last, as the spec says; null if there is none.
+  static const v1::Checkpoint* ResultCheckpoint(const JobEntry& entry);
   void DropCheckpoint(JobEntry* entry, int64_t step);
 
   // coordinator_attempts.cc: attempts begin and end.

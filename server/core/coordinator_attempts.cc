@@ -326,7 +326,7 @@ void Coordinator::FinishAttempt(JobEntry* entry) {
     if (job.state() == v1::JOB_STATE_STARTING) {
       SetState(entry, v1::JOB_STATE_RUNNING, "TRAINING", "trained");
     }
-    job.set_final_checkpoint(checkpoints.rbegin()->second.checkpoint.name());
+    job.set_final_checkpoint(ResultCheckpoint(*entry)->name());
     SetState(entry, v1::JOB_STATE_SUCCEEDED, "COMPLETED",
              absl::StrCat("trained; the result is ", job.final_checkpoint()));
     return;

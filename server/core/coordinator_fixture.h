@@ -147,11 +147,13 @@ class CoordinatorTest : public testing::Test {
     report.mutable_step()->set_tokens_per_s(100);
     Report(session, epoch, report);
   }
-  void Checkpoint(SessionId session, int64_t epoch, int64_t step, bool final = false) {
+  void Checkpoint(SessionId session, int64_t epoch, int64_t step, bool final = false,
+                  bool best = false) {
     v1::Report report;
     report.mutable_checkpoint()->set_step(step);
     report.mutable_checkpoint()->set_artifact(absl::StrCat("artifacts/", epoch, "-", step));
     report.mutable_checkpoint()->set_final(final);
+    report.mutable_checkpoint()->set_best(best);
     Report(session, epoch, report);
   }
   void Validate(SessionId session) {

@@ -71,17 +71,19 @@ absl::Status Coordinator::MissingArtifacts(const v1::JobSpec& spec) const {
   std::vector<FieldViolation> violations;
   const auto check = [&](const v1::Source& source, const std::string& field) {
     if (source.artifact().empty() || options_.artifact_ready(source.artifact())) return;
-    violations.push_back({absl::StrCat(field, ".source.artifact"),
+    violations.push_back({absl::StrCat(field, ".artifact"),
                           absl::StrCat("'", source.artifact(),
                                        "' is not a finished upload; upload it, then create the "
                                        "job")});
   };
-  check(spec.model().source(), "model");
+  check(spec.model().source(), "model.source");
+  check(spec.lora().init_from(), "lora.init_from");
   for (int i = 0; i < spec.datasets_size(); ++i) {
-    check(spec.datasets(i).source(), absl::StrCat("datasets[", i, "]"));
+    check(spec.datasets(i).source(), absl::StrCat("datasets[", i, "].source"));
   }
   for (int i = 0; i < spec.evaluation().datasets_size(); ++i) {
-    check(spec.evaluation().datasets(i).source(), absl::StrCat("evaluation.datasets[", i, "]"));
+    check(spec.evaluation().datasets(i).source(),
+          absl::StrCat("evaluation.datasets[", i, "].source"));
   }
   return violations.empty() ? absl::OkStatus() : InvalidFields(violations, "spec.");
 }

@@ -165,6 +165,7 @@ void Coordinator::ApplyCheckpoint(JobEntry* entry, const v1::CheckpointStored& s
   checkpoint.set_loss(stored.loss());
   checkpoint.set_evaluation_loss(stored.evaluation_loss());
   checkpoint.set_final(stored.final());
+  checkpoint.set_best(stored.best());
   CountArtifact(stored.artifact(), 1);  // before the old one is dropped: it may be the same
   DropCheckpoint(entry, stored.step());
   out_.effects.push_back(PutCheckpoint{record});
@@ -180,7 +181,16 @@ void Coordinator::ApplyCheckpoint(JobEntry* entry, const v1::CheckpointStored& s
 
 void Coordinator::RetainCheckpoints(JobEntry* entry) {
   const auto keep = static_cast<size_t>(std::max(1, entry->job().spec().checkpoints().keep()));
-  while (entry->checkpoints.size() > keep) DropCheckpoint(entry, entry->checkpoints.begin()->first);
+  const v1::Checkpoint* best = BestCheckpoint(*entry);
+  const int64_t best_step = best == nullptr ? -1 : best->step();
+  std::vector<int64_t> old;
+  for (const auto& [step, record] : entry->checkpoints) {
+    if (entry->checkpoints.size() - old.size() <= keep) break;
+    old.push_back(step);
+  }
+  for (const int64_t step : old) {
+    if (step != best_step) DropCheckpoint(entry, step);
+  }
 }
 
 void Coordinator::DropCheckpoint(JobEntry* entry, int64_t step) {

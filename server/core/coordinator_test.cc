@@ -232,6 +232,41 @@ TEST_F(CoordinatorTest, KeepsTheNewestCheckpointsAndDropsArtifactsThatNothingNee
   EXPECT_TRUE(Answer().ok());
 }
 
+TEST_F(CoordinatorTest, KeepsTheBestCheckpointBesideTheNewest) {
+  const auto [job, epoch] = RunJob();
+  EXPECT_FALSE(coordinator_->GetCheckpoint(job + "/checkpoints/best").ok());
+  for (int step = 1; step <= 6; ++step) {
+    Checkpoint(session_, epoch, step, /*final=*/step == 6, /*best=*/step == 1 || step == 2);
+  }
+  const auto kept = coordinator_->ListCheckpoints(job);
+  ASSERT_EQ(kept->size(), 3u);
+  EXPECT_EQ((*kept)[0].step(), 2);
+  EXPECT_EQ((*kept)[1].step(), 5);
+  EXPECT_EQ(coordinator_->GetCheckpoint(job + "/checkpoints/best")->step(), 2);
+  EXPECT_EQ(coordinator_->GetCheckpoint(job + "/checkpoints/result")->step(), 6);
+  EXPECT_EQ(coordinator_->GetCheckpoint(job + "/checkpoints/last")->step(), 6);
+  End(session_, epoch, v1::LEASE_OUTCOME_COMPLETED);
+  EXPECT_EQ(Get(job).final_checkpoint(), job + "/checkpoints/6");
+}
+
+TEST_F(CoordinatorTest, TheResultIsTheBestCheckpointWhereTheSpecSaysSo) {
+  const SessionId session = Register("workers/a", 1);
+  v1::JobSpec spec = MakeSpec();
+  spec.mutable_evaluation()->set_fraction(0.1);
+  spec.mutable_checkpoints()->set_load_best_model_at_end(true);
+  const std::string job = Create(spec);
+  Validate(session);
+  const int64_t epoch = LastLease(session, v1::LEASE_KIND_TRAIN).epoch();
+  Running(session, epoch);
+  Checkpoint(session, epoch, 1, /*final=*/false, /*best=*/true);
+  Checkpoint(session, epoch, 2);
+  Checkpoint(session, epoch, 3, /*final=*/true);
+  End(session, epoch, v1::LEASE_OUTCOME_COMPLETED);
+  EXPECT_EQ(Get(job).state(), v1::JOB_STATE_SUCCEEDED);
+  EXPECT_EQ(Get(job).final_checkpoint(), job + "/checkpoints/1");
+  EXPECT_EQ(coordinator_->GetCheckpoint(job + "/checkpoints/result")->step(), 1);
+}
+
 TEST_F(CoordinatorTest, AnIncompleteCheckpointIsNotCommitted) {
   const auto [job, epoch] = RunJob();
   missing_.insert(absl::StrCat("artifacts/", epoch, "-1"));

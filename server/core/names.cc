@@ -65,16 +65,18 @@ absl::StatusOr<CheckpointId> ParseCheckpointName(const std::string& name) {
   if (middle != std::string::npos) {
     id.job = name.substr(0, middle);
     const std::string step = name.substr(middle + sizeof(kMiddle) - 1);
-    if (step == "last") id.step = -1;
-    if (IsJobName(id.job) &&
-        (id.step == -1 || (absl::SimpleAtoi(step, &id.step) && id.step >= 0))) {
+    if (step == "last") id.step = kLastCheckpoint;
+    if (step == "best") id.step = kBestCheckpoint;
+    if (step == "result") id.step = kResultCheckpoint;
+    if (IsJobName(id.job) && (id.step < 0 || (absl::SimpleAtoi(step, &id.step) && id.step >= 0))) {
       return id;
     }
   }
   return ErrorWithReason(absl::StatusCode::kInvalidArgument, "INVALID_NAME",
                          absl::StrCat("'", name,
                                       "' is not the name of a checkpoint: it must be "
-                                      "jobs/{id}/checkpoints/{step}, or .../last"));
+                                      "jobs/{id}/checkpoints/{step}, or .../last, "
+                                      ".../best, .../result"));
 }
 
 std::string MakeResumeToken(StreamKind kind, int64_t revision) {

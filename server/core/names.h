@@ -1,7 +1,7 @@
 // Resource names and the opaque tokens of lists and streams.
 //
 //   jobs/{id}                     id: [a-z0-9-]{1,63}; made by the coordinator
-//   jobs/{id}/checkpoints/{step}  step: decimal, or "last" in requests
+//   jobs/{id}/checkpoints/{step}  step: decimal; in requests also "last", "best", "result"
 //   workers/{id}                  id: [A-Za-z0-9._-]{1,63}
 //   artifacts/{id}                id: 64 lower-case hexadecimal digits
 //   resume token                  {e|m|l}{revision}-{crc32c, 8 hex digits}
@@ -21,9 +21,15 @@ bool IsWorkerName(const std::string& name);
 
 std::string CheckpointName(const std::string& job, int64_t step);
 
+// Which checkpoint of a job: the newest, the best by evaluation loss, or the one that is the job's
+// result (best or last, as its spec says), where it is no step.
+constexpr int64_t kLastCheckpoint = -1;
+constexpr int64_t kBestCheckpoint = -2;
+constexpr int64_t kResultCheckpoint = -3;
+
 struct CheckpointId {
   std::string job;
-  int64_t step = 0;  // -1: "last"
+  int64_t step = 0;  // or one of the above
 };
 absl::StatusOr<CheckpointId> ParseCheckpointName(const std::string& name);
 

@@ -13,7 +13,9 @@ TEST(NamesTest, ResourceNames) {
   EXPECT_TRUE(IsWorkerName("workers/Host.example_1-x"));
   EXPECT_FALSE(IsWorkerName("workers/a b"));
   EXPECT_EQ(ParseCheckpointName("jobs/a/checkpoints/12")->step, 12);
-  EXPECT_EQ(ParseCheckpointName("jobs/a/checkpoints/last")->step, -1);
+  EXPECT_EQ(ParseCheckpointName("jobs/a/checkpoints/last")->step, kLastCheckpoint);
+  EXPECT_EQ(ParseCheckpointName("jobs/a/checkpoints/best")->step, kBestCheckpoint);
+  EXPECT_EQ(ParseCheckpointName("jobs/a/checkpoints/result")->step, kResultCheckpoint);
   for (const char* wrong : {"jobs/a", "jobs/a/checkpoints/", "jobs/a/checkpoints/-1",
                             "jobs/A/checkpoints/1", "jobs/a/checkpoints/1x"}) {
     EXPECT_FALSE(ParseCheckpointName(wrong).ok()) << wrong;

@@ -20,7 +20,7 @@ SPEC = """model:
   source: {path: %s}
 datasets:
   - source: {path: %s}
-schedule: {steps: 1}
+schedule: %s
 batch: {micro_batch_tokens: 256, micro_batches: 1}
 """
 
@@ -49,6 +49,7 @@ class Case:
         self.data.write_text(GOOD_LINE * 3)
         self.spec = directory / "job.yaml"
         self.extra = ""
+        self.schedule = "{steps: 1}"
 
     def own(self, name):
         """The file `name` of the model as a copy of its own."""
@@ -144,6 +145,17 @@ def extra(text):
     return change
 
 
+def adapter(**changes):
+    """Starts from an adapter of rank 4 without weights, whose config is changed."""
+    def change(case):
+        directory = case.model.parent / "adapter"
+        directory.mkdir()
+        config = dict(peft_type="LORA", r=4, lora_alpha=4, target_modules=["q_proj"])
+        (directory / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        case.extra = "lora: {r: 4, init_from: {path: %s}}\n" % directory
+    return change
+
+
 def remove(name):
     return lambda case: (case.model / name).unlink()
 
@@ -224,6 +236,21 @@ CASES = {
     "unknown target module": (extra("lora: {target_modules: [q_prj]}\n"), r"q_prj.*q_proj"),
     "unknown spec field": (extra("lerning_rate: 1\n"), r"job\.yaml:7: lerning_rate: unknown field"),
     "value out of range": (extra("lora: {r: 0}\n"), r"job\.yaml:7: lora\.r: is 0"),
+    "adapter that is not there": (extra("lora: {init_from: {path: nowhere}}\n"), r"lora\.init_from: "),
+    "adapter of another rank": (adapter(r=8), r"lora\.r: is 4, but \S+ has 8"),
+    "adapter with DoRA": (adapter(use_dora=True), r"lora\.init_from: .*use_dora is not built"),
+    "adapter without weights": (adapter(), r"adapter_model\.safetensors"),
+    "epsilon of lion": (extra("optimizer: {kind: lion, epsilon: 1e-8}\n"),
+                        r"job\.yaml:7: optimizer\.epsilon: is not of .lion"),
+    "patience without held-out data": (
+        extra("evaluation: {early_stopping: {patience: 2}}\n"),
+        r"job\.yaml:7: evaluation\.early_stopping\.patience: needs held-out data"),
+    "decay longer than the run": (
+        lambda c: setattr(c, "schedule", "{steps: 4, kind: warmup_stable_decay, decay_steps: 9}"),
+        r"schedule\.decay_steps: 0 steps of warm-up and 9 of decay are more than the 4 steps"),
+    "schedule with another's field": (
+        lambda c: setattr(c, "schedule", "{steps: 1, num_cycles: 2}"),
+        r"job\.yaml:5: schedule\.num_cycles: is for the schedule .cosine_with_restarts"),
     "digest of another model": (lambda c: None, r"model\.digest"),
 }
 
@@ -231,7 +258,7 @@ CASES = {
 def break_case(name, directory, model=MODEL):
     case = Case(directory, model)
     CASES[name][0](case)
-    text = SPEC % (case.model, case.data) + case.extra
+    text = SPEC % (case.model, case.data, case.schedule) + case.extra
     if name == "digest of another model":
         text = text.replace("model:\n", "model:\n  digest: %s\n" % ("0" * 64))
     if name == "weight of nothing":
@@ -253,7 +280,7 @@ class BadInput(unittest.TestCase):
 
     def test_the_case_itself_is_right(self):
         case = Case(self.directory / "good")
-        case.spec.write_text(SPEC % (case.model, case.data))
+        case.spec.write_text(SPEC % (case.model, case.data, case.schedule))
         done = self.validate(case.spec)
         self.assertEqual(done.returncode, 0, done.stderr)
 

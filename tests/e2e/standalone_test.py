@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """attune-trainer alone, as docs/trainer.md says: a job from a spec, two ranks on one machine, and a
 run that is interrupted and resumed. Files are compared byte for byte."""
+import json
 import os
 import pathlib
 import re
@@ -73,6 +74,59 @@ class Standalone(unittest.TestCase):
         resume = self.directory / "parts" / f"checkpoint-{max(steps)}"
         self.end(self.start("parts", "--threads", 1, "--resume", resume), "parts")
         self.assertEqual(self.files("parts"), whole)
+
+    def test_whatever_trains_resumes_bit_for_bit(self):
+        text = (SPEC.replace("keep: 3", "keep: 20").replace("dropout: 0.05", "dropout: 0.05, "
+                "use_rslora: true, loraplus_lr_ratio: 4") + "sft: {neftune_noise_alpha: 5, "
+                "label_smoothing_factor: 0.1, z_loss_weight: 0.001}\n")
+        plain = None
+        for kind in ("adamw", "adamw_8bit", "lion"):
+            with self.subTest(kind):
+                self.spec.write_text(text.replace("learning_rate: 0.003",
+                                                  f"learning_rate: 0.001, kind: {kind}"))
+                self.end(self.start(kind, "--threads", 1), kind)
+                whole = self.files(kind)
+                losses = self.losses(kind)
+                self.assertLess(losses[STEPS], losses[1] - 0.5)
+                self.assertNotEqual(whole["adapter/adapter_model.safetensors"], plain)
+                plain = whole["adapter/adapter_model.safetensors"]
+                again = self.start(f"{kind}-again", "--threads", 1, "--resume",
+                                   self.directory / kind / "checkpoint-5")
+                self.end(again, f"{kind}-again")
+                self.assertEqual(self.files(f"{kind}-again"), whole)
+                config = json.loads(whole["adapter/adapter_config.json"])
+                self.assertTrue(config["use_rslora"])
+        sizes = {kind: (self.directory / kind / f"checkpoint-{STEPS}/trainer/optimizer.safetensors")
+                 .stat().st_size for kind in ("adamw", "adamw_8bit", "lion")}
+        self.assertLess(sizes["adamw_8bit"], 0.3 * sizes["adamw"])
+        self.assertLess(sizes["lion"], 0.55 * sizes["adamw"])
+
+    def test_an_adapter_is_trained_further(self):
+        self.spec.write_text(SPEC.replace("dropout: 0.05", "alpha: 12, target_modules: [q_proj, "
+                                          "down_proj]"))
+        self.end(self.start("first", "--threads", 1), "first")
+        adapter = self.directory / "first" / f"checkpoint-{STEPS}" / "adapter"
+        # With a learning rate of 0 it stays as it is; the checkpoint's directory does as well.
+        for source in (adapter, adapter.parent):
+            self.spec.write_text(SPEC.replace("{r: 8, dropout: 0.05}",
+                                              "{init_from: {path: %s}}" % source)
+                                 .replace("0.003", "0"))
+            self.end(self.start("same", "--threads", 1), "same")
+            files = self.files("same")
+            self.assertEqual(files["adapter/adapter_model.safetensors"],
+                             (adapter / "adapter_model.safetensors").read_bytes())
+            config = json.loads(files["adapter/adapter_config.json"])
+            self.assertEqual((config["r"], config["lora_alpha"]), (8, 12))
+            self.assertEqual(config["target_modules"], ["down_proj", "q_proj"])
+            shutil.rmtree(self.directory / "same")
+        self.spec.write_text(SPEC.replace("{r: 8, dropout: 0.05}",
+                                          "{init_from: {path: %s}}" % adapter))
+        self.end(self.start("further", "--threads", 1), "further")
+        self.assertLess(self.losses("further")[3], self.losses("first")[3] - 0.5)
+        self.spec.write_text(SPEC.replace("{r: 8, dropout: 0.05}",
+                                          "{r: 9, init_from: {path: %s}}" % adapter))
+        self.end(self.start("other", "--threads", 1), "other", code=10)
+        self.assertRegex(self.log("other"), r"lora\.r: is 9, but \S+ has 8")
 
     def test_two_ranks_train_as_one(self):
         self.end(self.start("one"), "one")

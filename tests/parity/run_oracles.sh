@@ -31,6 +31,17 @@ print("the same documents; losses within", worst)
 PY
 done
 
+echo "== schedule golden file"
+"$python" tests/parity/schedule/make_golden.py --out "$scratch/schedule.json"
+cmp "$scratch/schedule.json" tests/parity/schedule/golden.json
+echo "== early stopping golden file"
+"$python" tests/parity/early_stopping/make_golden.py --out "$scratch/early_stopping.json"
+cmp "$scratch/early_stopping.json" tests/parity/early_stopping/golden.json
+
+echo "== optimiser golden file"
+"$python" tests/parity/optimizer/make_golden.py --out "$scratch/optimizer.json"
+cmp "$scratch/optimizer.json" tests/parity/optimizer/golden.json
+
 # Their scripts write beside themselves.
 echo "== NF4 and text golden files"
 cp -r tests/parity/nf4 tests/parity/text "$scratch"
@@ -44,6 +55,9 @@ echo "made anew, and the same"
 echo "== PEFT loads our adapter"
 "$python" tests/parity/engine/check_peft.py "$bin" examples/quickstart/model "$adapter"
 "$python" tests/parity/engine/check_peft.py "$bin" tests/parity/engine/golden/*
+
+echo "== merge"
+"$python" tests/parity/merge/check_merge.py "$bin"
 
 echo "== tokenizers"
 "$python" tests/parity/text/check_tokenizer.py "$bin/encode_tool" tests/parity/text

@@ -330,6 +330,7 @@ LeaseMachine::Actions LeaseMachine::OnStored(const std::string& artifact, int64_
   stored->set_loss(written.loss());
   stored->set_evaluation_loss(written.evaluation_loss());
   stored->set_final(written.final());
+  stored->set_best(written.best());
   final_stored_ = final_stored_ || written.final();
   Report(std::move(report), &actions);
   if (!ranks_[0].exited) {

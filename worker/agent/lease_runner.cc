@@ -221,6 +221,14 @@ absl::StatusOr<LeaseRunner::Sources> LeaseRunner::FetchSources() {
   status = fetch_all(lease.spec().evaluation().datasets(), "evaluation.datasets",
                      &sources.evaluation_files);
   if (!status.ok()) return status;
+  if (lease.spec().lora().has_init_from()) {
+    absl::StatusOr<std::string> adapter = FetchSource(lease.spec().lora().init_from(), true);
+    if (!adapter.ok()) {
+      return absl::Status(adapter.status().code(),
+                          absl::StrCat("lora.init_from: ", adapter.status().message()));
+    }
+    sources.adapter_directory = *adapter;
+  }
   if (!lease.checkpoint_artifact().empty()) {
     v1::Source checkpoint;
     checkpoint.set_artifact(lease.checkpoint_artifact());
@@ -263,7 +271,7 @@ absl::StatusOr<std::string> LeaseRunner::FetchSource(const v1::Source& source, b
   std::error_code error;
   if (fs::is_directory(path, error) != directory) {
     return absl::InvalidArgumentError(
-        absl::StrCat(source.path(), directory ? " is a file; a model is a directory"
+        absl::StrCat(source.path(), directory ? " is a file; a model or an adapter is a directory"
                                               : " is a directory; a "
                                                 "dataset is a file"));
   }
@@ -319,6 +327,7 @@ v1::TrainerAssignment LeaseRunner::AssignmentOf(int rank) const {
   assignment.set_world_size(std::max(1, lease.world_size()));
   assignment.set_work_directory(directory_ + "/work");
   assignment.set_checkpoint_directory(sources_->checkpoint_directory);
+  assignment.set_adapter_directory(sources_->adapter_directory);
   assignment.set_digest_cache(context_->digest_cache);
   if (machine_.trainers() < lease.world_size()) {
     assignment.set_bind_address(context_->bind_address);

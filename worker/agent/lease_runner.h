@@ -91,6 +91,7 @@ class LeaseRunner {
     std::vector<std::string> dataset_files;
     std::vector<std::string> evaluation_files;
     std::string checkpoint_directory;
+    std::string adapter_directory;
   };
   class Worker;
 

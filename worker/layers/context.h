@@ -26,6 +26,8 @@ struct LayerContext {
   Arena* arena = nullptr;
   DType dtype = DType::kF32;  // of activations and products: f32, bf16; f64 in gradient checks
   DropoutStream dropout;
+  // NEFTune's alpha, with the dropout's seed, step and pack. 0: off, as in evaluation
+  double neftune_noise_alpha = 0;
   // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
   bool fused_lora = false;
   WeightPrefetcher* prefetcher = nullptr;  // null: weights are expanded when they are used

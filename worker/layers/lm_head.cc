@@ -49,6 +49,8 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
                             .correct = correct.Slice(0, 0, R),
                             .grad_scale = args.grad_scale,
                             .softcap = logit_softcap,
+                            .label_smoothing = args.label_smoothing,
+                            .z_loss = args.z_loss,
                             .want_grad = want_grad});
     SumToScalar(ctx.exec, {.x = loss.Slice(0, 0, R), .out = args.loss, .accumulate = true});
     if (args.correct.defined()) {

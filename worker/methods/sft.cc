@@ -1,4 +1,5 @@
-// Supervised fine-tuning: next-token cross entropy on the trained tokens.
+// Supervised fine-tuning: next-token cross entropy on the trained tokens; in training with label
+// smoothing and z-loss, if the spec wants them, and noise on the embeddings.
 #include "kernels/core/check.h"
 #include "worker/methods/method.h"
 
@@ -7,8 +8,12 @@ namespace {
 
 class Sft : public Method {
  public:
-  void Train(const LayerContext& ctx, const Model& model, const PackBatch& batch,
+  explicit Sft(const v1::SftSpec& spec) : spec_(spec) {}
+
+  void Train(const LayerContext& outer, const Model& model, const PackBatch& batch,
              const TrainArgs& args) const override {
+    LayerContext ctx = outer;
+    ctx.neftune_noise_alpha = spec_.neftune_noise_alpha();
     ArenaScope saved_scope(ctx.arena, ArenaEnd::kBottom);
     ArenaScope scratch_scope(ctx.arena);
     SavedModel saved;
@@ -19,7 +24,9 @@ class Sft : public Method {
                        .delta = hidden.delta,
                        .loss = args.loss,
                        .grad_scale = args.grad_scale,
-                       .dx = dx.Slice(1, 0, model.config().hidden_size)});
+                       .dx = dx.Slice(1, 0, model.config().hidden_size),
+                       .label_smoothing = spec_.label_smoothing_factor(),
+                       .z_loss = spec_.z_loss_weight()});
     model.Backward(ctx, batch, saved, dx);
   }
 
@@ -31,6 +38,9 @@ class Sft : public Method {
         ctx, batch,
         {.x = hidden.x, .delta = hidden.delta, .loss = args.loss, .correct = args.correct});
   }
+
+ private:
+  v1::SftSpec spec_;
 };
 
 }  // namespace
@@ -38,7 +48,7 @@ class Sft : public Method {
 std::unique_ptr<Method> NewMethod(const v1::JobSpec& spec) {
   switch (spec.method_case()) {
     case v1::JobSpec::kSft:
-      return std::make_unique<Sft>();
+      return std::make_unique<Sft>(spec.sft());
     case v1::JobSpec::METHOD_NOT_SET:
       break;  // ApplyDefaults has set one
   }

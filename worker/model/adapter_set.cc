@@ -39,8 +39,10 @@ void PlaceEntries(AdapterLayout* layout) {
 
 absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
                                              int64_t r, double alpha,
-                                             const std::vector<std::string>& target_modules) {
-  AdapterLayout layout{.r = r, .alpha = alpha, .target_modules = target_modules};
+                                             const std::vector<std::string>& target_modules,
+                                             bool use_rslora) {
+  AdapterLayout layout{
+      .r = r, .alpha = alpha, .use_rslora = use_rslora, .target_modules = target_modules};
   std::vector<bool> used(target_modules.size());
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (Linear linear : LinearsOf(config)) {
@@ -80,8 +82,6 @@ AdapterSet::AdapterSet(const LayerContext& ctx, AdapterLayout layout, bool train
       ctx.dtype == dtype ? master_ : room(MemoryClass::kAdapter, ctx.dtype, layout_.elements);
   if (!train) return;
   grad_with_tail_ = room(MemoryClass::kAdapter, dtype, layout_.elements + kTail);
-  m_ = room(MemoryClass::kOptimizer, dtype, layout_.elements);
-  v_ = room(MemoryClass::kOptimizer, dtype, layout_.elements);
 }
 
 TensorView AdapterSet::A(const AdapterEntry& entry, const TensorView& flat) const {
@@ -96,10 +96,6 @@ TensorView AdapterSet::B(const AdapterEntry& entry, const TensorView& flat) cons
 
 void AdapterSet::Initialise(const LayerContext& ctx, uint64_t seed) {
   Fill(ctx.exec, {.x = master_, .value = 0});
-  if (m_.defined()) {
-    Fill(ctx.exec, {.x = m_, .value = 0});
-    Fill(ctx.exec, {.x = v_, .value = 0});
-  }
   if (!ctx.exec.plan) {
     std::vector<float> a;
     for (const AdapterEntry& entry : layout_.entries) {

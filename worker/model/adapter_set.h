@@ -1,12 +1,13 @@
 // AdapterSet: the LoRA adapters of a job, apart from the frozen weights. Every parameter lives in
-// one flat buffer per purpose (master, gradient, moments), so that zeroing, the global norm, the
-// all-reduce and the optimiser are one call each.
+// one flat buffer per purpose (master, gradient; an optimiser's states are alike), so that zeroing,
+// the global norm, the all-reduce and the optimiser are one call each.
 //
 // Order inside a buffer: layer by layer; in a layer the linears that are one product (q, k, v; o;
 // gate, up; down) together, first each one's A (r, K), then each one's B (N, r).
 // The gradient buffer has kTail extra elements for the scalars that are summed over ranks with it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,11 +30,16 @@ struct AdapterEntry {
 struct AdapterLayout {
   int64_t r = 0;
   double alpha = 0;
+  bool use_rslora = false;
   std::vector<std::string> target_modules;  // as the user gave them
   std::vector<AdapterEntry> entries;
   int64_t elements = 0;
 
-  double scale() const { return alpha / static_cast<double>(r); }
+  // alpha / r, or alpha / sqrt(r) of rsLoRA.
+  double scale() const {
+    const double rank = static_cast<double>(r);
+    return alpha / (use_rslora ? std::sqrt(rank) : rank);
+  }
 };
 
 // The layers that `target_modules` names by suffix, as PEFT matches them: a module whose name is
@@ -41,19 +47,18 @@ struct AdapterLayout {
 // INVALID_ARGUMENT if a target matches nothing, with the modules that there are.
 absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
                                              int64_t r, double alpha,
-                                             const std::vector<std::string>& target_modules);
+                                             const std::vector<std::string>& target_modules,
+                                             bool use_rslora = false);
 
 class AdapterSet {
  public:
   static constexpr int64_t kTail = 8;
 
-  // Takes room from the arena's bottom; `train` also for gradients and moments.
+  // Takes room from the arena's bottom; `train` also for gradients.
   AdapterSet(const LayerContext& ctx, AdapterLayout layout, bool train);
 
   const AdapterLayout& layout() const { return layout_; }
   TensorView master() const { return master_; }  // (elements) f32 (f64)
-  TensorView m() const { return m_; }            // (elements) first moment
-  TensorView v() const { return v_; }            // (elements) second moment
   TensorView grad() const { return grad_with_tail_.Slice(0, 0, layout_.elements); }
   TensorView grad_with_tail() const { return grad_with_tail_; }  // (elements + kTail)
   TensorView tail() const {
@@ -66,7 +71,7 @@ class AdapterSet {
   TensorView compute() const { return compute_; }
 
   // A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT), B zero; a function of
-  // the seed alone. Moments zero.
+  // the seed alone.
   void Initialise(const LayerContext& ctx, uint64_t seed);
   // Copies the master weights into the dtype of products. After every change of the master.
   void RefreshCompute(const LayerContext& ctx);
@@ -75,7 +80,7 @@ class AdapterSet {
 
  private:
   AdapterLayout layout_;
-  TensorView master_, grad_with_tail_, m_, v_;
+  TensorView master_, grad_with_tail_;
   TensorView compute_;  // the master itself where the dtypes are the same
   int64_t version_ = 0;
 };

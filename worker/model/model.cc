@@ -413,6 +413,14 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
     if (i == 0) {
       x = block->x1;
       Embed(ctx, batch, x);
+      if (ctx.neftune_noise_alpha > 0) {
+        EmbeddingNoise(ctx.exec, {.x = x,
+                                  .num_segments = batch.segments.num_segments,
+                                  .q_begin = batch.segments.q_begin,
+                                  .step_pack = ctx.dropout.step_pack,
+                                  .alpha = ctx.neftune_noise_alpha,
+                                  .seed = ctx.dropout.seed});
+      }
     }
     x = blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, block);
     const Places places = PlacesOf(i);

@@ -48,7 +48,7 @@ Json ConfigJson(const AdapterLayout& layout, const PeftWriteOptions& options) {
                  {"lora_dropout", options.dropout},
                  {"bias", "none"},
                  {"fan_in_fan_out", false},
-                 {"use_rslora", false},
+                 {"use_rslora", layout.use_rslora},
                  {"use_dora", false},
                  {"init_lora_weights", true},
                  {"inference_mode", true},
@@ -108,7 +108,7 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
   if (*type != "LORA") {
     return absl::UnimplementedError(absl::StrCat(path, ": peft_type `", *type, "` is not LORA"));
   }
-  for (const char* flag : {"use_dora", "use_rslora", "fan_in_fan_out"}) {
+  for (const char* flag : {"use_dora", "fan_in_fan_out"}) {
     absl::StatusOr<bool> value = root.Get(flag).BoolOr(false);
     if (!value.ok()) return value.status();
     if (*value) return absl::UnimplementedError(absl::StrCat(path, ": ", flag, " is not built"));
@@ -124,13 +124,21 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
   absl::StatusOr<int64_t> r = root.Get("r").Int();
   absl::StatusOr<double> alpha = root.Get("lora_alpha").Double();
   absl::StatusOr<double> dropout = root.Get("lora_dropout").DoubleOr(0);
-  for (const absl::Status& s : {r.status(), alpha.status(), dropout.status()}) {
+  absl::StatusOr<bool> use_rslora = root.Get("use_rslora").BoolOr(false);
+  for (const absl::Status& s :
+       {r.status(), alpha.status(), dropout.status(), use_rslora.status()}) {
     if (!s.ok()) return s;
   }
   if (*r < 1 || *r > 65536) return root.Get("r").Error("must be from 1 to 65536");
-  config = {.r = *r, .alpha = *alpha, .dropout = *dropout};
+  config = {.r = *r, .alpha = *alpha, .dropout = *dropout, .use_rslora = *use_rslora};
   const JsonField targets = root.Get("target_modules");
   if (targets.has_value() && targets.json()->is_string()) {
+    if (*targets.String() != "all-linear") {
+      return absl::UnimplementedError(absl::StrCat(path, ": target_modules is a pattern (`",
+                                                   *targets.String(),
+                                                   "`), which is not built; "
+                                                   "a list of names is"));
+    }
     config.target_modules = {*targets.String()};
     return config;
   }
@@ -185,6 +193,7 @@ absl::Status ReadPeftAdapter(const LayerContext& ctx, const std::string& directo
                                                        "infinity"));
       }
     }
+    if (ctx.exec.plan) continue;
     const TensorView to = master.Slice(0, slot.offset, slot.offset + n);
     if (master.dtype == DType::kF64) {
       CopyToDevice(ctx.exec, wide.data(), to);

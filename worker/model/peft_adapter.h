@@ -15,11 +15,12 @@ struct PeftConfig {
   int64_t r = 0;
   double alpha = 0;
   double dropout = 0;
+  bool use_rslora = false;
   std::vector<std::string> target_modules;
 };
 
-// adapter_config.json. UNIMPLEMENTED for what attune does not do (DoRA, rsLoRA, biases, per-layer
-// patterns), by name.
+// adapter_config.json. UNIMPLEMENTED for what attune does not do (DoRA, biases, patterns of names
+// or layers), by name.
 absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory);
 
 // Writes both files, durably. The weights are the master's, in F32 (F64 for f64 adapters).
@@ -30,8 +31,8 @@ struct PeftWriteOptions {
 absl::Status WritePeftAdapter(const LayerContext& ctx, const AdapterSet& adapters,
                               const PeftWriteOptions& options, const std::string& directory);
 
-// Reads adapter_model.safetensors into the master weights. INVALID_ARGUMENT if a tensor is
-// missing, superfluous, has another shape, or holds NaN.
+// Reads adapter_model.safetensors into the master weights; on the plan device only looks at it.
+// INVALID_ARGUMENT if a tensor is missing, superfluous, has another shape, or holds NaN.
 absl::Status ReadPeftAdapter(const LayerContext& ctx, const std::string& directory,
                              AdapterSet* adapters);
 

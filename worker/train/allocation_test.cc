@@ -192,7 +192,7 @@ class CountingObserver : public TrainerObserver {
     ++steps;
     evaluations += metrics.has_evaluation_loss();
   }
-  void Warning(const std::string& message) override {}
+  void Event(const v1::Event& event) override {}
   void CheckpointWritten(const v1::CheckpointWritten& checkpoint) override {}
   bool StopRequested() override { return false; }
   int64_t ReleasedStep() override { return 0; }

@@ -31,48 +31,85 @@ absl::Status MakeDirectory(const std::string& path) {
   return absl::OkStatus();
 }
 
-absl::Status WriteMoments(const LayerContext& ctx, const AdapterSet& adapters,
-                          const std::string& path) {
-  const TensorView moments[] = {adapters.m(), adapters.v()};
-  const char* const names[] = {"m", "v"};
+absl::Status WriteStates(const LayerContext& ctx, const Optimizer& optimizer,
+                         const std::string& path) {
   std::vector<SafetensorsWriter::Tensor> tensors;
-  for (int i = 0; i < 2; ++i) {
-    tensors.push_back({names[i], moments[i].dtype, {moments[i].dim(0)}});
+  for (const Optimizer::State& state : optimizer.states()) {
+    tensors.push_back({state.name, state.value.dtype, {state.value.dim(0)}});
   }
   absl::StatusOr<SafetensorsWriter> writer = SafetensorsWriter::Create(path, tensors);
   if (!writer.ok()) return writer.status();
-  for (const TensorView& moment : moments) {
-    std::vector<uint8_t> host(moment.bytes());
-    CopyToHost(ctx.exec, moment, host.data());
+  for (const Optimizer::State& state : optimizer.states()) {
+    std::vector<uint8_t> host(state.value.bytes());
+    CopyToHost(ctx.exec, state.value, host.data());
     if (absl::Status s = writer->Append(host); !s.ok()) return s;
   }
   return writer->Finish();
 }
 
-absl::Status ReadMoments(const LayerContext& ctx, const std::string& path,
-                         const AdapterSet& adapters) {
+absl::Status ReadStates(const LayerContext& ctx, const std::string& path,
+                        const Optimizer& optimizer) {
   absl::StatusOr<SafetensorsFile> file = SafetensorsFile::Open(path);
   if (!file.ok()) return file.status();
-  const TensorView moments[] = {adapters.m(), adapters.v()};
-  const char* const names[] = {"m", "v"};
-  for (int i = 0; i < 2; ++i) {
-    absl::StatusOr<TensorInfo> info = file->Find(names[i]);
+  for (const Optimizer::State& state : optimizer.states()) {
+    absl::StatusOr<TensorInfo> info = file->Find(state.name);
     if (!info.ok()) return info.status();
-    if (info->dtype != moments[i].dtype || info->shape != std::vector<int64_t>{moments[i].dim(0)}) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(path, ": `", names[i], "` is not of this adapter's size and type"));
+    if (info->dtype != state.value.dtype ||
+        info->shape != std::vector<int64_t>{state.value.dim(0)}) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          path, ": `", state.name, "` is not of this adapter's and optimiser's size and type"));
     }
-    CopyToDevice(ctx.exec, info->bytes.data(), moments[i]);
+    CopyToDevice(ctx.exec, info->bytes.data(), state.value);
   }
   return absl::OkStatus();
 }
 
+// Calls f(name, field) for every field of the monitor's state, which may be const.
+template <typename State, typename F>
+void ForEachMonitorField(State& s, const F& f) {
+  f("evaluations", s.evaluations);
+  f("best_step", s.best_step);
+  f("best_loss", s.best_loss);
+  f("last_loss", s.last_loss);
+  f("without_improvement", s.without_improvement);
+  f("rises", s.rises);
+  f("told_overfitting", s.told_overfitting);
+  f("interval_steps", s.interval_steps);
+  f("interval_loss", s.interval_loss);
+  f("last_interval_loss", s.last_interval_loss);
+  f("steps", s.steps);
+  f("mean", s.mean);
+  f("variance", s.variance);
+  f("lowest_mean", s.lowest_mean);
+  f("last_spike", s.last_spike);
+  f("told_exploding", s.told_exploding);
+}
+
+absl::Status ReadField(const JsonField& field, int64_t* value) {
+  absl::StatusOr<int64_t> read = field.Int();
+  if (read.ok()) *value = *read;
+  return read.status();
+}
+absl::Status ReadField(const JsonField& field, double* value) {
+  absl::StatusOr<double> read = field.Double();
+  if (read.ok()) *value = *read;
+  return read.status();
+}
+absl::Status ReadField(const JsonField& field, bool* value) {
+  absl::StatusOr<bool> read = field.Bool();
+  if (read.ok()) *value = *read;
+  return read.status();
+}
+
 Json StateJson(const TrainerState& state) {
+  Json monitor;
+  ForEachMonitorField(state.monitor,
+                      [&](const char* name, const auto& value) { monitor[name] = value; });
   return {{"schema_version", kCheckpointSchemaVersion},
           {"step", state.step},
           {"trained_tokens", state.trained_tokens},
           {"run_digest", state.run_digest},
-          {"best_evaluation_loss", state.best_evaluation_loss}};
+          {"monitor", monitor}};
 }
 
 absl::StatusOr<TrainerState> ReadState(const std::string& path) {
@@ -82,12 +119,17 @@ absl::StatusOr<TrainerState> ReadState(const std::string& path) {
   absl::StatusOr<int64_t> step = root.Get("step").Int();
   absl::StatusOr<int64_t> tokens = root.Get("trained_tokens").Int();
   absl::StatusOr<std::string> digest = root.Get("run_digest").String();
-  absl::StatusOr<double> best = root.Get("best_evaluation_loss").Double();
-  for (const absl::Status& s : {step.status(), tokens.status(), digest.status(), best.status()}) {
+  for (const absl::Status& s : {step.status(), tokens.status(), digest.status()}) {
     if (!s.ok()) return s;
   }
   if (*step < 0) return root.Get("step").Error("is negative");
-  return TrainerState{*step, *tokens, *digest, *best};
+  TrainerState state = {*step, *tokens, *digest};
+  absl::Status status;
+  ForEachMonitorField(state.monitor, [&](const char* name, auto& value) {
+    if (status.ok()) status = ReadField(root.Get("monitor").Get(name), &value);
+  });
+  if (!status.ok()) return status;
+  return state;
 }
 
 // Every file beneath `root` but the manifest, sorted, with size and hash.
@@ -109,7 +151,8 @@ absl::StatusOr<Json> FileList(const std::string& root) {
 }
 
 absl::Status WriteContent(const LayerContext& ctx, const AdapterSet& adapters,
-                          const CheckpointContent& content, const std::string& root) {
+                          const Optimizer& optimizer, const CheckpointContent& content,
+                          const std::string& root) {
   const std::string adapter = absl::StrCat(root, "/adapter");
   const std::string trainer = absl::StrCat(root, "/trainer");
   for (const std::string& directory : {adapter, trainer}) {
@@ -125,7 +168,7 @@ absl::Status WriteContent(const LayerContext& ctx, const AdapterSet& adapters,
     if (!bytes.ok()) return bytes.status();
     if (s = WriteFileAtomic(absl::StrCat(adapter, "/", name), *bytes); !s.ok()) return s;
   }
-  if (s = WriteMoments(ctx, adapters, absl::StrCat(trainer, "/optimizer.safetensors")); !s.ok()) {
+  if (s = WriteStates(ctx, optimizer, absl::StrCat(trainer, "/optimizer.safetensors")); !s.ok()) {
     return s;
   }
   s = WriteFileAtomic(absl::StrCat(trainer, "/state.json"),
@@ -144,12 +187,13 @@ absl::Status WriteContent(const LayerContext& ctx, const AdapterSet& adapters,
 }  // namespace
 
 absl::StatusOr<std::string> WriteCheckpoint(const LayerContext& ctx, const AdapterSet& adapters,
+                                            const Optimizer& optimizer,
                                             const CheckpointContent& content,
                                             const std::string& directory) {
   const std::string path = absl::StrCat(directory, "/", kPrefix, content.state.step);
   absl::StatusOr<std::string> temporary = CreateTempDirectory(directory, kTemporaryPrefix);
   if (!temporary.ok()) return temporary.status();
-  absl::Status status = WriteContent(ctx, adapters, content, *temporary);
+  absl::Status status = WriteContent(ctx, adapters, optimizer, content, *temporary);
   if (status.ok()) {
     // The same step again, after a restart from before it: the old one has the same content.
     status = RemoveTree(path);
@@ -200,13 +244,13 @@ absl::Status VerifyCheckpoint(const std::string& checkpoint) {
 }
 
 absl::StatusOr<TrainerState> ReadCheckpoint(const LayerContext& ctx, const std::string& checkpoint,
-                                            AdapterSet* adapters) {
+                                            const Optimizer& optimizer, AdapterSet* adapters) {
   if (absl::Status s = VerifyCheckpoint(checkpoint); !s.ok()) return s;
   absl::StatusOr<TrainerState> state = ReadState(absl::StrCat(checkpoint, "/trainer/state.json"));
   if (!state.ok()) return state.status();
   absl::Status s = ReadPeftAdapter(ctx, absl::StrCat(checkpoint, "/adapter"), adapters);
   if (!s.ok()) return s;
-  s = ReadMoments(ctx, absl::StrCat(checkpoint, "/trainer/optimizer.safetensors"), *adapters);
+  s = ReadStates(ctx, absl::StrCat(checkpoint, "/trainer/optimizer.safetensors"), optimizer);
   if (!s.ok()) return s;
   return state;
 }

@@ -2,6 +2,7 @@
 
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/optimizer/optimizer.h"
+#include "worker/model/peft_adapter.h"
 
 namespace attune {
 namespace {
@@ -45,6 +46,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
           .dtype = options.dtype,
           .fused_lora = options.fused_lora && options.spec.lora().dropout() == 0};
   adapters_ = std::make_unique<AdapterSet>(ctx_, options.adapters, /*train=*/true);
+  optimizer_ = std::make_unique<Optimizer>(ctx_, *adapters_, options.spec);
   model_ = std::make_unique<Model>(ctx_, options.model,
                                    ModelOptions{.storage = StorageOf(options.spec.quantization()),
                                                 .resident = options.resident,
@@ -74,6 +76,11 @@ absl::Status Engine::Load(const WeightSource& weights, const std::function<void(
   const int64_t tokens = options_.spec.batch().micro_batch_tokens();
   if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
   adapters_->Initialise(ctx_, options_.spec.seed());
+  optimizer_->Reset(ctx_);
+  if (!options_.adapter_directory.empty()) {
+    absl::Status s = ReadPeftAdapter(ctx_, options_.adapter_directory, adapters_.get());
+    if (!s.ok()) return s;
+  }
   return model_->Load(ctx_, options_.names, weights, progress);
 }
 
@@ -145,7 +152,6 @@ absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
 }
 
 void Engine::OptimizerStep(const StepInput& input) {
-  const v1::OptimizerSpec& optimizer = options_.spec.optimizer();
   const TensorView grad = adapters_->grad();
   ArenaScope scope(&arena_);
   GradNormArgs norm = {.grads = {&grad, 1}, .norm_sq = norm_sq_};
@@ -155,19 +161,10 @@ void Engine::OptimizerStep(const StepInput& input) {
   ClipScale(ctx_.exec, {.norm_sq = norm_sq_,
                         .scale = clip_scale_,
                         .norm = norm_,
-                        .max_norm = optimizer.max_grad_norm()});
-  const AdamWTensor tensor = {.param = adapters_->master(),
-                              .grad = grad,
-                              .m = adapters_->m(),
-                              .v = adapters_->v(),
-                              .weight_decay = optimizer.weight_decay()};
-  AdamW(ctx_.exec, {.tensors = {&tensor, 1},
-                    .grad_scale = clip_scale_,
-                    .lr = input.learning_rate,
-                    .beta1 = optimizer.beta1(),
-                    .beta2 = optimizer.beta2(),
-                    .eps = optimizer.epsilon(),
-                    .step = input.step + 1});
+                        .max_norm = options_.spec.optimizer().max_grad_norm()});
+  optimizer_->Step(
+      ctx_, *adapters_,
+      {.step = input.step + 1, .learning_rate = input.learning_rate, .grad_scale = clip_scale_});
   adapters_->RefreshCompute(ctx_);
 }
 

@@ -17,6 +17,7 @@
 #include "worker/methods/pack_batch.h"
 #include "worker/model/model.h"
 #include "worker/shard/communicator.h"
+#include "worker/train/optimizer.h"
 
 namespace attune {
 
@@ -34,7 +35,8 @@ struct EngineOptions {
   ModelConfig model;
   WeightNames names;
   AdapterLayout adapters;
-  v1::JobSpec spec;  // resolved
+  std::string adapter_directory;  // PEFT adapter to start from; empty: drawn
+  v1::JobSpec spec;               // resolved
 };
 
 // What one optimiser step needs to know beside its packs.
@@ -84,6 +86,7 @@ class Engine {
                                             const std::function<void()>& progress);
 
   AdapterSet* adapters() { return adapters_.get(); }
+  const Optimizer& optimizer() const { return *optimizer_; }
   const Model& model() const { return *model_; }
   const LayerContext& context() const { return ctx_; }
   // Times every op from now on; null ends it.
@@ -99,6 +102,7 @@ class Engine {
   Arena arena_;
   LayerContext ctx_;
   std::unique_ptr<AdapterSet> adapters_;
+  std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<Method> method_;
   std::unique_ptr<PackBuffers> buffers_;

@@ -34,6 +34,11 @@ TEST_P(GradientTest, EqualsFiniteDifferencesInDouble) {
   GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF64);
   golden.options.spec.mutable_lora()->set_dropout(dropout);
   golden.options.spec.mutable_optimizer()->set_weight_decay(0);
+  if (dropout > 0) {  // with everything else that training has, too
+    golden.options.spec.mutable_sft()->set_label_smoothing_factor(0.1);
+    golden.options.spec.mutable_sft()->set_z_loss_weight(0.01);
+    golden.options.spec.mutable_sft()->set_neftune_noise_alpha(5);
+  }
   std::unique_ptr<Engine> engine = StartEngine(golden);
   const GoldenStep step = StepOf(golden, 0);
   LossAt(engine.get(), step);
@@ -64,11 +69,35 @@ TEST_P(GradientTest, EqualsFiniteDifferencesInDouble) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GradientTest,
-                         testing::Combine(testing::Values("dense", "nf4"),
+                         testing::Combine(testing::Values("dense", "nf4", "rslora"),
                                           testing::Values(0.0, 0.3)));
 INSTANTIATE_TEST_SUITE_P(Families, GradientTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
                                           testing::Values(0.0, 0.3)));
+
+// The loss with smoothing, z-loss and noise is another one, its gradient is right, and an
+// evaluation has none of them.
+TEST(EngineTest, SmoothingZLossAndNoiseAreOfTrainingAlone) {
+  GoldenCase golden = LoadGoldenCase(kGolden + "rslora", DType::kF64);
+  const auto evaluate = [&] {
+    std::unique_ptr<Engine> engine = StartEngine(golden);
+    const GoldenStep step = StepOf(golden, 0);
+    std::unique_ptr<Communicator> self = NewSelfCommunicator();
+    return engine->Evaluate(step.packs, step.input.trained_tokens, self.get(), [] {}).value().loss;
+  };
+  const double plain = evaluate(), trained = LossAt(StartEngine(golden).get(), StepOf(golden, 0));
+  EXPECT_NEAR(plain, trained, 1e-12);
+  v1::SftSpec* sft = golden.options.spec.mutable_sft();
+  sft->set_label_smoothing_factor(0.1);
+  const double smooth = LossAt(StartEngine(golden).get(), StepOf(golden, 0));
+  EXPECT_GT(std::abs(smooth - plain), 1e-3);
+  sft->set_z_loss_weight(0.01);
+  const double with_z = LossAt(StartEngine(golden).get(), StepOf(golden, 0));
+  EXPECT_GT(with_z, smooth + 1e-3);
+  sft->set_neftune_noise_alpha(20);
+  EXPECT_GT(std::abs(LossAt(StartEngine(golden).get(), StepOf(golden, 0)) - with_z), 1e-4);
+  EXPECT_EQ(evaluate(), plain);
+}
 
 class PlanTest : public testing::TestWithParam<std::tuple<const char*, DType>> {};
 

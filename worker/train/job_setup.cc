@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <set>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/matmul/matmul.h"
 #include "proto/job_spec.h"
@@ -13,8 +15,10 @@
 #include "worker/data/mixing.h"
 #include "worker/io/file.h"
 #include "worker/methods/pack_batch.h"
+#include "worker/model/peft_adapter.h"
 #include "worker/train/device_choice.h"
 #include "worker/train/placement.h"
+#include "worker/train/schedule.h"
 
 namespace attune {
 namespace {
@@ -281,6 +285,16 @@ absl::Status CountSteps(PreparedJob* job) {
   return absl::OkStatus();
 }
 
+absl::Status CheckSchedule(PreparedJob* job) {
+  const v1::ScheduleSpec& schedule = job->assignment.spec().schedule();
+  const int64_t warmup = WarmupSteps(schedule, job->total_steps);
+  if (warmup >= job->total_steps) {
+    job->report.add_warnings(absl::StrCat("the run has ", job->total_steps, " steps and ", warmup,
+                                          " of warm-up: the learning rate never gets to its peak"));
+  }
+  return CheckScheduleFits(schedule, job->total_steps);
+}
+
 // Everything that changes a run's numbers on a given number of ranks. Names, priorities, budgets
 // and where files lie do not.
 absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* digests) {
@@ -292,7 +306,9 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* diges
   spec.clear_parallelism();
   spec.clear_checkpoints();
   spec.mutable_evaluation()->clear_every_steps();
+  spec.mutable_evaluation()->clear_early_stopping();
   spec.mutable_model()->clear_source();
+  spec.mutable_lora()->clear_init_from();
   for (auto& dataset : *spec.mutable_datasets()) dataset.clear_source();
   for (auto& dataset : *spec.mutable_evaluation()->mutable_datasets()) dataset.clear_source();
   Sha256 sha;
@@ -300,6 +316,12 @@ absl::StatusOr<std::string> RunDigest(const PreparedJob& job, DigestCache* diges
   sha.Update(job.report.model_digest());
   for (const std::string& path : job.assignment.dataset_files()) {
     absl::StatusOr<std::string> sha256 = digests->Sha256Hex(path);
+    if (!sha256.ok()) return sha256.status();
+    sha.Update(*sha256);
+  }
+  if (const std::string& adapter = job.engine.adapter_directory; !adapter.empty()) {
+    absl::StatusOr<std::string> sha256 =
+        digests->Sha256Hex(absl::StrCat(adapter, "/adapter_model.safetensors"));
     if (!sha256.ok()) return sha256.status();
     sha.Update(*sha256);
   }
@@ -319,7 +341,49 @@ absl::Status CheckDigest(PreparedJob* job, DigestCache* digests) {
   return absl::OkStatus();
 }
 
+// What the spec says of the adapter, and what the adapter to start from says of itself.
+absl::Status AdoptAdapter(PreparedJob* job) {
+  v1::LoraSpec* lora = job->assignment.mutable_spec()->mutable_lora();
+  if (!lora->has_init_from()) return absl::OkStatus();
+  std::string directory = job->assignment.adapter_directory();
+  // A checkpoint of ours has it beneath.
+  if (!FileExists(absl::StrCat(directory, "/adapter_config.json")) &&
+      FileExists(absl::StrCat(directory, "/adapter/adapter_config.json"))) {
+    directory += "/adapter";
+  }
+  absl::StatusOr<PeftConfig> peft = ReadPeftConfig(directory);
+  if (!peft.ok()) {
+    return absl::Status(peft.status().code(),
+                        absl::StrCat("lora.init_from: ", peft.status().message()));
+  }
+  const std::set<std::string> theirs(peft->target_modules.begin(), peft->target_modules.end());
+  const std::set<std::string> ours(lora->target_modules().begin(), lora->target_modules().end());
+  const auto differs = [&](const char* field, const auto& ours, const auto& theirs) {
+    return absl::InvalidArgumentError(absl::StrCat("lora.", field, ": is ", ours, ", but ",
+                                                   directory, " has ", theirs,
+                                                   "; leave it out, or give the same"));
+  };
+  if (lora->has_r() && lora->r() != peft->r) return differs("r", lora->r(), peft->r);
+  if (lora->has_alpha() && lora->alpha() != peft->alpha) {
+    return differs("alpha", lora->alpha(), peft->alpha);
+  }
+  if (lora->has_use_rslora() && lora->use_rslora() != peft->use_rslora) {
+    return differs("use_rslora", lora->use_rslora(), peft->use_rslora);
+  }
+  if (!ours.empty() && ours != theirs) {
+    return differs("target_modules", absl::StrJoin(ours, ", "), absl::StrJoin(theirs, ", "));
+  }
+  lora->set_r(static_cast<int32_t>(peft->r));
+  lora->set_alpha(peft->alpha);
+  lora->set_use_rslora(peft->use_rslora);
+  lora->clear_target_modules();
+  for (const std::string& target : theirs) lora->add_target_modules(target);
+  job->engine.adapter_directory = directory;
+  return absl::OkStatus();
+}
+
 absl::Status SetUpModel(PreparedJob* job) {
+  if (absl::Status s = AdoptAdapter(job); !s.ok()) return s;
   const v1::JobSpec& spec = job->assignment.spec();
   absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(job->assignment.model_directory());
   if (!loaded.ok()) return loaded.status();
@@ -329,7 +393,8 @@ absl::Status SetUpModel(PreparedJob* job) {
   const std::vector<std::string> targets(spec.lora().target_modules().begin(),
                                          spec.lora().target_modules().end());
   absl::StatusOr<AdapterLayout> layout =
-      SelectAdapters(engine.model, engine.names, spec.lora().r(), spec.lora().alpha(), targets);
+      SelectAdapters(engine.model, engine.names, spec.lora().r(), spec.lora().alpha(), targets,
+                     spec.lora().use_rslora());
   if (!layout.ok()) return layout.status();
   engine.adapters = *std::move(layout);
   absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(job->assignment.model_directory());
@@ -486,6 +551,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareData(const v1::TrainerAssign
   auto job = std::make_unique<PreparedJob>();
   job->assignment = assignment;
   v1::JobSpec* spec = job->assignment.mutable_spec();
+  ApplyDefaults(spec->name(), spec);  // a job may be older than a field
   if (absl::Status s = ViolationsToStatus(ValidateJobSpec(*spec, {}), nullptr); !s.ok()) return s;
   spec->set_precision(ResolvePrecision(spec->precision(), assignment.device()));
   if (absl::Status s = SetUpModel(job.get()); !s.ok()) return s;
@@ -504,6 +570,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   std::unique_ptr<PreparedJob> job = *std::move(prepared);
   const v1::JobSpec* spec = &job->assignment.spec();
   if (absl::Status s = CountSteps(job.get()); !s.ok()) return s;
+  if (absl::Status s = CheckSchedule(job.get()); !s.ok()) return s;
   DigestCache digests(assignment.digest_cache(), absl::Now());
   if (absl::Status s = CheckDigest(job.get(), &digests); !s.ok()) return s;
   absl::StatusOr<std::string> digest = RunDigest(*job, &digests);

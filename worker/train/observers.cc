@@ -34,11 +34,9 @@ void AgentObserver::Step(const v1::StepMetrics& metrics) {
   link_->Send(message);
 }
 
-void AgentObserver::Warning(const std::string& text) {
+void AgentObserver::Event(const v1::Event& event) {
   v1::TrainerToAgent message;
-  message.mutable_event()->set_kind(v1::EVENT_KIND_WARNING);
-  message.mutable_event()->set_reason("TRAINER_WARNING");
-  message.mutable_event()->set_message(text);
+  *message.mutable_event() = event;
   link_->Send(message);
 }
 
@@ -67,19 +65,21 @@ void ConsoleObserver::Step(const v1::StepMetrics& m) {
               static_cast<long>(m.step()), static_cast<long>(m.total_steps()), m.loss(),
               m.grad_norm(), m.learning_rate(), m.tokens_per_s());
   if (m.has_evaluation_loss()) {
-    std::printf("  evaluation_loss %.9g  accuracy %.4f", m.evaluation_loss(),
-                m.evaluation_accuracy());
+    std::printf("  evaluation_loss %.9g  perplexity %.6g  accuracy %.4f", m.evaluation_loss(),
+                m.evaluation_perplexity(), m.evaluation_accuracy());
   }
   std::printf("\n");
   std::fflush(stdout);
 }
 
-void ConsoleObserver::Warning(const std::string& message) {
-  std::fprintf(stderr, "warning: %s\n", message.c_str());
+void ConsoleObserver::Event(const v1::Event& event) {
+  const char* const kind = event.kind() == v1::EVENT_KIND_WARNING ? "warning: " : "";
+  std::fprintf(stderr, "%s%s\n", kind, event.message().c_str());
 }
 
 void ConsoleObserver::CheckpointWritten(const v1::CheckpointWritten& checkpoint) {
-  std::printf("checkpoint %s\n", checkpoint.directory().c_str());
+  std::printf("checkpoint %s%s\n", checkpoint.directory().c_str(),
+              checkpoint.best() ? " (best)" : "");
   std::fflush(stdout);
 }
 

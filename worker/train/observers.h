@@ -14,7 +14,7 @@ class AgentObserver : public TrainerObserver {
   void Progress(const char* phase) override;
   void Running(int64_t from_step, int64_t total_steps) override;
   void Step(const v1::StepMetrics& metrics) override;
-  void Warning(const std::string& message) override;
+  void Event(const v1::Event& event) override;
   void CheckpointWritten(const v1::CheckpointWritten& checkpoint) override;
   bool StopRequested() override { return link_->stop_requested(); }
   int64_t ReleasedStep() override { return link_->released_step(); }
@@ -32,7 +32,7 @@ class ConsoleObserver : public TrainerObserver {
   void Progress(const char*) override {}
   void Running(int64_t from_step, int64_t total_steps) override;
   void Step(const v1::StepMetrics& metrics) override;
-  void Warning(const std::string& message) override;
+  void Event(const v1::Event& event) override;
   void CheckpointWritten(const v1::CheckpointWritten& checkpoint) override;
   bool StopRequested() override;
   int64_t ReleasedStep() override { return INT64_MAX; }  // nobody else needs them

@@ -26,6 +26,7 @@ class TrainingRun {
       : job_(job),
         comm_(comm),
         observer_(observer),
+        monitor_(job->assignment.spec().evaluation().early_stopping()),
         stream_(&job->train, job->assignment.spec().batch().micro_batch_tokens(),
                 job->assignment.spec().seed()),
         progress_([observer] { observer->Progress("train"); }) {}
@@ -33,7 +34,7 @@ class TrainingRun {
   TrainerOutcome Run() {
     if (TrainerOutcome outcome = Start(); !outcome.status.ok()) return outcome;
     observer_->Running(state_.step, job_->total_steps);
-    while (state_.step < job_->total_steps) {
+    while (!Done()) {
       const TrainerOutcome outcome = Step();
       if (!outcome.status.ok() || stopped_) return outcome;
     }
@@ -44,6 +45,8 @@ class TrainingRun {
   const v1::JobSpec& spec() const { return job_->assignment.spec(); }
   const std::string& directory() const { return job_->assignment.work_directory(); }
 
+  bool Done() const { return state_.step >= job_->total_steps || monitor_.stopped(); }
+
   TrainerOutcome Start() {
     observer_->Progress("load");
     auto engine = Engine::Create(job_->engine, *job_->weights, job_->report.memory().peak_bytes(),
@@ -53,7 +56,7 @@ class TrainingRun {
     const std::string& from = job_->assignment.checkpoint_directory();
     if (!from.empty()) {
       absl::StatusOr<TrainerState> state =
-          ReadCheckpoint(engine_->context(), from, engine_->adapters());
+          ReadCheckpoint(engine_->context(), from, engine_->optimizer(), engine_->adapters());
       if (!state.ok()) return Fail(v1::FAILURE_CAUSE_INVALID, state.status());
       if (state->run_digest != job_->run_digest) {
         return Fail(v1::FAILURE_CAUSE_INVALID,
@@ -61,6 +64,7 @@ class TrainingRun {
                         from, " is of another run: spec, model or data have changed since")));
       }
       state_ = *state;
+      monitor_.Restore(state_.monitor);
     }
     state_.run_digest = job_->run_digest;
     if (absl::Status s = BuildEvaluation(); !s.ok()) return Fail(v1::FAILURE_CAUSE_INVALID, s);
@@ -124,25 +128,57 @@ class TrainingRun {
   }
 
   // Evaluation, report and checkpoint, in this order: the report holds the evaluation, and a
-  // checkpoint is only told of once its step has been.
+  // checkpoint is only told of once its step has been. Every rank decides alike.
   TrainerOutcome EndStep(const StepResult& result, v1::StepMetrics* metrics) {
-    const bool last = state_.step == job_->total_steps;
-    stopped_ = result.stop && !last;
+    std::vector<Notice> notices = monitor_.OnStep(state_.step, result.loss, result.grad_norm);
+    bool best = false;
     if (!job_->evaluation.examples.empty() &&
-        (last || state_.step % spec().evaluation().every_steps() == 0)) {
+        (Done() || state_.step % spec().evaluation().every_steps() == 0)) {
       observer_->Progress("evaluate");
       absl::StatusOr<EvaluationResult> evaluation = Evaluate();
       if (!evaluation.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, evaluation.status());
       if (absl::Status s = comm_->Wait(); !s.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
-      evaluation_loss_ = evaluation->loss;
+      if (!std::isfinite(evaluation->loss)) {
+        return Fail(v1::FAILURE_CAUSE_DIVERGED,
+                    absl::OutOfRangeError(
+                        absl::StrCat("step ", state_.step, ": evaluation loss ", evaluation->loss,
+                                     "; lower optimizer.learning_rate or raise warm-up")));
+      }
       metrics->set_evaluation_loss(evaluation->loss);
+      metrics->set_evaluation_perplexity(std::exp(evaluation->loss));
       metrics->set_evaluation_accuracy(evaluation->accuracy);
+      RunMonitor::Verdict verdict = monitor_.OnEvaluation(state_.step, evaluation->loss);
+      best = verdict.best;
+      for (Notice& notice : verdict.notices) notices.push_back(std::move(notice));
     }
+    state_.monitor = monitor_.state();
+    stopped_ = result.stop && !Done();
     if (comm_->rank() != 0) return {};
     observer_->Step(*metrics);
-    if (!last && !stopped_ && state_.step % spec().checkpoints().every_steps() != 0) return {};
+    for (const Notice& notice : notices) Tell(v1::EVENT_KIND_WARNING, notice);
+    if (Done() && state_.step < job_->total_steps) TellOfEarlyStop();
+    const bool due = state_.step % spec().checkpoints().every_steps() == 0;
+    if (!Done() && !stopped_ && !due && !best) return {};
     observer_->Progress("checkpoint");
-    return Checkpoint(metrics->loss(), last);
+    return Checkpoint(*metrics, best);
+  }
+
+  void Tell(v1::EventKind kind, const Notice& notice) {
+    v1::Event event;
+    event.set_kind(kind);
+    event.set_reason(notice.reason);
+    event.set_message(notice.message);
+    event.set_step(state_.step);
+    observer_->Event(event);
+  }
+
+  void TellOfEarlyStop() {
+    const RunMonitor::State& s = state_.monitor;
+    Tell(v1::EVENT_KIND_INFO,
+         {"EARLY_STOPPED",
+          absl::StrCat("the run ends after step ", state_.step, " of ", job_->total_steps, ": ",
+                       s.without_improvement, " evaluations in a row were no improvement on ",
+                       s.best_loss, " at step ", s.best_step)});
   }
 
   // The packs of this step that are this rank's, and what the whole step counts.
@@ -175,25 +211,26 @@ class TrainingRun {
                              [this] { observer_->Progress("evaluate"); });
   }
 
-  TrainerOutcome Checkpoint(double loss, bool final) {
+  TrainerOutcome Checkpoint(const v1::StepMetrics& metrics, bool best) {
     CheckpointContent content = {.state = state_,
                                  .dropout = spec().lora().dropout(),
                                  .base_model = job_->assignment.model_directory(),
                                  .model_directory = job_->assignment.model_directory()};
-    absl::StatusOr<std::string> path =
-        WriteCheckpoint(engine_->context(), *engine_->adapters(), content, directory());
+    absl::StatusOr<std::string> path = WriteCheckpoint(engine_->context(), *engine_->adapters(),
+                                                       engine_->optimizer(), content, directory());
     if (!path.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, path.status());
     v1::CheckpointWritten written;
     written.set_step(state_.step);
     written.set_directory(*path);
-    written.set_loss(loss);
-    written.set_evaluation_loss(evaluation_loss_);
-    written.set_final(final);
+    written.set_loss(metrics.loss());
+    written.set_evaluation_loss(metrics.evaluation_loss());
+    written.set_final(Done());
+    written.set_best(best);
     observer_->CheckpointWritten(written);
     return Retain();
   }
 
-  // Removes the oldest checkpoints beyond `keep` that are safe elsewhere.
+  // Removes the oldest checkpoints beyond `keep`, but for the best, that are safe elsewhere.
   TrainerOutcome Retain() {
     absl::StatusOr<std::vector<std::string>> all = ListCheckpoints(directory());
     if (!all.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, all.status());
@@ -202,6 +239,7 @@ class TrainingRun {
       const std::string& path = (*all)[i];
       const int64_t step = std::stoll(path.substr(path.rfind('-') + 1));
       if (step > observer_->ReleasedStep()) break;
+      if (step == state_.monitor.best_step) continue;
       if (absl::Status s = RemoveTree(path); !s.ok()) return Fail(v1::FAILURE_CAUSE_STORAGE, s);
     }
     return {};
@@ -210,12 +248,12 @@ class TrainingRun {
   PreparedJob* job_;
   Communicator* comm_;
   TrainerObserver* observer_;
+  RunMonitor monitor_;
   PackStream stream_;
   std::function<void()> progress_;
   std::unique_ptr<Engine> engine_;
   TrainerState state_;
   std::vector<Pack> evaluation_packs_;
-  double evaluation_loss_ = 0;
   bool stopped_ = false;
 };
 

@@ -17,7 +17,8 @@ class TrainerObserver {
   virtual void Progress(const char* phase) = 0;
   virtual void Running(int64_t from_step, int64_t total_steps) = 0;
   virtual void Step(const v1::StepMetrics& metrics) = 0;
-  virtual void Warning(const std::string& message) = 0;
+  // Kind INFO or WARNING, reason, message, step.
+  virtual void Event(const v1::Event& event) = 0;
   virtual void CheckpointWritten(const v1::CheckpointWritten& checkpoint) = 0;
   virtual bool StopRequested() = 0;
   // Steps whose checkpoints are safe elsewhere: older ones may be removed here.

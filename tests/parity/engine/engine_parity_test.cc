@@ -114,8 +114,8 @@ TEST_P(EngineParityTest, EveryLossOfTheRun) {
 }
 
 const auto kName = [](const auto& info) { return std::string(info.param); };
-INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest, testing::Values("dense", "nf4", "qlora60"),
-                         kName);
+INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest,
+                         testing::Values("dense", "nf4", "qlora60", "rslora"), kName);
 INSTANTIATE_TEST_SUITE_P(Families, EngineParityTest, testing::ValuesIn(kFamilyCases), kName);
 
 using EngineParityOfAdapters = EngineParityTest;
@@ -131,8 +131,8 @@ TEST_P(EngineParityOfAdapters, TheAdapterAfterTheRun) {
         << entry.module;
   }
 }
-INSTANTIATE_TEST_SUITE_P(Cases, EngineParityOfAdapters, testing::Values("dense", "nf4", "qlora60"),
-                         kName);
+INSTANTIATE_TEST_SUITE_P(Cases, EngineParityOfAdapters,
+                         testing::Values("dense", "nf4", "qlora60", "rslora"), kName);
 
 // What a family's case is worth: without any one of the things that make the model another than
 // Llama 2, the logits are others. (The case's weights are those of the whole model.)

@@ -81,14 +81,18 @@ inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   v1::JobSpec spec;
   spec.mutable_lora()->set_r(json["r"]);
   spec.mutable_lora()->set_alpha(json["alpha"]);
+  const bool use_rslora = json.value("use_rslora", false);
+  spec.mutable_lora()->set_use_rslora(use_rslora);
+  spec.mutable_lora()->set_loraplus_lr_ratio(json.value("loraplus", 1.0));
   spec.mutable_quantization()->set_weights(json["nf4"].get<bool>() ? v1::WEIGHT_FORMAT_NF4
                                                                    : v1::WEIGHT_FORMAT_NONE);
   spec.mutable_batch()->set_micro_batch_tokens(json["pack_tokens"]);
   spec.mutable_optimizer()->set_weight_decay(json["weight_decay"]);
   spec.mutable_optimizer()->set_learning_rate(json["lr"]);
   spec.mutable_optimizer()->set_max_grad_norm(json["max_grad_norm"]);
-  spec.mutable_schedule()->set_kind(json["schedule"] == "cosine" ? v1::SCHEDULE_KIND_COSINE
-                                                                 : v1::SCHEDULE_KIND_LINEAR);
+  spec.mutable_schedule()->set_kind(json["schedule"] == "cosine"     ? v1::SCHEDULE_KIND_COSINE
+                                    : json["schedule"] == "constant" ? v1::SCHEDULE_KIND_CONSTANT
+                                                                     : v1::SCHEDULE_KIND_LINEAR);
   spec.mutable_schedule()->set_warmup_steps(json["warmup"]);
   ApplyDefaults("golden", &spec);
   std::vector<std::string> targets;
@@ -101,8 +105,10 @@ inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
       .dtype = dtype,
       .model = loaded.config,
       .names = loaded.names,
-      .adapters = SelectAdapters(loaded.config, loaded.names, json["r"], json["alpha"], targets)
+      .adapters = SelectAdapters(loaded.config, loaded.names, json["r"], json["alpha"], targets,
+                                 use_rslora)
                       .value(),
+      .adapter_directory = directory + "/adapter",
       .spec = spec};
   golden.weights =
       std::make_unique<CheckpointWeights>(Checkpoint::Open(directory + "/model").value());
@@ -120,16 +126,10 @@ inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   return golden;
 }
 
-// An engine that starts from the case's adapter.
+// An engine that starts from the case's adapter, as a job with lora.init_from does.
 inline std::unique_ptr<Engine> StartEngine(const GoldenCase& golden) {
   const v1::MemoryEstimate plan = Engine::Plan(golden.options, *golden.weights).value();
-  std::unique_ptr<Engine> engine =
-      Engine::Create(golden.options, *golden.weights, plan.peak_bytes(), [] {}).value();
-  const absl::Status status =
-      ReadPeftAdapter(engine->context(), golden.directory + "/adapter", engine->adapters());
-  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  CHECK(status.ok());
-  return engine;
+  return Engine::Create(golden.options, *golden.weights, plan.peak_bytes(), [] {}).value();
 }
 
 // The input of step `step` and its packs, of which every `world`-th from `rank` is this rank's.

@@ -24,6 +24,7 @@ import families
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
                           get_scheduler)
@@ -59,6 +60,18 @@ CASES = {
 # A family's case: sixty QLoRA steps from an adapter whose B is not zero, a small pack a step.
 FAMILY = dict(lora=dict(r=2, alpha=5.0, targets="all-linear"), nf4=True, steps=60, lr=2e-2,
               schedule="linear", warmup=5, weight_decay=0.01)
+
+# Of options, behind the families.
+OPTIONS = {
+    # rsLoRA, and LoRA+ by PEFT's own optimizer
+    "rslora": dict(
+        config=dict(vocab_size=61, hidden_size=36, intermediate_size=44, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=18,
+                    rms_norm_eps=1e-5, max_position_embeddings=256, tie_word_embeddings=True,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        lora=dict(r=3, alpha=5.0, targets="all-linear", use_rslora=True), loraplus=4.0, nf4=False,
+        steps=5, lr=4e-3, schedule="constant", warmup=0, weight_decay=0.1),
+}
 
 
 def expand_nf4(w):
@@ -179,6 +192,7 @@ def build(case, seed, out):
                     parameter.copy_(expand_nf4(parameter.data))
     lora = case["lora"]
     peft = get_peft_model(model, LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=0.0,
+                                            use_rslora=lora.get("use_rslora", False),
                                             target_modules=lora["targets"],
                                             task_type="CAUSAL_LM"))
     with torch.no_grad():
@@ -195,8 +209,13 @@ def run(case, seed, out):
     peft = build(case, seed, out)
     rng = np.random.default_rng(seed)
     trained = [p for p in peft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=case["lr"], betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=case["weight_decay"], foreach=False)
+    arguments = dict(lr=case["lr"], betas=(0.9, 0.999), eps=1e-8, foreach=False)
+    if "loraplus" in case:
+        optimizer = create_loraplus_optimizer(peft, torch.optim.AdamW, **arguments,
+                                              loraplus_lr_ratio=case["loraplus"],
+                                              loraplus_weight_decay=case["weight_decay"])
+    else:
+        optimizer = torch.optim.AdamW(trained, weight_decay=case["weight_decay"], **arguments)
     scheduler = get_scheduler(case["schedule"], optimizer, num_warmup_steps=case["warmup"],
                               num_training_steps=case["steps"])
     steps, losses, norms, expected = [], [], [], {}
@@ -231,6 +250,7 @@ def run(case, seed, out):
     save_file(expected, out / "expected.safetensors")
     (out / "case.json").write_text(json.dumps(dict(
         pack_tokens=pack_tokens, nf4=case["nf4"], r=case["lora"]["r"], alpha=case["lora"]["alpha"],
+        use_rslora=case["lora"].get("use_rslora", False), loraplus=case.get("loraplus", 1.0),
         targets=case["lora"]["targets"], lr=case["lr"], schedule=case["schedule"],
         warmup=case["warmup"], weight_decay=case["weight_decay"], max_grad_norm=1.0, losses=losses,
         grad_norms=norms, steps=steps), separators=(",", ":")))
@@ -244,7 +264,7 @@ def main():
     parser.add_argument("cases", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cases = CASES | {name: FAMILY | case for name, case in families.FAMILIES.items()}
+    cases = CASES | {name: FAMILY | case for name, case in families.FAMILIES.items()} | OPTIONS
     for seed, (name, case) in enumerate(cases.items(), start=11):
         if args.cases and name not in args.cases:
             continue

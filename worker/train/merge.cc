@@ -1,0 +1,412 @@
+#include "worker/train/merge.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <set>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "kernels/matmul/matmul.h"
+#include "kernels/nf4/nf4.h"
+#include "worker/io/file.h"
+#include "worker/io/json.h"
+#include "worker/io/safetensors.h"
+#include "worker/model/checkpoint_source.h"
+#include "worker/model/peft_adapter.h"
+
+namespace attune {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int64_t kPieceElements = int64_t{1} << 22;
+constexpr char kPrefix[] = "base_model.model.";
+constexpr char kSuffixA[] = ".lora_A.weight";
+constexpr char kSuffixB[] = ".lora_B.weight";
+
+bool IsFloat(DType dtype) {
+  return dtype == DType::kF64 || dtype == DType::kF32 || dtype == DType::kBF16 ||
+         dtype == DType::kF16;
+}
+
+// To IEEE half: to nearest, ties to even; beyond its range infinity.
+uint16_t HalfBits(float value) {
+  const uint32_t u = std::bit_cast<uint32_t>(value);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  const float magnitude = std::abs(value);
+  if (std::isnan(value)) return sign | 0x7e00u;
+  if (magnitude >= 65520.0f) return sign | 0x7c00u;
+  if (magnitude < 6.103515625e-05f) {  // subnormal: a multiple of 2^-24
+    return sign | static_cast<uint16_t>(std::nearbyint(magnitude * 16777216.0f));
+  }
+  const uint32_t bits = std::bit_cast<uint32_t>(magnitude) - 0x38000000u;
+  return sign | static_cast<uint16_t>((bits + 0xfffu + ((bits >> 13) & 1u)) >> 13);
+}
+
+template <typename T>
+void ReadAs(const uint8_t* bytes, int64_t begin, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    T value;  // copied: a file promises no alignment
+    std::memcpy(&value, bytes + (begin + i) * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    out[i] = static_cast<float>(value);
+  }
+}
+
+// Elements [begin, begin + n) of a floating tensor.
+void ReadFloats(const TensorInfo& info, int64_t begin, int64_t n, float* out) {
+  switch (info.dtype) {
+    case DType::kF64:
+      return ReadAs<double>(info.bytes.data(), begin, n, out);
+    case DType::kF32:
+      return ReadAs<float>(info.bytes.data(), begin, n, out);
+    case DType::kBF16:
+      return ReadAs<BFloat16>(info.bytes.data(), begin, n, out);
+    default:
+      return ReadAs<Float16>(info.bytes.data(), begin, n, out);
+  }
+}
+
+std::vector<float> ReadAll(const TensorInfo& info) {
+  std::vector<float> values(static_cast<size_t>(info.num_elements()));
+  ReadFloats(info, 0, info.num_elements(), values.data());
+  return values;
+}
+
+absl::Status WriteFloats(const std::vector<float>& values, DType dtype, SafetensorsWriter* writer) {
+  if (dtype == DType::kF32) {
+    return writer->Append({reinterpret_cast<const uint8_t*>(values.data()), values.size() * 4});
+  }
+  if (dtype == DType::kF64) {
+    const std::vector<double> wide(values.begin(), values.end());
+    return writer->Append({reinterpret_cast<const uint8_t*>(wide.data()), wide.size() * 8});
+  }
+  std::vector<uint16_t> narrow(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    narrow[i] = dtype == DType::kBF16 ? BFloat16(values[i]).bits : HalfBits(values[i]);
+  }
+  return writer->Append({reinterpret_cast<const uint8_t*>(narrow.data()), narrow.size() * 2});
+}
+
+// The whole matrix, as NF4 gives it back.
+void ThroughNf4(WeightStorage storage, const TensorInfo& info, std::vector<float>* values) {
+  const Exec exec;
+  const int64_t n = info.num_elements(), blocks = Nf4Blocks(n);
+  std::vector<uint8_t> packed(static_cast<size_t>(Nf4PackedBytes(n)));
+  std::vector<uint8_t> codes(static_cast<size_t>(blocks));
+  std::vector<float> absmax(static_cast<size_t>(blocks));
+  std::vector<float> absmax2(static_cast<size_t>(Nf4Groups(blocks)));
+  float offset = 0;
+  const TensorView w(values->data(), DType::kF32, {info.shape[0], info.shape[1]});
+  const TensorView packed_view(packed.data(), DType::kU8, {Nf4PackedBytes(n)});
+  const TensorView absmax_view(absmax.data(), DType::kF32, {blocks});
+  Nf4Quantize(exec, {.w = w, .packed = packed_view, .absmax = absmax_view});
+  Nf4DequantizeArgs expand{.packed = packed_view, .out = w};
+  if (storage == WeightStorage::kNf4) {
+    expand.absmax = absmax_view;
+  } else {
+    expand.codes = TensorView(codes.data(), DType::kU8, {blocks});
+    expand.absmax2 = TensorView(absmax2.data(), DType::kF32, {Nf4Groups(blocks)});
+    expand.offset = TensorView(&offset, DType::kF32, {1});
+    Nf4DoubleQuantize(exec, {.absmax = absmax_view,
+                             .codes = expand.codes,
+                             .absmax2 = expand.absmax2,
+                             .offset = expand.offset});
+  }
+  Nf4Dequantize(exec, expand);
+}
+
+// out = scale * b a
+void Product(std::vector<float>* b, int64_t rows, std::vector<float>* a, int64_t columns, int64_t r,
+             double scale, float* out) {
+  const Exec exec;
+  MatMulArgs args = {.a = TensorView(b->data(), DType::kF32, {rows, r}),
+                     .b = TensorView(a->data(), DType::kF32, {r, columns}),
+                     .d = TensorView(out, DType::kF32, {rows, columns}),
+                     .alpha = scale};
+  std::vector<uint8_t> workspace(static_cast<size_t>(MatMulWorkspaceBytes(exec, args)) + 64);
+  const auto address = reinterpret_cast<uintptr_t>(workspace.data());
+  args.workspace = TensorView(reinterpret_cast<void*>((address + 63) / 64 * 64), DType::kU8,
+                              {static_cast<int64_t>(workspace.size()) - 64});
+  MatMul(exec, args);
+}
+
+class Merger {
+ public:
+  Merger(const MergeOptions& options, Checkpoint base, SafetensorsFile adapter)
+      : options_(options), base_(std::move(base)), adapter_(std::move(adapter)) {}
+
+  absl::StatusOr<MergeReport> Run(const std::function<void()>& progress) {
+    if (absl::Status s = MatchAdapter(); !s.ok()) return s;
+    if (absl::Status s = FindQuantized(); !s.ok()) return s;
+    if (absl::Status s = PlanShards(); !s.ok()) return s;
+    std::string out = fs::absolute(options_.output_directory).lexically_normal().string();
+    while (out.size() > 1 && out.back() == '/') out.pop_back();
+    std::error_code error;
+    if (fs::exists(out, error) && !fs::is_empty(out, error)) {
+      return absl::AlreadyExistsError(
+          absl::StrCat(out, " holds something already; give a new directory"));
+    }
+    const std::string parent = fs::path(out).parent_path().string();
+    fs::create_directories(parent, error);
+    absl::StatusOr<std::string> temporary = CreateTempDirectory(parent, "incomplete-");
+    if (!temporary.ok()) return temporary.status();
+    absl::Status status = WriteAll(*temporary, progress);
+    if (status.ok()) status = MoveTo(*temporary, out);
+    if (!status.ok()) {
+      RemoveTree(*temporary).IgnoreError();
+      return status;
+    }
+    return report_;
+  }
+
+ private:
+  struct Adapter {
+    TensorInfo a, b;
+  };
+  struct Shard {
+    std::vector<SafetensorsWriter::Tensor> tensors;
+    int64_t bytes = 0;
+  };
+
+  // Every tensor of the adapter to the weight that it is for.
+  absl::Status MatchAdapter() {
+    absl::StatusOr<PeftConfig> config = ReadPeftConfig(options_.adapter_directory);
+    if (!config.ok()) return config.status();
+    r_ = config->r;
+    const double rank = static_cast<double>(r_);
+    scale_ = config->alpha / (config->use_rslora ? std::sqrt(rank) : rank);
+    for (const std::string& name : adapter_.names()) {
+      if (absl::EndsWith(name, kSuffixB)) continue;
+      if (!absl::StartsWith(name, kPrefix) || !absl::EndsWith(name, kSuffixA)) {
+        return absl::UnimplementedError(absl::StrCat(
+            adapter_.path(), ": ", name, " is no LoRA matrix of a linear layer; only these merge"));
+      }
+      const size_t begin = sizeof(kPrefix) - 1;
+      const std::string module = name.substr(begin, name.size() - begin - (sizeof(kSuffixA) - 1));
+      absl::StatusOr<TensorInfo> a = adapter_.Find(name);
+      absl::StatusOr<TensorInfo> b = adapter_.Find(absl::StrCat(kPrefix, module, kSuffixB));
+      absl::StatusOr<TensorInfo> w = base_.Find(absl::StrCat(module, ".weight"));
+      for (const absl::Status& s : {a.status(), b.status(), w.status()}) {
+        if (!s.ok()) return s;
+      }
+      if (absl::Status s = CheckShapes(module, *a, *b, *w); !s.ok()) return s;
+      adapters_[w->name] = {*a, *b};
+    }
+    if (2 * adapters_.size() != adapter_.names().size()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(adapter_.path(), ": has a lora_B without its lora_A"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckShapes(const std::string& module, const TensorInfo& a, const TensorInfo& b,
+                           const TensorInfo& w) const {
+    const bool fit = w.shape.size() == 2 && a.shape == std::vector<int64_t>{r_, w.shape[1]} &&
+                     b.shape == std::vector<int64_t>{w.shape[0], r_} && IsFloat(a.dtype) &&
+                     IsFloat(b.dtype) && IsFloat(w.dtype);
+    if (fit) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(
+        adapter_.path(), ": ", module, " has A (", absl::StrJoin(a.shape, ", "), ") and B (",
+        absl::StrJoin(b.shape, ", "), "), which do not fit r = ", r_, " and a weight of (",
+        absl::StrJoin(w.shape, ", "), "): the adapter is of another model"));
+  }
+
+  absl::Status FindQuantized() {
+    if (options_.storage == WeightStorage::kDense) return absl::OkStatus();
+    absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(options_.model_directory);
+    if (!loaded.ok()) return loaded.status();
+    for (int64_t layer = 0; layer < loaded->config.num_layers; ++layer) {
+      for (Linear linear : LinearsOf(loaded->config)) {
+        quantized_.insert(absl::StrCat(loaded->names.linear(layer, linear), ".weight"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status PlanShards() {
+    shards_.emplace_back();
+    for (const std::string& name : base_.names()) {
+      absl::StatusOr<TensorInfo> info = base_.Find(name);
+      if (!info.ok()) return info.status();
+      const DType dtype = IsFloat(info->dtype) ? options_.dtype.value_or(info->dtype) : info->dtype;
+      const int64_t bytes = info->num_elements() * DTypeBytes(dtype);
+      if (shards_.back().bytes > 0 && shards_.back().bytes + bytes > options_.max_shard_bytes) {
+        shards_.emplace_back();
+      }
+      shards_.back().tensors.push_back({name, dtype, info->shape});
+      shards_.back().bytes += bytes;
+    }
+    report_.tensors = static_cast<int64_t>(base_.names().size());
+    report_.merged = static_cast<int64_t>(adapters_.size());
+    report_.shards = static_cast<int64_t>(shards_.size());
+    return absl::OkStatus();
+  }
+
+  absl::Status WriteAll(const std::string& directory, const std::function<void()>& progress) {
+    Json weight_map = Json::object();
+    for (size_t i = 0; i < shards_.size(); ++i) {
+      const std::string file =
+          shards_.size() == 1
+              ? "model.safetensors"
+              : absl::StrFormat("model-%05d-of-%05d.safetensors", i + 1, shards_.size());
+      absl::StatusOr<SafetensorsWriter> writer =
+          SafetensorsWriter::Create(absl::StrCat(directory, "/", file), shards_[i].tensors);
+      if (!writer.ok()) return writer.status();
+      for (const SafetensorsWriter::Tensor& tensor : shards_[i].tensors) {
+        if (absl::Status s = WriteTensor(tensor, &*writer); !s.ok()) return s;
+        weight_map[tensor.name] = file;
+        progress();
+      }
+      if (absl::Status s = writer->Finish(); !s.ok()) return s;
+      report_.bytes += shards_[i].bytes;
+    }
+    if (shards_.size() > 1) {
+      const Json index = {{"metadata", {{"total_size", report_.bytes}}},
+                          {"weight_map", weight_map}};
+      absl::Status s = WriteFileAtomic(absl::StrCat(directory, "/model.safetensors.index.json"),
+                                       absl::StrCat(index.dump(2), "\n"));
+      if (!s.ok()) return s;
+    }
+    if (absl::Status s = WriteConfig(directory); !s.ok()) return s;
+    return CopyOtherFiles(directory);
+  }
+
+  absl::Status WriteTensor(const SafetensorsWriter::Tensor& tensor, SafetensorsWriter* writer) {
+    absl::StatusOr<TensorInfo> info = base_.Find(tensor.name);
+    if (!info.ok()) return info.status();
+    const auto adapter = adapters_.find(tensor.name);
+    const bool quantized = quantized_.count(tensor.name) != 0 && info->shape.size() == 2;
+    if (adapter == adapters_.end() && !quantized) {
+      return tensor.dtype == info->dtype ? CopyBytes(*info, writer) : Cast(*info, tensor, writer);
+    }
+    const int64_t rows = info->shape[0], columns = info->shape[1];
+    std::vector<float> whole;  // where it was quantised
+    if (quantized) {
+      whole = ReadAll(*info);
+      ThroughNf4(options_.storage, *info, &whole);
+    }
+    const bool adapted = adapter != adapters_.end();
+    std::vector<float> a = adapted ? ReadAll(adapter->second.a) : std::vector<float>();
+    const int64_t step = std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, columns));
+    std::vector<float> b, delta, piece;
+    for (int64_t begin = 0; begin < rows; begin += step) {
+      const int64_t n = std::min(step, rows - begin);
+      piece.resize(static_cast<size_t>(n * columns));
+      if (quantized) {
+        std::copy_n(whole.begin() + begin * columns, n * columns, piece.begin());
+      } else {
+        ReadFloats(*info, begin * columns, n * columns, piece.data());
+      }
+      if (adapted) {
+        b.resize(static_cast<size_t>(n * r_));
+        delta.resize(piece.size());
+        ReadFloats(adapter->second.b, begin * r_, n * r_, b.data());
+        Product(&b, n, &a, columns, r_, scale_, delta.data());
+        for (size_t i = 0; i < piece.size(); ++i) piece[i] += delta[i];
+      }
+      for (const float value : piece) {
+        if (!std::isfinite(value)) {
+          return absl::InvalidArgumentError(
+              absl::StrCat(tensor.name, " becomes NaN or infinite: base or adapter is damaged"));
+        }
+      }
+      if (absl::Status s = WriteFloats(piece, tensor.dtype, writer); !s.ok()) return s;
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status CopyBytes(const TensorInfo& info, SafetensorsWriter* writer) {
+    const size_t most = static_cast<size_t>(kPieceElements) * 4;
+    for (size_t begin = 0; begin < info.bytes.size(); begin += most) {
+      if (absl::Status s = writer->Append(info.bytes.subspan(begin, most)); !s.ok()) return s;
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status Cast(const TensorInfo& info, const SafetensorsWriter::Tensor& to,
+                           SafetensorsWriter* writer) {
+    std::vector<float> piece;
+    for (int64_t begin = 0; begin < info.num_elements(); begin += kPieceElements) {
+      const int64_t n = std::min(kPieceElements, info.num_elements() - begin);
+      piece.resize(static_cast<size_t>(n));
+      ReadFloats(info, begin, n, piece.data());
+      if (absl::Status s = WriteFloats(piece, to.dtype, writer); !s.ok()) return s;
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status WriteConfig(const std::string& directory) const {
+    absl::StatusOr<Json> config =
+        ReadJsonFile(absl::StrCat(options_.model_directory, "/config.json"));
+    if (!config.ok()) return config.status();
+    config->erase("quantization_config");
+    if (options_.dtype.has_value()) {
+      const char* name = *options_.dtype == DType::kF32    ? "float32"
+                         : *options_.dtype == DType::kBF16 ? "bfloat16"
+                                                           : "float16";
+      (*config)[config->contains("dtype") ? "dtype" : "torch_dtype"] = name;
+    }
+    return WriteFileAtomic(absl::StrCat(directory, "/config.json"),
+                           absl::StrCat(config->dump(2), "\n"));
+  }
+
+  // Tokenizer, templates, generation: whatever is no weight and no config.
+  absl::Status CopyOtherFiles(const std::string& directory) const {
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(options_.model_directory, error)) {
+      const std::string name = entry.path().filename().string();
+      const std::string suffix = entry.path().extension().string();
+      const bool wanted =
+          suffix == ".json" || suffix == ".jinja" || suffix == ".model" || suffix == ".txt";
+      if (!wanted || name == "config.json" || absl::EndsWith(name, ".index.json") ||
+          !fs::is_regular_file(entry.path(), error)) {
+        continue;
+      }
+      absl::StatusOr<std::string> bytes = ReadFile(entry.path().string());
+      if (!bytes.ok()) return bytes.status();
+      absl::Status s = WriteFileAtomic(absl::StrCat(directory, "/", name), *bytes);
+      if (!s.ok()) return s;
+    }
+    if (error) return FileError(error.value(), "list", options_.model_directory);
+    return absl::OkStatus();
+  }
+
+  static absl::Status MoveTo(const std::string& from, const std::string& to) {
+    if (absl::Status s = FsyncDirectory(from); !s.ok()) return s;
+    if (chmod(from.c_str(), 0755) != 0) return FileError(errno, "chmod", from);
+    if (std::rename(from.c_str(), to.c_str()) != 0) return FileError(errno, "rename to", to);
+    return absl::OkStatus();
+  }
+
+  const MergeOptions& options_;
+  Checkpoint base_;
+  SafetensorsFile adapter_;
+  int64_t r_ = 0;
+  double scale_ = 0;
+  std::map<std::string, Adapter> adapters_;  // by the name of the weight
+  std::set<std::string> quantized_;
+  std::vector<Shard> shards_;
+  MergeReport report_;
+};
+
+}  // namespace
+
+absl::StatusOr<MergeReport> MergeAdapter(const MergeOptions& options,
+                                         const std::function<void()>& progress) {
+  absl::StatusOr<Checkpoint> base = Checkpoint::Open(options.model_directory);
+  if (!base.ok()) return base.status();
+  absl::StatusOr<SafetensorsFile> adapter =
+      SafetensorsFile::Open(absl::StrCat(options.adapter_directory, "/adapter_model.safetensors"));
+  if (!adapter.ok()) return adapter.status();
+  return Merger(options, *std::move(base), *std::move(adapter)).Run(progress);
+}
+
+}  // namespace attune
