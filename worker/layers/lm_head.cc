@@ -1,6 +1,7 @@
 #include "worker/layers/lm_head.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels/cross_entropy/cross_entropy.h"
 #include "kernels/elementwise/elementwise.h"
@@ -8,6 +9,23 @@
 #include "kernels/rows/rows.h"
 
 namespace attune {
+namespace {
+
+// How many rows a product of the head may have, ascending, for chunks of T rows: few, so that what
+// each needs is planned, and what a library prepares for one is used again. A chunk is filled up
+// with rows that have no label.
+std::vector<int64_t> ProductRows(int64_t T, int64_t chunk) {
+  std::vector<int64_t> out;
+  const int64_t step = std::max<int64_t>((chunk / 16 + 63) / 64 * 64, 64);
+  for (int64_t rows = step; rows < chunk; rows += step) out.push_back(rows);
+  out.push_back(chunk);
+  if (T % chunk != 0) out.push_back(T % chunk);  // the last chunk, if every row has a label
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+}  // namespace
+
 int64_t LmHead::ChunkRows(int64_t tokens) const {
   const int64_t rows = logits_bytes / (weight.dim(0) * DTypeBytes(weight.dtype));
   return std::min(tokens, std::max<int64_t>(rows / 64 * 64, 64));
@@ -36,10 +54,8 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
   const TensorView logits = ctx.Scratch({chunk, V});
   const TensorView loss = ctx.arena->NewScratch(stats, {chunk});
   const TensorView correct = ctx.arena->NewScratch(DType::kU8, {chunk});
-  // The plan takes one turn: each has the same needs.
-  const int64_t labels = ctx.exec.plan ? chunk : batch.num_labels;
-  for (int64_t begin = 0; begin < labels; begin += chunk) {
-    const int64_t R = std::min(chunk, labels - begin);
+  const std::vector<int64_t> sizes = ProductRows(T, chunk);
+  const auto take = [&](int64_t begin, int64_t R) {
     const TensorView x = rows.Slice(0, begin, begin + R);
     const TensorView z = logits.Slice(0, 0, R);
     MatMul(ctx, {.a = x, .b = weight, .d = z, .trans_b = true, .alpha = logit_scale});
@@ -58,6 +74,14 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
     }
     // This chunk's rows are done with: their gradients take their place.
     if (want_grad) MatMul(ctx, {.a = z, .b = weight, .d = x, .alpha = logit_scale});
+  };
+  if (ctx.exec.plan) {
+    for (const int64_t R : sizes) take(0, R);
+  } else {
+    for (int64_t begin = 0; begin < batch.num_labels; begin += chunk) {
+      const int64_t labels = std::min(chunk, batch.num_labels - begin);
+      take(begin, *std::lower_bound(sizes.begin(), sizes.end(), labels));
+    }
   }
   if (!want_grad) return;
   ScatterRows(ctx.exec, {.y = rows, .index = batch.label_rows, .x = y});
