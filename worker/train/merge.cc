@@ -28,9 +28,9 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kPieceElements = int64_t{1} << 22;
-constexpr char kPrefix[] = "base_model.model.";
-constexpr char kSuffixA[] = ".lora_A.weight";
-constexpr char kSuffixB[] = ".lora_B.weight";
+constexpr char kPeftPrefix[] = "base_model.model.";
+constexpr char kPeftSuffixA[] = ".lora_A.weight";
+constexpr char kPeftSuffixB[] = ".lora_B.weight";
 
 bool IsFloat(DType dtype) {
   return dtype == DType::kF64 || dtype == DType::kF32 || dtype == DType::kBF16 ||
@@ -184,15 +184,15 @@ class Merger {
     const double rank = static_cast<double>(r_);
     scale_ = config->alpha / (config->use_rslora ? std::sqrt(rank) : rank);
     for (const std::string& name : adapter_.names()) {
-      if (absl::EndsWith(name, kSuffixB)) continue;
-      if (!absl::StartsWith(name, kPrefix) || !absl::EndsWith(name, kSuffixA)) {
+      if (absl::EndsWith(name, kPeftSuffixB)) continue;
+      if (!absl::StartsWith(name, kPeftPrefix) || !absl::EndsWith(name, kPeftSuffixA)) {
         return absl::UnimplementedError(absl::StrCat(
             adapter_.path(), ": ", name, " is no LoRA matrix of a linear layer; only these merge"));
       }
-      const size_t begin = sizeof(kPrefix) - 1;
-      const std::string module = name.substr(begin, name.size() - begin - (sizeof(kSuffixA) - 1));
+      const size_t begin = sizeof(kPeftPrefix) - 1;
+      const std::string module = name.substr(begin, name.size() - begin - (sizeof(kPeftSuffixA) - 1));
       absl::StatusOr<TensorInfo> a = adapter_.Find(name);
-      absl::StatusOr<TensorInfo> b = adapter_.Find(absl::StrCat(kPrefix, module, kSuffixB));
+      absl::StatusOr<TensorInfo> b = adapter_.Find(absl::StrCat(kPeftPrefix, module, kPeftSuffixB));
       absl::StatusOr<TensorInfo> w = base_.Find(absl::StrCat(module, ".weight"));
       for (const absl::Status& s : {a.status(), b.status(), w.status()}) {
         if (!s.ok()) return s;
