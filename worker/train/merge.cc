@@ -190,7 +190,8 @@ class Merger {
             adapter_.path(), ": ", name, " is no LoRA matrix of a linear layer; only these merge"));
       }
       const size_t begin = sizeof(kPeftPrefix) - 1;
-      const std::string module = name.substr(begin, name.size() - begin - (sizeof(kPeftSuffixA) - 1));
+      const std::string module =
+          name.substr(begin, name.size() - begin - (sizeof(kPeftSuffixA) - 1));
       absl::StatusOr<TensorInfo> a = adapter_.Find(name);
       absl::StatusOr<TensorInfo> b = adapter_.Find(absl::StrCat(kPeftPrefix, module, kPeftSuffixB));
       absl::StatusOr<TensorInfo> w = base_.Find(absl::StrCat(module, ".weight"));
