@@ -30,7 +30,8 @@ class QkNormTest : public testing::TestWithParam<std::tuple<DType, int64_t>> {};
 
 // Heads in fused rows, into buffers of their own.
 TEST_P(QkNormTest, NormalisesThenRotates) {
-  const auto [dtype, R] = GetParam();
+  const DType dtype = std::get<0>(GetParam());
+  const int64_t R = std::get<1>(GetParam());
   std::mt19937_64 rng(1);
   const Tables tables(dtype, R, &rng);
   Tensor fused(dtype, {kTokens, kHeads + 2, kD}, 5), w(dtype, {kD}),
@@ -70,7 +71,8 @@ TEST_P(QkNormTest, NormalisesThenRotates) {
 }
 
 TEST_P(QkNormTest, BackwardMatchesFiniteDifferencesOfDouble) {
-  const auto [dtype, R] = GetParam();
+  const DType dtype = std::get<0>(GetParam());
+  const int64_t R = std::get<1>(GetParam());
   std::mt19937_64 rng(2);
   const Tables tables(DType::kF64, R, &rng);
   // Values that the dtype has, so that the differences in double are of the same function.
@@ -79,7 +81,7 @@ TEST_P(QkNormTest, BackwardMatchesFiniteDifferencesOfDouble) {
   Tensor wide_x(DType::kF64, {kTokens, kHeads, kD}), wide_w(DType::kF64, {kD}), wide_dy = wide_x;
   wide_x.Assign(x.ToVector()), wide_w.Assign(w.ToVector()), wide_dy.Assign(dy.ToVector());
   Tensor y = wide_x, rstd(DType::kF64, {kTokens, kHeads});
-  const std::vector<double> want = op_testing::FiniteDifferences(&wide_x, [&] {
+  const auto forward = [&] {
     QkNormForward(CpuExec(), {.x = wide_x,
                               .w = wide_w,
                               .cos = tables.cos,
@@ -88,16 +90,12 @@ TEST_P(QkNormTest, BackwardMatchesFiniteDifferencesOfDouble) {
                               .rstd = rstd,
                               .rotary_dim = R,
                               .weight_offset = 1.0});
+  };
+  const std::vector<double> want = op_testing::FiniteDifferences(&wide_x, [&] {
+    forward();
     return op_testing::Dot(y, wide_dy);
   });
-  QkNormForward(CpuExec(), {.x = wide_x,
-                            .w = wide_w,
-                            .cos = tables.cos,
-                            .sin = tables.sin,
-                            .y = y,
-                            .rstd = rstd,
-                            .rotary_dim = R,
-                            .weight_offset = 1.0});
+  forward();
   Tensor narrow_rstd(StatisticsOf(dtype), {kTokens, kHeads});
   Tensor cos(StatisticsOf(dtype), {kTokens, R / 2}), sin = cos, dx(dtype, {kTokens, kHeads, kD}, 7);
   narrow_rstd.Assign(rstd.ToVector());
