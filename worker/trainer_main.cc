@@ -258,6 +258,7 @@ int RunStandalone(const StandaloneFlags& flags) {
   absl::StatusOr<DeviceChoice> device =
       StandaloneDevice(flags, assignment->spec().resources().device_type());
   if (!device.ok()) return Report(device.status(), v1::FAILURE_CAUSE_INVALID);
+  ConsoleObserver observer;
   if (absl::Status s = Open(&*device); !s.ok()) return Report(s, v1::FAILURE_CAUSE_DEVICE);
   *assignment->mutable_device() = ToDevice(*device, Threads(flags));
   omp_set_num_threads(assignment->device().threads());
@@ -269,7 +270,6 @@ int RunStandalone(const StandaloneFlags& flags) {
     return Report(FileError(error.value(), "mkdir", flags.rendezvous), v1::FAILURE_CAUSE_STORAGE);
   }
   std::unique_ptr<RendezvousStore> store = NewDirectoryStore(flags.rendezvous);
-  ConsoleObserver observer;
   const TrainerOutcome outcome = RunTraining(*assignment, store.get(), &observer);
   return outcome.status.ok() ? 0 : Report(outcome.status, outcome.cause);
 }

@@ -8,7 +8,13 @@
 namespace attune {
 namespace {
 
-volatile sig_atomic_t stop_signal = 0;
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  return signals;
+}
 
 }  // namespace
 
@@ -47,10 +53,8 @@ void AgentObserver::CheckpointWritten(const v1::CheckpointWritten& checkpoint) {
 }
 
 ConsoleObserver::ConsoleObserver() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { stop_signal = 1; };
-  sigaction(SIGINT, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
+  const sigset_t signals = StopSignals();
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 }
 
 void ConsoleObserver::Running(int64_t from_step, int64_t total_steps) {
@@ -84,7 +88,10 @@ void ConsoleObserver::CheckpointWritten(const v1::CheckpointWritten& checkpoint)
 }
 
 bool ConsoleObserver::StopRequested() {
-  return stop_signal != 0;
+  const sigset_t signals = StopSignals();
+  const timespec now = {};
+  if (sigtimedwait(&signals, nullptr, &now) > 0) stop_requested_ = true;
+  return stop_requested_;
 }
 
 }  // namespace attune

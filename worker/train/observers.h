@@ -25,7 +25,10 @@ class AgentObserver : public TrainerObserver {
   const char* last_phase_ = nullptr;
 };
 
-// One line per step on standard output. SIGINT and SIGTERM ask for a checkpoint and an end.
+// One line per step on standard output. SIGINT and SIGTERM ask for a checkpoint and an end. They
+// are blocked, then looked for, never handled: oneDNN's matrix products (AVX, AVX2) point the stack
+// register into the heap, where the frame of a signal handler would overwrite what lies below. To
+// be made before any other thread, which inherits the mask.
 class ConsoleObserver : public TrainerObserver {
  public:
   ConsoleObserver();
@@ -36,6 +39,9 @@ class ConsoleObserver : public TrainerObserver {
   void CheckpointWritten(const v1::CheckpointWritten& checkpoint) override;
   bool StopRequested() override;
   int64_t ReleasedStep() override { return INT64_MAX; }  // nobody else needs them
+
+ private:
+  bool stop_requested_ = false;
 };
 
 }  // namespace attune
