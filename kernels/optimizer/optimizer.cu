@@ -272,22 +272,34 @@ __global__ void ClipKernel(const double* norm_sq, DeviceOutput scale_out, Device
   scale_out.Write(scale);
 }
 
+// Puts `tensors` into `b` and launches it as often as it takes. fill(i, tensor) sets element i of
+// the batch and returns in how many pieces that tensor is worked on; launch(grid) runs them.
+template <int kCount, typename Batch, typename Tensors, typename Fill, typename Launch>
+void InBatches(Batch* b, const Tensors& tensors, const Fill& fill, const Launch& launch) {
+  int64_t pieces = 0;
+  const auto flush = [&] {
+    if (pieces == 0) return;
+    launch(static_cast<unsigned>(pieces));
+    CUDA_CHECK(cudaGetLastError());
+    b->count = 0;
+    pieces = 0;
+  };
+  for (const auto& tensor : tensors) {
+    const int64_t count = fill(b->count, tensor);
+    if (count == 0) continue;
+    b->first_piece[b->count++] = static_cast<int32_t>(pieces);
+    pieces += count;
+    if (b->count == kCount) flush();
+  }
+  flush();
+}
+
 }  // namespace
 
 void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
   auto b = NewBatch<AdamWBatch>(a);
-  int64_t pieces = 0;
-  const auto launch = [&] {
-    if (pieces == 0) return;
-    AdamWKernel<<<static_cast<unsigned>(pieces), kThreads, 0, StreamOf(exec.stream)>>>(b);
-    CUDA_CHECK(cudaGetLastError());
-    b.count = 0;
-    pieces = 0;
-  };
-  for (const AdamWTensor& t : a.tensors) {
+  const auto fill = [&](int i, const AdamWTensor& t) {
     CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
-    if (t.param.size() == 0) continue;
-    const int i = b.count++;
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
     b.m[i] = Data<float>(t.m);
@@ -295,11 +307,11 @@ void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
     b.size[i] = t.param.size();
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
-    b.first_piece[i] = static_cast<int32_t>(pieces);
-    pieces += Pieces(t.param);
-    if (b.count == kBatch) launch();
-  }
-  launch();
+    return Pieces(t.param);
+  };
+  InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
+    AdamWKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b);
+  });
 }
 
 void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
@@ -307,17 +319,7 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   DynamicMaps maps;
   std::memcpy(maps.m, DynamicMap(/*is_signed=*/true), sizeof(maps.m));
   std::memcpy(maps.v, DynamicMap(/*is_signed=*/false), sizeof(maps.v));
-  int64_t blocks = 0;
-  const auto launch = [&] {
-    if (blocks == 0) return;
-    AdamW8bitKernel<<<static_cast<unsigned>(blocks), kThreads, 0, StreamOf(exec.stream)>>>(b, maps);
-    CUDA_CHECK(cudaGetLastError());
-    b.count = 0;
-    blocks = 0;
-  };
-  for (const AdamW8bitTensor& t : a.tensors) {
-    if (t.param.size() == 0) continue;
-    const int i = b.count++;
+  const auto fill = [&](int i, const AdamW8bitTensor& t) {
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
     b.m[i] = Data<uint8_t>(t.m);
@@ -327,11 +329,11 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
     b.size[i] = t.param.size();
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
-    b.first_piece[i] = static_cast<int32_t>(blocks);
-    blocks += AdamW8bitBlocks(t.param.size());
-    if (b.count == kBatch8bit) launch();
-  }
-  launch();
+    return AdamW8bitBlocks(t.param.size());
+  };
+  InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned grid) {
+    AdamW8bitKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b, maps);
+  });
 }
 
 void LionCuda(const Exec& exec, const LionArgs& a) {
@@ -343,55 +345,35 @@ void LionCuda(const Exec& exec, const LionArgs& a) {
   if (a.grad_scale.defined()) {
     b.grad_scale = {a.grad_scale.data, a.grad_scale.dtype == DType::kF64};
   }
-  int64_t pieces = 0;
-  const auto launch = [&] {
-    if (pieces == 0) return;
-    LionKernel<<<static_cast<unsigned>(pieces), kThreads, 0, StreamOf(exec.stream)>>>(b);
-    CUDA_CHECK(cudaGetLastError());
-    b.count = 0;
-    pieces = 0;
-  };
-  for (const LionTensor& t : a.tensors) {
+  const auto fill = [&](int i, const LionTensor& t) {
     CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
-    if (t.param.size() == 0) continue;
-    const int i = b.count++;
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
     b.m[i] = Data<float>(t.m);
     b.size[i] = t.param.size();
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.lr[i] = static_cast<float>(a.lr * t.lr_scale);
-    b.first_piece[i] = static_cast<int32_t>(pieces);
-    pieces += Pieces(t.param);
-    if (b.count == kBatch) launch();
-  }
-  launch();
+    return Pieces(t.param);
+  };
+  InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
+    LionKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b);
+  });
 }
 
 void GradNormCuda(const Exec& exec, const GradNormArgs& a) {
   NormBatch b{};
   double* partial = static_cast<double*>(a.workspace.data);
-  int64_t pieces = 0, total = 0;
-  const auto launch = [&] {
-    if (pieces == 0) return;
-    PartialNormKernel<<<static_cast<unsigned>(pieces), kThreads, 0, StreamOf(exec.stream)>>>(
-        b, partial + total);
-    CUDA_CHECK(cudaGetLastError());
-    total += pieces;
-    b.count = 0;
-    pieces = 0;
-  };
-  for (const TensorView& grad : a.grads) {
+  int64_t total = 0;
+  const auto fill = [&](int i, const TensorView& grad) {
     CHECK(grad.dtype == DType::kF32 && "the CUDA backend keeps gradients in f32");
-    if (grad.size() == 0) continue;
-    const int i = b.count++;
     b.grad[i] = Data<const float>(grad);
     b.size[i] = grad.size();
-    b.first_piece[i] = static_cast<int32_t>(pieces);
-    pieces += Pieces(grad);
-    if (b.count == kBatch) launch();
-  }
-  launch();
+    return Pieces(grad);
+  };
+  InBatches<kBatch>(&b, a.grads, fill, [&](unsigned grid) {
+    PartialNormKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b, partial + total);
+    total += grid;
+  });
   TotalKernel<<<1, 1024, 0, StreamOf(exec.stream)>>>(partial, total, Data<double>(a.norm_sq));
   CUDA_CHECK(cudaGetLastError());
 }

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "absl/strings/match.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/optimizer/optimizer.h"
 
@@ -64,12 +65,29 @@ void Optimizer::Reset(const LayerContext& ctx) const {
   }
 }
 
-TensorView Optimizer::Find(const char* name) const {
+TensorView Optimizer::StateOf(const char* name, const Range& range) const {
   for (const State& state : states_) {
-    if (std::strcmp(state.name, name) == 0) return state.value;
+    if (std::strcmp(state.name, name) != 0) continue;
+    if (!absl::EndsWith(name, "_absmax")) return state.value.Slice(0, range.begin, range.end);
+    const int64_t blocks = AdamW8bitBlocks(range.end - range.begin);
+    return state.value.Slice(0, range.first_block, range.first_block + blocks);
   }
   CHECK(false && "an optimiser without this state");
   return {};
+}
+
+template <typename T, typename F>
+std::vector<T> Optimizer::Tensors(const AdapterSet& adapters, const F& set_states) const {
+  std::vector<T> tensors;
+  for (const Range& range : ranges_) {
+    T& tensor = tensors.emplace_back();
+    tensor.param = adapters.master().Slice(0, range.begin, range.end);
+    tensor.grad = adapters.grad().Slice(0, range.begin, range.end);
+    tensor.weight_decay = spec_.weight_decay();
+    tensor.lr_scale = range.lr_scale;
+    set_states(range, &tensor);
+  }
+  return tensors;
 }
 
 void Optimizer::Step(const LayerContext& ctx, const AdapterSet& adapters,
@@ -86,16 +104,10 @@ void Optimizer::Step(const LayerContext& ctx, const AdapterSet& adapters,
 
 void Optimizer::StepAdamW(const LayerContext& ctx, const AdapterSet& adapters,
                           const StepArgs& args) const {
-  const TensorView m = Find("m"), v = Find("v");
-  std::vector<AdamWTensor> tensors;
-  for (const Range& r : ranges_) {
-    tensors.push_back({.param = adapters.master().Slice(0, r.begin, r.end),
-                       .grad = adapters.grad().Slice(0, r.begin, r.end),
-                       .m = m.Slice(0, r.begin, r.end),
-                       .v = v.Slice(0, r.begin, r.end),
-                       .weight_decay = spec_.weight_decay(),
-                       .lr_scale = r.lr_scale});
-  }
+  const auto tensors = Tensors<AdamWTensor>(adapters, [&](const Range& range, AdamWTensor* t) {
+    t->m = StateOf("m", range);
+    t->v = StateOf("v", range);
+  });
   AdamW(ctx.exec, {.tensors = tensors,
                    .grad_scale = args.grad_scale,
                    .lr = args.learning_rate,
@@ -107,20 +119,13 @@ void Optimizer::StepAdamW(const LayerContext& ctx, const AdapterSet& adapters,
 
 void Optimizer::StepAdamW8bit(const LayerContext& ctx, const AdapterSet& adapters,
                               const StepArgs& args) const {
-  const TensorView m = Find("m"), v = Find("v");
-  const TensorView m_absmax = Find("m_absmax"), v_absmax = Find("v_absmax");
-  std::vector<AdamW8bitTensor> tensors;
-  for (const Range& r : ranges_) {
-    const int64_t blocks_end = r.first_block + AdamW8bitBlocks(r.end - r.begin);
-    tensors.push_back({.param = adapters.master().Slice(0, r.begin, r.end),
-                       .grad = adapters.grad().Slice(0, r.begin, r.end),
-                       .m = m.Slice(0, r.begin, r.end),
-                       .v = v.Slice(0, r.begin, r.end),
-                       .m_absmax = m_absmax.Slice(0, r.first_block, blocks_end),
-                       .v_absmax = v_absmax.Slice(0, r.first_block, blocks_end),
-                       .weight_decay = spec_.weight_decay(),
-                       .lr_scale = r.lr_scale});
-  }
+  const auto tensors =
+      Tensors<AdamW8bitTensor>(adapters, [&](const Range& range, AdamW8bitTensor* t) {
+        t->m = StateOf("m", range);
+        t->v = StateOf("v", range);
+        t->m_absmax = StateOf("m_absmax", range);
+        t->v_absmax = StateOf("v_absmax", range);
+      });
   AdamW8bit(ctx.exec, {.tensors = tensors,
                        .grad_scale = args.grad_scale,
                        .lr = args.learning_rate,
@@ -132,15 +137,8 @@ void Optimizer::StepAdamW8bit(const LayerContext& ctx, const AdapterSet& adapter
 
 void Optimizer::StepLion(const LayerContext& ctx, const AdapterSet& adapters,
                          const StepArgs& args) const {
-  const TensorView m = Find("m");
-  std::vector<LionTensor> tensors;
-  for (const Range& r : ranges_) {
-    tensors.push_back({.param = adapters.master().Slice(0, r.begin, r.end),
-                       .grad = adapters.grad().Slice(0, r.begin, r.end),
-                       .m = m.Slice(0, r.begin, r.end),
-                       .weight_decay = spec_.weight_decay(),
-                       .lr_scale = r.lr_scale});
-  }
+  const auto tensors = Tensors<LionTensor>(
+      adapters, [&](const Range& range, LionTensor* t) { t->m = StateOf("m", range); });
   Lion(ctx.exec, {.tensors = tensors,
                   .grad_scale = args.grad_scale,
                   .lr = args.learning_rate,

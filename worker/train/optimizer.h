@@ -49,7 +49,11 @@ class Optimizer {
     int64_t first_block = 0;  // of 8-bit states
   };
   void AddRange(int64_t begin, int64_t size, double lr_scale);
-  TensorView Find(const char* name) const;
+  // The state's elements of `range`; of 8-bit maxima, its blocks.
+  TensorView StateOf(const char* name, const Range& range) const;
+  // The kernel's list: a T for each range, whose states `set_states(range, &tensor)` fills in.
+  template <typename T, typename F>
+  std::vector<T> Tensors(const AdapterSet& adapters, const F& set_states) const;
   void StepAdamW(const LayerContext& ctx, const AdapterSet& adapters, const StepArgs& args) const;
   void StepAdamW8bit(const LayerContext& ctx, const AdapterSet& adapters,
                      const StepArgs& args) const;
