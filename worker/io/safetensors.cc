@@ -309,6 +309,11 @@ absl::StatusOr<TensorInfo> Checkpoint::Find(absl::string_view name) const {
   return files_[it->second].Find(name);
 }
 
+const std::string& Checkpoint::PathOf(absl::string_view name) const {
+  const auto it = owners_.find(name);
+  return it == owners_.end() ? directory_ : files_[it->second].path();
+}
+
 absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(
     const std::string& path, const std::vector<Tensor>& tensors,
     const std::map<std::string, std::string>& metadata) {

@@ -83,6 +83,8 @@ class Checkpoint {
 
   absl::StatusOr<TensorInfo> Find(absl::string_view name) const;
   bool Contains(absl::string_view name) const { return owners_.contains(name); }
+  // Path of the file that has the tensor; of the checkpoint, where none has it.
+  const std::string& PathOf(absl::string_view name) const;
   // Sorted.
   const std::vector<std::string>& names() const { return names_; }
   const std::vector<SafetensorsFile>& files() const { return files_; }

@@ -5,47 +5,68 @@
 
 namespace attune {
 
-FrozenMatrix::FrozenMatrix(const LayerContext& ctx, const FrozenMatrixOptions& options,
-                           std::vector<int64_t> part_rows, int64_t in)
-    : options_(options), part_rows_(std::move(part_rows)), in_(in) {
-  const bool expanded = options_.storage == WeightStorage::kDense || options_.resident;
-  for (int64_t rows : part_rows_) {
-    row_begin_.push_back(rows_);
-    rows_ += rows;
-    if (!expanded) parts_.push_back(NewPart(ctx, ArenaEnd::kBottom, rows * in_));
-  }
-  if (!expanded) return;
-  const int64_t E = options_.extension;
-  dense_ =
-      ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, {rows_ + E, in_ + E});
-}
-
-FrozenMatrix::Nf4Part FrozenMatrix::NewPart(const LayerContext& ctx, ArenaEnd end,
-                                            int64_t elements) const {
-  const MemoryClass c = end == ArenaEnd::kBottom ? MemoryClass::kWeights : MemoryClass::kWorkspace;
-  const auto room = [&](DType dtype, int64_t n) { return ctx.arena->New(end, c, dtype, {n}); };
+Nf4Weight Nf4Shapes(int64_t elements, bool double_quantization) {
   const int64_t blocks = Nf4Blocks(elements);
-  Nf4Part part;
-  part.packed = room(DType::kU8, Nf4PackedBytes(elements));
-  if (options_.storage == WeightStorage::kNf4) {
-    part.absmax = room(DType::kF32, blocks);
-  } else {
-    part.codes = room(DType::kU8, blocks);
-    part.absmax2 = room(DType::kF32, Nf4Groups(blocks));
-    part.offset = room(DType::kF32, 1);
+  Nf4Weight w{.packed = TensorView(nullptr, DType::kU8, {Nf4PackedBytes(elements)})};
+  if (!double_quantization) {
+    w.absmax = TensorView(nullptr, DType::kF32, {blocks});
+    return w;
   }
-  return part;
+  w.codes = TensorView(nullptr, DType::kU8, {blocks});
+  w.absmax2 = TensorView(nullptr, DType::kF32, {Nf4Groups(blocks)});
+  w.offset = TensorView(nullptr, DType::kF32, {1});
+  return w;
 }
 
-TensorView FrozenMatrix::RowsOf(const TensorView& expansion, int part) const {
-  const int64_t begin = row_begin_[part];
-  return expansion.Slice(0, begin, begin + part_rows_[part]).Slice(1, 0, in_);
+FrozenMatrix::FrozenMatrix(const LayerContext& ctx, const FrozenMatrixOptions& options,
+                           const std::vector<FrozenPart>& parts, int64_t in)
+    : options_(options), in_(in) {
+  bool all_dense = true;
+  for (const FrozenPart& part : parts) {
+    const bool dense = part.dense || options_.storage == WeightStorage::kDense;
+    parts_.push_back({.rows = part.rows, .row_begin = rows_, .dense = dense});
+    rows_ += part.rows;
+    all_dense &= dense;
+  }
+  const auto room = [&](std::initializer_list<int64_t> shape) {
+    return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
+  };
+  const int64_t E = options_.extension;
+  if (all_dense || options_.resident) {
+    dense_ = room({rows_ + E, in_ + E});
+    return;
+  }
+  for (Part& part : parts_) {
+    if (part.dense) {
+      part.values = room({part.rows, in_});
+      continue;
+    }
+    part.nf4 = NewNf4(ctx, ArenaEnd::kBottom, ShapesOf(part));
+  }
 }
 
-void FrozenMatrix::Load(const LayerContext& ctx, int part, const TensorView& w) {
-  CHECK(w.dim(0) == part_rows_[part] && w.dim(1) == in_);
-  if (options_.storage == WeightStorage::kDense) {
-    return Copy(ctx.exec, {.x = w, .y = RowsOf(dense_, part)});
+Nf4Weight FrozenMatrix::ShapesOf(const Part& part) const {
+  return Nf4Shapes(part.rows * in_, options_.storage == WeightStorage::kNf4Double);
+}
+
+Nf4Weight FrozenMatrix::NewNf4(const LayerContext& ctx, ArenaEnd end, const Nf4Weight& shapes) {
+  const MemoryClass c = end == ArenaEnd::kBottom ? MemoryClass::kWeights : MemoryClass::kWorkspace;
+  Nf4Weight out = shapes;
+  for (TensorView* view : {&out.packed, &out.absmax, &out.codes, &out.absmax2, &out.offset}) {
+    if (view->defined()) *view = ctx.arena->New(end, c, view->dtype, {view->dim(0)});
+  }
+  return out;
+}
+
+TensorView FrozenMatrix::RowsOf(const TensorView& expansion, const Part& part) const {
+  return expansion.Slice(0, part.row_begin, part.row_begin + part.rows).Slice(1, 0, in_);
+}
+
+void FrozenMatrix::Load(const LayerContext& ctx, int index, const TensorView& w) {
+  const Part& part = parts_[index];
+  CHECK(w.dim(0) == part.rows && w.dim(1) == in_);
+  if (part.dense) {
+    return Copy(ctx.exec, {.x = w, .y = expanded() ? RowsOf(dense_, part) : part.values});
   }
   ArenaScope scope(ctx.arena);
   TensorView source = w;
@@ -53,13 +74,29 @@ void FrozenMatrix::Load(const LayerContext& ctx, int part, const TensorView& w) 
     source = ctx.arena->NewScratch(DType::kF32, {w.dim(0), w.dim(1)});
     Copy(ctx.exec, {.x = w, .y = source});
   }
-  if (!options_.resident) return Quantize(ctx, source, parts_[part]);
-  const Nf4Part quantized = NewPart(ctx, ArenaEnd::kTop, w.size());
+  if (!expanded()) return Quantize(ctx, source, part.nf4);
+  const Nf4Weight quantized = NewNf4(ctx, ArenaEnd::kTop, ShapesOf(part));
   Quantize(ctx, source, quantized);
   Dequantize(ctx, quantized, RowsOf(dense_, part));
 }
 
-void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Part& to) const {
+void FrozenMatrix::Load(const LayerContext& ctx, int index, const Nf4Weight& w) {
+  const Part& part = parts_[index];
+  ArenaScope scope(ctx.arena);
+  const Nf4Weight to = expanded() ? NewNf4(ctx, ArenaEnd::kTop, w) : part.nf4;
+  const auto upload = [&](const TensorView& from, const TensorView& view) {
+    CHECK(from.dtype == view.dtype && from.SameShape(view));
+    if (from.defined()) CopyToDevice(ctx.exec, from.data, view);
+  };
+  upload(w.packed, to.packed);
+  upload(w.absmax, to.absmax);
+  upload(w.codes, to.codes);
+  upload(w.absmax2, to.absmax2);
+  upload(w.offset, to.offset);
+  if (expanded()) Dequantize(ctx, to, RowsOf(dense_, part));
+}
+
+void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Weight& to) const {
   if (options_.storage == WeightStorage::kNf4) {
     return Nf4Quantize(ctx.exec, {.w = w, .packed = to.packed, .absmax = to.absmax});
   }
@@ -70,7 +107,7 @@ void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const 
       ctx.exec, {.absmax = absmax, .codes = to.codes, .absmax2 = to.absmax2, .offset = to.offset});
 }
 
-void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Part& from, const TensorView& to) {
+void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Weight& from, const TensorView& to) {
   Nf4Dequantize(ctx.exec, {.packed = from.packed,
                            .codes = from.codes,
                            .absmax2 = from.absmax2,
@@ -86,7 +123,14 @@ TensorView FrozenMatrix::ExpansionShape(const LayerContext& ctx) const {
 
 void FrozenMatrix::ExpandInto(const LayerContext& ctx, const TensorView& expansion) const {
   CHECK(!expanded() && expansion.SameShape(ExpansionShape(ctx)));
-  for (int i = 0; i < parts(); ++i) Dequantize(ctx, parts_[i], RowsOf(expansion, i));
+  for (const Part& part : parts_) {
+    const TensorView rows = RowsOf(expansion, part);
+    if (part.dense) {
+      Copy(ctx.exec, {.x = part.values, .y = rows});
+    } else {
+      Dequantize(ctx, part.nf4, rows);
+    }
+  }
 }
 
 TensorView FrozenMatrix::Expand(const LayerContext& ctx) const {

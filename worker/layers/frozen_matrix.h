@@ -1,6 +1,6 @@
 // FrozenMatrix: weights (N, K) that are not trained, dense or as NF4, possibly several matrices
 // with the same input stacked by rows (q, k, v; gate, up). Each keeps its own quantisation
-// statistics, so the bits are those of the single matrices.
+// statistics, so the bits are those of the single matrices; some may be NF4 and others dense.
 //
 // Products read the expansion (N + E, K + E) in the dtype of products: W, and room for the adapter
 // beside and below it (kernels/lora). It is the memory of the matrix itself where that is dense or
@@ -24,20 +24,40 @@ struct FrozenMatrixOptions {
   int64_t extension = 0;  // E
 };
 
+// One of the stacked matrices.
+struct FrozenPart {
+  int64_t rows = 0;
+  bool dense = false;  // whatever the storage is
+};
+
+// A matrix (N, K) as kernels/nf4 has it. With single quantisation absmax stands for the last three.
+struct Nf4Weight {
+  TensorView packed;   // (Nf4PackedBytes(N * K)) u8
+  TensorView absmax;   // (blocks) f32
+  TensorView codes;    // (blocks) u8
+  TensorView absmax2;  // (groups) f32
+  TensorView offset;   // (1) f32
+};
+// The views of so many elements, without memory.
+Nf4Weight Nf4Shapes(int64_t elements, bool double_quantization);
+
 class FrozenMatrix {
  public:
   // Takes room for the matrices from the arena's bottom; contents come with Load.
   FrozenMatrix(const LayerContext& ctx, const FrozenMatrixOptions& options,
-               std::vector<int64_t> part_rows, int64_t in);
+               const std::vector<FrozenPart>& parts, int64_t in);
 
   int64_t rows() const { return rows_; }
   int64_t in() const { return in_; }
-  int parts() const { return static_cast<int>(part_rows_.size()); }
-  int64_t row_begin(int part) const { return row_begin_[part]; }
-  int64_t part_rows(int part) const { return part_rows_[part]; }
+  int parts() const { return static_cast<int>(parts_.size()); }
+  int64_t row_begin(int part) const { return parts_[part].row_begin; }
+  int64_t part_rows(int part) const { return parts_[part].rows; }
 
   // Fills part `part` from w (part_rows, K), f64, f32 or bf16 on the device; quantises.
   void Load(const LayerContext& ctx, int part, const TensorView& w);
+  // Fills it from NF4 in host memory, of the quantisation of the storage, and keeps every bit; of a
+  // matrix that is expanded, of either quantisation.
+  void Load(const LayerContext& ctx, int part, const Nf4Weight& w);
 
   // True if the expansion lasts, and with it the adapter's share.
   bool expanded() const { return dense_.defined(); }
@@ -49,23 +69,27 @@ class FrozenMatrix {
   TensorView ExpansionShape(const LayerContext& ctx) const;  // without memory
 
  private:
-  struct Nf4Part {
-    TensorView packed, absmax, codes, absmax2, offset;
+  struct Part {
+    int64_t rows = 0;
+    int64_t row_begin = 0;
+    bool dense = false;
+    // Of a matrix that is not expanded: one of the two.
+    Nf4Weight nf4;
+    TensorView values;  // (rows, K)
   };
 
-  Nf4Part NewPart(const LayerContext& ctx, ArenaEnd end, int64_t elements) const;
-  void Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Part& to) const;
+  Nf4Weight ShapesOf(const Part& part) const;
+  static Nf4Weight NewNf4(const LayerContext& ctx, ArenaEnd end, const Nf4Weight& shapes);
+  void Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Weight& to) const;
   // W's rows of a part in an expansion.
-  TensorView RowsOf(const TensorView& expansion, int part) const;
-  static void Dequantize(const LayerContext& ctx, const Nf4Part& from, const TensorView& to);
+  TensorView RowsOf(const TensorView& expansion, const Part& part) const;
+  static void Dequantize(const LayerContext& ctx, const Nf4Weight& from, const TensorView& to);
 
   FrozenMatrixOptions options_;
-  std::vector<int64_t> part_rows_;
-  std::vector<int64_t> row_begin_;
+  std::vector<Part> parts_;
   int64_t rows_ = 0;
   int64_t in_;
-  TensorView dense_;            // (N + E, K + E), if expanded
-  std::vector<Nf4Part> parts_;  // else
+  TensorView dense_;  // (N + E, K + E), if expanded
 };
 
 }  // namespace attune

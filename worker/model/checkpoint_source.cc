@@ -33,6 +33,55 @@ absl::StatusOr<TensorView> CheckpointWeights::Find(const std::string& name) cons
   return view;
 }
 
+absl::StatusOr<Nf4Weight> CheckpointWeights::FindNf4(const std::string& name,
+                                                     const LinearShape& shape,
+                                                     bool double_quantization) const {
+  absl::StatusOr<Nf4Tensor> tensor = ReadNf4Tensor(checkpoint_, name);
+  if (!tensor.ok()) return tensor.status();
+  const QuantState& state = tensor->state();
+  const auto error = [&](const auto&... what) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(checkpoint_.PathOf(name), ": tensor ", name, " ", what...));
+  };
+  if (state.rows != shape.out || state.columns != shape.in) {
+    return error("has the shape (", state.rows, ", ", state.columns,
+                 ") in its quant_state; config.json says (", shape.out, ", ", shape.in, ")");
+  }
+  if (state.double_quantization != double_quantization) {
+    return error("is quantised ", state.double_quantization ? "twice" : "once",
+                 ", but config.json says quantization_config.bnb_4bit_use_double_quant: ",
+                 double_quantization ? "true" : "false", "; the two do not belong together");
+  }
+  nf4_ = *std::move(tensor);
+  return nf4_.weight();
+}
+
+namespace {
+
+// Which linears of a quantised checkpoint are not.
+absl::Status FindDense(const std::string& directory, const WeightNames& names,
+                       ModelConfig* config) {
+  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory);
+  if (!checkpoint.ok()) return checkpoint.status();
+  int64_t quantized = 0;
+  for (int64_t layer = 0; layer < config->num_layers; ++layer) {
+    for (Linear linear : LinearsOf(*config)) {
+      if (IsQuantized(*checkpoint, absl::StrCat(names.linear(layer, linear), ".weight"))) {
+        ++quantized;
+      } else {
+        config->nf4->dense.insert({layer, linear});
+      }
+    }
+  }
+  if (quantized > 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(directory,
+                   "/config.json: quantization_config: no linear layer of the checkpoint is "
+                   "quantised; remove it, and weights are quantised while they load"));
+}
+
+}  // namespace
+
 absl::StatusOr<LoadedConfig> LoadModelConfig(const std::string& directory) {
   absl::StatusOr<Json> json = ReadJsonFile(absl::StrCat(directory, "/config.json"));
   if (!json.ok()) return json.status();
@@ -40,7 +89,12 @@ absl::StatusOr<LoadedConfig> LoadModelConfig(const std::string& directory) {
   if (!family.ok()) return family.status();
   absl::StatusOr<ModelConfig> config = (*family)->parse(*json);
   if (!config.ok()) return config.status();
-  return LoadedConfig{*config, (*family)->names()};
+  LoadedConfig loaded{*config, (*family)->names()};
+  if (loaded.config.nf4.has_value()) {
+    absl::Status status = FindDense(directory, loaded.names, &loaded.config);
+    if (!status.ok()) return status;
+  }
+  return loaded;
 }
 
 }  // namespace attune

@@ -7,6 +7,7 @@
 #include "absl/status/statusor.h"
 #include "worker/io/safetensors.h"
 #include "worker/model/model.h"
+#include "worker/model/nf4_checkpoint.h"
 
 namespace attune {
 
@@ -16,13 +17,17 @@ class CheckpointWeights : public WeightSource {
  public:
   explicit CheckpointWeights(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
   absl::StatusOr<TensorView> Find(const std::string& name) const override;
+  absl::StatusOr<Nf4Weight> FindNf4(const std::string& name, const LinearShape& shape,
+                                    bool double_quantization) const override;
 
  private:
   Checkpoint checkpoint_;
   mutable std::vector<uint64_t> aligned_;
+  mutable Nf4Tensor nf4_;
 };
 
-// config.json of a model directory and its family.
+// config.json of a model directory and its family; of a quantised checkpoint also which of its
+// linears are (the header of the weights says it).
 struct LoadedConfig {
   ModelConfig config;
   WeightNames names;

@@ -5,7 +5,10 @@
 #include <cstdint>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -44,6 +47,15 @@ struct LayerConfig {
   int64_t window = 0;  // keys that a query sees, itself included; 0: all before it
 };
 
+// The linear layers of a block that there may be. Their numbers are in the seeds of adapters.
+enum class Linear : uint8_t { kQ, kK, kV, kO, kGate, kUp, kDown, kQkv, kGateUp };
+
+// What bitsandbytes has quantised to NF4 in a checkpoint: the linears of the blocks, but for some.
+struct Nf4Checkpoint {
+  bool double_quantization = false;
+  std::set<std::pair<int64_t, Linear>> dense;  // layers and linears of which it keeps the values
+};
+
 // Defaults are those of Llama.
 struct ModelConfig {
   std::string family;       // as config.json's model_type
@@ -77,18 +89,21 @@ struct ModelConfig {
   std::vector<RopeConfig> ropes = {RopeConfig()};  // at most kMaxRopes
   std::vector<LayerConfig> layers;                 // num_layers; empty: all LayerConfig()
 
+  std::optional<Nf4Checkpoint> nf4;  // none: every weight of the checkpoint is dense
+
   // What config.json asks for and training leaves out, in words for the user.
   std::vector<std::string> warnings;
 
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
   LayerConfig layer(int64_t i) const { return layers.empty() ? LayerConfig() : layers[i]; }
+  // Whether the checkpoint has this linear as NF4.
+  bool IsNf4(int64_t layer, Linear linear) const {
+    return nf4.has_value() && !nf4->dense.contains({layer, linear});
+  }
 };
 
-// The linear layers of a block that there may be. Their numbers are in the seeds of adapters.
-enum class Linear : uint8_t { kQ, kK, kV, kO, kGate, kUp, kDown, kQkv, kGateUp };
-
-// Those of a model's blocks, in the order in which adapters are stored.
+// The linears of a model's blocks, in the order in which adapters are stored.
 absl::Span<const Linear> LinearsOf(const ModelConfig& config);
 
 // Where a Linear sits: which product of the block, and which part of its stacked rows.

@@ -53,6 +53,13 @@ absl::StatusOr<TensorView> Get(const LayerContext& ctx, const WeightSource& sour
                                const std::string& name, std::initializer_list<int64_t> shape) {
   absl::StatusOr<TensorView> w = source.Find(name);
   if (!w.ok()) return w.status();
+  if (w->dtype == DType::kU8 || w->dtype == DType::kI8) {
+    return absl::UnimplementedError(absl::StrCat(
+        "tensor ", name, " has the type ", DTypeName(w->dtype),
+        ", as quantised weights have. They are read as bitsandbytes' NF4, in the linear layers of "
+        "the blocks alone, and where config.json has its quantization_config; give a checkpoint "
+        "with this tensor in BF16, F16 or F32"));
+  }
   const TensorView expected(nullptr, w->dtype, shape);
   if (!w->SameShape(expected)) {
     return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " has the shape ",
@@ -97,6 +104,16 @@ absl::Status LoadDense(const LayerContext& ctx, const WeightSource& source, cons
   return absl::OkStatus();
 }
 
+absl::Status LoadLinear(const LayerContext& ctx, const WeightSource& source,
+                        const std::string& name, const LinearShape& shape, int part,
+                        FrozenMatrix* matrix) {
+  absl::StatusOr<TensorView> w = Get(ctx, source, name, {shape.out, shape.in});
+  if (!w.ok()) return w.status();
+  ArenaScope scope(ctx.arena);
+  matrix->Load(ctx, part, ToDevice(ctx, *w));
+  return absl::OkStatus();
+}
+
 TensorView& NormOf(TransformerBlock* block, BlockNorm norm) {
   switch (norm) {
     case BlockNorm::kAttention:
@@ -117,6 +134,11 @@ TensorView& NormOf(TransformerBlock* block, BlockNorm norm) {
 
 }  // namespace
 
+absl::StatusOr<Nf4Weight> WeightSource::FindNf4(const std::string& name, const LinearShape& shape,
+                                                bool double_quantization) const {
+  return absl::NotFoundError(absl::StrCat("there is no NF4 weight ", name));
+}
+
 Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
              const AdapterSet* adapters)
     : config_(config),
@@ -136,19 +158,23 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     block.shape = ShapeOfBlock(i);
     for (BlockNorm norm : NormsOf(config)) NormOf(&block, norm) = dense({SizeOf(config, norm)});
     if (adapters != nullptr) Adapt(*adapters, i);
-    const int64_t q = config.q_size(), kv = config.kv_size(), F = config.intermediate_size;
-    const bool fused = config.fused_modules;
-    const auto frozen = [&](const LoraLinear& linear, std::vector<int64_t> rows, int64_t in) {
+    const auto frozen = [&](const LoraLinear& linear, int matrix) {
+      std::vector<FrozenPart> parts;
+      int64_t in = 0;
+      for (Linear part : LinearsOf(config)) {
+        if (PlaceOf(part).matrix != matrix) continue;
+        parts.push_back({.rows = ShapeOf(config, part).out,
+                         .dense = config.nf4.has_value() && !config.IsNf4(i, part)});
+        in = ShapeOf(config, part).in;
+      }
       return FrozenMatrix(ctx,
                           {.storage = options.storage,
                            .resident = options.resident,
                            .extension = ctx.fused_lora ? linear.extension() : 0},
-                          std::move(rows), in);
+                          parts, in);
     };
-    using Rows = std::vector<int64_t>;
-    weights_.push_back(
-        {frozen(block.qkv, fused ? Rows{q + 2 * kv} : Rows{q, kv, kv}, C), frozen(block.o, {C}, q),
-         frozen(block.gate_up, fused ? Rows{2 * F} : Rows{F, F}, C), frozen(block.down, {C}, F)});
+    weights_.push_back({frozen(block.qkv, 0), frozen(block.o, 1), frozen(block.gate_up, 2),
+                        frozen(block.down, 3)});
     BlockWeights& w = weights_.back();
     block.qkv.w = &w.qkv;
     block.o.w = &w.o;
@@ -157,12 +183,13 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     if (config.qkv_bias) block.qkv.bias = dense({w.qkv.rows()});
     if (config.o_bias) block.o.bias = dense({C});
     if (config.mlp_bias) {
-      block.gate_up.bias = dense({2 * F});
+      block.gate_up.bias = dense({w.gate_up.rows()});
       block.down.bias = dense({C});
     }
     block.o.output_scale = block.down.output_scale = config.residual_scale;
-    if (!options.prefetch || w.qkv.expanded()) continue;
+    if (!options.prefetch) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
+      if (matrix->expanded()) continue;
       prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx).bytes());
     }
   }
@@ -287,16 +314,19 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
     const LinearPlace place = PlaceOf(linear);
     FrozenMatrix* matrix = matrices[place.matrix];
     const std::string module = names.linear(layer, linear);
-    absl::StatusOr<TensorView> w =
-        Get(ctx, source, absl::StrCat(module, ".weight"), {shape.out, shape.in});
-    if (!w.ok()) return w.status();
-    {
-      ArenaScope scope(ctx.arena);
-      matrix->Load(ctx, place.part, ToDevice(ctx, *w));
+    const std::string name = absl::StrCat(module, ".weight");
+    absl::Status status;
+    if (config_.IsNf4(layer, linear)) {
+      absl::StatusOr<Nf4Weight> w = source.FindNf4(name, shape, config_.nf4->double_quantization);
+      if (!w.ok()) return w.status();
+      matrix->Load(ctx, place.part, *w);
+    } else {
+      status = LoadLinear(ctx, source, name, shape, place.part, matrix);
+      if (!status.ok()) return status;
     }
     if (!HasBias(config_, linear)) continue;
     const int64_t begin = matrix->row_begin(place.part);
-    absl::Status status = LoadDense(ctx, source, absl::StrCat(module, ".bias"),
+    status = LoadDense(ctx, source, absl::StrCat(module, ".bias"),
                                     linears[place.matrix]->bias.Slice(0, begin, begin + shape.out));
     if (!status.ok()) return status;
   }

@@ -26,6 +26,10 @@ class WeightSource {
   // A contiguous view of any floating dtype, valid as long as the source. NOT_FOUND if there is
   // no such tensor.
   virtual absl::StatusOr<TensorView> Find(const std::string& name) const = 0;
+  // The weight `name` (N, K) of a source that has it as NF4 (ModelConfig::nf4), in host memory;
+  // valid until the next call.
+  virtual absl::StatusOr<Nf4Weight> FindNf4(const std::string& name, const LinearShape& shape,
+                                            bool double_quantization) const;
 };
 
 // What Forward leaves for Backward.

@@ -18,6 +18,7 @@ struct GeneratorOptions {
   std::string adapter_directory;         // empty: the base model alone
   DeviceKind device = DeviceKind::kCpu;  // opened
   DType dtype = DType::kF32;
+  // Of a checkpoint that is NF4 already, kDense expands it and the other two keep it as it is.
   WeightStorage storage = WeightStorage::kDense;
   int64_t max_context = 4096;  // prompt and answer, in tokens
 };

@@ -382,11 +382,34 @@ absl::Status AdoptAdapter(PreparedJob* job) {
   return absl::OkStatus();
 }
 
+// A quantised checkpoint is trained as it is, and the spec has to say so.
+absl::Status CheckQuantization(const v1::QuantizationSpec& spec, const std::string& directory,
+                               const std::optional<Nf4Checkpoint>& nf4) {
+  if (!nf4.has_value()) return absl::OkStatus();
+  const char* twice = nf4->double_quantization ? "true" : "false";
+  const auto differs = [&](const char* field, const std::string& is) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "quantization.", field, ": is ", is, ", but the weights of ", directory,
+        " are NF4 already; set quantization: {weights: nf4, double_quantization: ", twice,
+        "}, or give the checkpoint that it was made from"));
+  };
+  if (spec.weights() != v1::WEIGHT_FORMAT_NF4) {
+    return differs("weights", EnumLabel(*v1::WeightFormat_descriptor(), spec.weights()));
+  }
+  if (spec.double_quantization() != nf4->double_quantization) {
+    return differs("double_quantization", spec.double_quantization() ? "true" : "false");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status SetUpModel(PreparedJob* job) {
   if (absl::Status s = AdoptAdapter(job); !s.ok()) return s;
   const v1::JobSpec& spec = job->assignment.spec();
   absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(job->assignment.model_directory());
   if (!loaded.ok()) return loaded.status();
+  absl::Status quantization = CheckQuantization(
+      spec.quantization(), job->assignment.model_directory(), loaded->config.nf4);
+  if (!quantization.ok()) return quantization;
   EngineOptions& engine = job->engine;
   engine.model = loaded->config;
   engine.names = loaded->names;

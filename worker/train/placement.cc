@@ -27,6 +27,10 @@ class ShapesOnly : public WeightSource {
     if (it == shapes_.end()) return absl::NotFoundError(name);
     return it->second;
   }
+  absl::StatusOr<Nf4Weight> FindNf4(const std::string& name, const LinearShape& shape,
+                                    bool double_quantization) const override {
+    return Nf4Shapes(shape.out * shape.in, double_quantization);
+  }
 
  private:
   std::map<std::string, TensorView> shapes_;
