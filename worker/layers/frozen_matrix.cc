@@ -96,7 +96,8 @@ void FrozenMatrix::Load(const LayerContext& ctx, int index, const Nf4Weight& w) 
   if (expanded()) Dequantize(ctx, to, RowsOf(dense_, part));
 }
 
-void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Weight& to) const {
+void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w,
+                            const Nf4Weight& to) const {
   if (options_.storage == WeightStorage::kNf4) {
     return Nf4Quantize(ctx.exec, {.w = w, .packed = to.packed, .absmax = to.absmax});
   }
@@ -107,7 +108,8 @@ void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w, const 
       ctx.exec, {.absmax = absmax, .codes = to.codes, .absmax2 = to.absmax2, .offset = to.offset});
 }
 
-void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Weight& from, const TensorView& to) {
+void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Weight& from,
+                              const TensorView& to) {
   Nf4Dequantize(ctx.exec, {.packed = from.packed,
                            .codes = from.codes,
                            .absmax2 = from.absmax2,

@@ -377,8 +377,9 @@ std::string ReadOneOf(ConfigReader* reader, const std::string& name, const std::
                       const std::vector<std::string>& known, absl::string_view what_to_do) {
   const std::string text = reader->StringOr(name, if_missing);
   if (std::find(known.begin(), known.end(), text) != known.end()) return text;
-  reader->Refuse(name, absl::StrCat("`", text, "` is not built; known: ", absl::StrJoin(known, ", "),
-                                    what_to_do));
+  reader->Refuse(
+      name,
+      absl::StrCat("`", text, "` is not built; known: ", absl::StrJoin(known, ", "), what_to_do));
   return if_missing;
 }
 
@@ -398,8 +399,8 @@ void ReadQuantization(ConfigReader* reader, ModelConfig* c) {
   }
   ReadOneOf(&fields, "bnb_4bit_quant_type", "fp4", {"nf4"}, kDense);
   ReadOneOf(&fields, "bnb_4bit_compute_dtype", "float32", {"float32", "bfloat16", "float16"}, "");
-  ReadOneOf(&fields, "bnb_4bit_quant_storage", "uint8",
-            {"uint8", "float32", "bfloat16", "float16"}, "");
+  ReadOneOf(&fields, "bnb_4bit_quant_storage", "uint8", {"uint8", "float32", "bfloat16", "float16"},
+            "");
   c->nf4 = Nf4Checkpoint{.double_quantization = fields.BoolOr("bnb_4bit_use_double_quant", false)};
   // Which weights are left out is seen in the checkpoint.
   for (const char* name : {"llm_int8_skip_modules", "llm_int8_threshold", "_load_in_4bit"}) {

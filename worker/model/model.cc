@@ -327,7 +327,7 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
     if (!HasBias(config_, linear)) continue;
     const int64_t begin = matrix->row_begin(place.part);
     status = LoadDense(ctx, source, absl::StrCat(module, ".bias"),
-                                    linears[place.matrix]->bias.Slice(0, begin, begin + shape.out));
+                       linears[place.matrix]->bias.Slice(0, begin, begin + shape.out));
     if (!status.ok()) return status;
   }
   return absl::OkStatus();

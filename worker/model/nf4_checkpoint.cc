@@ -46,9 +46,8 @@ absl::StatusOr<DType> ReadDType(const JsonField& field) {
 absl::Status ReadShape(const JsonField& field, QuantState* state) {
   absl::StatusOr<std::vector<int64_t>> shape = field.IntArray();
   if (!shape.ok()) return shape.status();
-  if (shape->size() != 2 ||
-      std::any_of(shape->begin(), shape->end(),
-                  [](int64_t n) { return n < 1 || n > kLargestExtent; })) {
+  if (shape->size() != 2 || std::any_of(shape->begin(), shape->end(),
+                                        [](int64_t n) { return n < 1 || n > kLargestExtent; })) {
     return field.Error("is no shape of a matrix, [N, K]");
   }
   state->rows = (*shape)[0];
@@ -161,7 +160,8 @@ absl::StatusOr<QuantState> ReadState(const Reader& reader, const Checkpoint& che
   if (info->dtype != DType::kU8) return reader.Error(kState, "is no JSON in U8");
   const absl::string_view text(reinterpret_cast<const char*>(info->bytes.data()),
                                info->bytes.size());
-  return ParseQuantState(text, absl::StrCat(checkpoint.PathOf(info->name), ": tensor ", info->name));
+  return ParseQuantState(text,
+                         absl::StrCat(checkpoint.PathOf(info->name), ": tensor ", info->name));
 }
 
 }  // namespace

@@ -32,7 +32,8 @@ struct QuantState {
   float offset = 0;
 };
 
-// UNIMPLEMENTED: another format than kernels/nf4 has. INVALID_ARGUMENT: no such JSON, with the field.
+// UNIMPLEMENTED: another format than kernels/nf4 has. INVALID_ARGUMENT: no such JSON, with the
+// field.
 absl::StatusOr<QuantState> ParseQuantState(absl::string_view json, absl::string_view source);
 
 // A weight that is checked: sizes, tables, finiteness. Valid as long as the checkpoint.

@@ -75,7 +75,8 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const GeneratorOpti
   absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(wanted.model_directory);
   if (!loaded.ok()) return loaded.status();
   GeneratorOptions options = wanted;
-  if (const auto& nf4 = loaded->config.nf4; nf4.has_value() && options.storage != WeightStorage::kDense) {
+  if (const auto& nf4 = loaded->config.nf4;
+      nf4.has_value() && options.storage != WeightStorage::kDense) {
     options.storage = nf4->double_quantization ? WeightStorage::kNf4Double : WeightStorage::kNf4;
   }
   absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(options.model_directory);

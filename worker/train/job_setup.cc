@@ -407,8 +407,8 @@ absl::Status SetUpModel(PreparedJob* job) {
   const v1::JobSpec& spec = job->assignment.spec();
   absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(job->assignment.model_directory());
   if (!loaded.ok()) return loaded.status();
-  absl::Status quantization = CheckQuantization(
-      spec.quantization(), job->assignment.model_directory(), loaded->config.nf4);
+  absl::Status quantization =
+      CheckQuantization(spec.quantization(), job->assignment.model_directory(), loaded->config.nf4);
   if (!quantization.ok()) return quantization;
   EngineOptions& engine = job->engine;
   engine.model = loaded->config;

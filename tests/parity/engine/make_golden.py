@@ -3,7 +3,7 @@
 
     python3 tests/parity/engine/make_golden.py [--out tests/parity/engine/golden] [CASE ...]
 
-Each case (those of CASES here, and those of families.py) is a directory:
+Each case (those of CASES, OPTIONS and QUANTIZED here, and those of families.py) is a directory:
   model/              config.json, model.safetensors: random weights, odd sizes
   adapter/            PEFT adapter with random A and B
   case.json           documents of each pack of each step, optimiser and schedule, losses
@@ -18,6 +18,7 @@ import argparse
 import json
 import pathlib
 import shutil
+import tempfile
 
 import bitsandbytes.functional as bnb
 import families
@@ -25,9 +26,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
-                          get_scheduler)
+from safetensors.torch import load_file, save_file
+from transformers import (AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig,
+                          LlamaForCausalLM, get_scheduler)
 
 CASES = {
     # heads 3:1, head_dim 40, odd vocabulary, rope scaling, untied, dense weights
@@ -71,6 +72,23 @@ OPTIONS = {
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
         lora=dict(r=3, alpha=5.0, targets="all-linear", use_rslora=True), loraplus=4.0, nf4=False,
         steps=5, lr=4e-3, schedule="constant", warmup=0, weight_decay=0.1),
+}
+
+# Families' cases whose checkpoint is NF4 already, as Transformers and bitsandbytes save it. Blocks
+# end inside of rows; the MLP of the first has two groups of blocks.
+QUANTIZED = {
+    "nf4_llama": dict(release=families.LLAMA2,
+                      cut=dict(families.SMALL, num_hidden_layers=1, intermediate_size=420),
+                      bnb=dict(double=True, dtype=torch.float32)),
+    # Some linears are left as they are: k of q, k and v; the whole MLP of a layer.
+    "nf4_qwen2": dict(release=families.QWEN2_5, cut=families.SMALL,
+                      bnb=dict(double=False, dtype=torch.bfloat16,
+                               skip=["lm_head", "model.layers.0.self_attn.k_proj",
+                                     "model.layers.1.mlp"])),
+    "nf4_phi3": dict(release=families.PHI3,
+                     cut=dict(families.SMALL, num_key_value_heads=2, num_hidden_layers=1,
+                              sliding_window=7),
+                     bnb=dict(double=True, dtype=torch.float16)),
 }
 
 
@@ -181,11 +199,73 @@ def family_model(case, out):
     return model
 
 
+def quantize_checkpoint(directory, bnb_options):
+    """The checkpoint becomes what Transformers and bitsandbytes save of it; config.json stays the
+    release's but for quantization_config."""
+    dtype = bnb_options["dtype"]
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, device_map="cpu",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=bnb_options["double"],
+            llm_int8_skip_modules=bnb_options.get("skip")))
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = pathlib.Path(scratch)
+        model.save_pretrained(saved)
+        shutil.copyfile(saved / "model.safetensors", directory / "model.safetensors")
+        written = json.loads((saved / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = written["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read_checkpoint(path):
+    """Its weights in fp32, those in NF4 by the tables that they carry."""
+    tensors, weights = load_file(path), {}
+    for name, value in tensors.items():
+        if name.endswith(("weight", "bias")):
+            weights[name] = value.float()
+        if name + ".quant_map" not in tensors:
+            continue
+        state = json.loads(bytes(tensors[name + ".quant_state.bitsandbytes__nf4"].tolist()))
+        absmax = tensors[name + ".absmax"].numpy()
+        if "nested_offset" in state:
+            groups = np.repeat(tensors[name + ".nested_absmax"].numpy(), state["nested_blocksize"])
+            absmax = (tensors[name + ".nested_quant_map"].numpy()[absmax] * groups[:absmax.size]
+                      + np.float32(state["nested_offset"]))
+        codes = value.flatten().numpy()
+        rows, columns = state["shape"]
+        nibbles = np.stack([codes >> 4, codes & 15], axis=1).flatten()[: rows * columns]
+        blocks = np.repeat(absmax, state["blocksize"])[: rows * columns]
+        expanded = tensors[name + ".quant_map"].numpy()[nibbles] * blocks
+        weights[name] = torch.from_numpy(expanded.reshape(rows, columns))
+        check_expansion(name, tensors, weights[name])
+    return weights
+
+
+def check_expansion(name, tensors, expanded):
+    """bitsandbytes expands to the same, where its CPU code is right (tests/parity/nf4)."""
+    rows, columns = expanded.shape
+    if columns % 16 == 0 and columns % 64 != 0:
+        return
+    state = bnb.QuantState.from_dict({key: value for key, value in tensors.items()
+                                      if key.startswith(name + ".")}, device="cpu")
+    state.dtype = torch.float32
+    torch.testing.assert_close(bnb.dequantize_4bit(tensors[name], state), expanded,
+                               rtol=1e-6, atol=0)
+
+
 def build(case, seed, out):
     torch.manual_seed(seed)
     family = "release" in case
     model = family_model(case, out) if family else llama_model(case, out)
-    if case["nf4"]:
+    if "bnb" in case:
+        quantize_checkpoint(out / "model", case["bnb"])
+        weights = read_checkpoint(out / "model" / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+    elif case["nf4"]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("_proj.weight"):
@@ -199,6 +279,7 @@ def build(case, seed, out):
         for name, parameter in peft.named_parameters():
             if "lora_B" in name and (family or case["steps"] < 10):
                 parameter.normal_(0, 0.1)  # zero would hide every gradient of A
+    peft.peft_config["default"].base_model_name_or_path = "model"  # not where it was made
     peft.save_pretrained(out / "adapter", safe_serialization=True)
     (out / "adapter" / "README.md").unlink(missing_ok=True)
     return peft
@@ -249,7 +330,8 @@ def run(case, seed, out):
             expected["final." + name.replace(".default", "")] = parameter.detach().contiguous()
     save_file(expected, out / "expected.safetensors")
     (out / "case.json").write_text(json.dumps(dict(
-        pack_tokens=pack_tokens, nf4=case["nf4"], r=case["lora"]["r"], alpha=case["lora"]["alpha"],
+        pack_tokens=pack_tokens, nf4=case["nf4"],
+        double_quantization=case.get("bnb", {}).get("double", True), r=case["lora"]["r"], alpha=case["lora"]["alpha"],
         use_rslora=case["lora"].get("use_rslora", False), loraplus=case.get("loraplus", 1.0),
         targets=case["lora"]["targets"], lr=case["lr"], schedule=case["schedule"],
         warmup=case["warmup"], weight_decay=case["weight_decay"], max_grad_norm=1.0, losses=losses,
@@ -264,7 +346,9 @@ def main():
     parser.add_argument("cases", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cases = CASES | {name: FAMILY | case for name, case in families.FAMILIES.items()} | OPTIONS
+    of_families = [{name: FAMILY | case for name, case in group.items()}
+                   for group in (families.FAMILIES, QUANTIZED)]
+    cases = CASES | of_families[0] | OPTIONS | of_families[1]
     for seed, (name, case) in enumerate(cases.items(), start=11):
         if args.cases and name not in args.cases:
             continue
