@@ -20,6 +20,7 @@
 #include "worker/io/json.h"
 #include "worker/io/safetensors.h"
 #include "worker/model/checkpoint_source.h"
+#include "worker/model/nf4_checkpoint.h"
 #include "worker/model/peft_adapter.h"
 
 namespace attune {
@@ -123,6 +124,20 @@ void ThroughNf4(WeightStorage storage, const TensorInfo& info, std::vector<float
   Nf4Dequantize(exec, expand);
 }
 
+// The whole matrix of a base that is NF4 already.
+std::vector<float> ExpandNf4(const Nf4Tensor& tensor) {
+  const int64_t rows = tensor.state().rows, columns = tensor.state().columns;
+  std::vector<float> values(static_cast<size_t>(rows * columns));
+  const Nf4Weight w = tensor.weight();
+  Nf4Dequantize(Exec(), {.packed = w.packed,
+                         .codes = w.codes,
+                         .absmax2 = w.absmax2,
+                         .offset = w.offset,
+                         .absmax = w.absmax,
+                         .out = TensorView(values.data(), DType::kF32, {rows, columns})});
+  return values;
+}
+
 // out = scale * b a
 void Product(std::vector<float>* b, int64_t rows, std::vector<float>* a, int64_t columns, int64_t r,
              double scale, float* out) {
@@ -176,6 +191,19 @@ class Merger {
     int64_t bytes = 0;
   };
 
+  bool IsNf4(const std::string& name) const {
+    return absl::EndsWith(name, ".weight") && IsQuantized(base_, name);
+  }
+
+  // A tensor of the base; of an NF4 one, type and shape that it had before, without its bytes.
+  absl::StatusOr<TensorInfo> FindBase(const std::string& name) const {
+    if (!IsNf4(name)) return base_.Find(name);
+    absl::StatusOr<Nf4Tensor> tensor = ReadNf4Tensor(base_, name);
+    if (!tensor.ok()) return tensor.status();
+    const QuantState& state = tensor->state();
+    return TensorInfo{.name = name, .dtype = state.dtype, .shape = {state.rows, state.columns}};
+  }
+
   // Every tensor of the adapter to the weight that it is for.
   absl::Status MatchAdapter() {
     absl::StatusOr<PeftConfig> config = ReadPeftConfig(options_.adapter_directory);
@@ -194,7 +222,7 @@ class Merger {
           name.substr(begin, name.size() - begin - (sizeof(kPeftSuffixA) - 1));
       absl::StatusOr<TensorInfo> a = adapter_.Find(name);
       absl::StatusOr<TensorInfo> b = adapter_.Find(absl::StrCat(kPeftPrefix, module, kPeftSuffixB));
-      absl::StatusOr<TensorInfo> w = base_.Find(absl::StrCat(module, ".weight"));
+      absl::StatusOr<TensorInfo> w = FindBase(absl::StrCat(module, ".weight"));
       for (const absl::Status& s : {a.status(), b.status(), w.status()}) {
         if (!s.ok()) return s;
       }
@@ -224,6 +252,7 @@ class Merger {
     if (options_.storage == WeightStorage::kDense) return absl::OkStatus();
     absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(options_.model_directory);
     if (!loaded.ok()) return loaded.status();
+    if (loaded->config.nf4.has_value()) return absl::OkStatus();  // as it is
     for (int64_t layer = 0; layer < loaded->config.num_layers; ++layer) {
       for (Linear linear : LinearsOf(loaded->config)) {
         quantized_.insert(absl::StrCat(loaded->names.linear(layer, linear), ".weight"));
@@ -235,17 +264,19 @@ class Merger {
   absl::Status PlanShards() {
     shards_.emplace_back();
     for (const std::string& name : base_.names()) {
-      absl::StatusOr<TensorInfo> info = base_.Find(name);
+      if (IsPartOfQuantized(name)) continue;
+      absl::StatusOr<TensorInfo> info = FindBase(name);
       if (!info.ok()) return info.status();
       const DType dtype = IsFloat(info->dtype) ? options_.dtype.value_or(info->dtype) : info->dtype;
-      const int64_t bytes = info->num_elements() * DTypeBytes(dtype);
+      int64_t bytes = DTypeBytes(dtype);
+      for (int64_t extent : info->shape) bytes *= extent;
       if (shards_.back().bytes > 0 && shards_.back().bytes + bytes > options_.max_shard_bytes) {
         shards_.emplace_back();
       }
       shards_.back().tensors.push_back({name, dtype, info->shape});
       shards_.back().bytes += bytes;
+      ++report_.tensors;
     }
-    report_.tensors = static_cast<int64_t>(base_.names().size());
     report_.merged = static_cast<int64_t>(adapters_.size());
     report_.shards = static_cast<int64_t>(shards_.size());
     return absl::OkStatus();
@@ -280,20 +311,30 @@ class Merger {
     return CopyOtherFiles(directory);
   }
 
+  // The values of a matrix that is, or was, quantised; empty for any other tensor.
+  absl::StatusOr<std::vector<float>> Quantized(const TensorInfo& info) const {
+    if (IsNf4(info.name)) {
+      absl::StatusOr<Nf4Tensor> tensor = ReadNf4Tensor(base_, info.name);
+      if (!tensor.ok()) return tensor.status();
+      return ExpandNf4(*tensor);
+    }
+    if (!quantized_.contains(info.name) || info.shape.size() != 2) return std::vector<float>();
+    std::vector<float> values = ReadAll(info);
+    ThroughNf4(options_.storage, info, &values);
+    return values;
+  }
+
   absl::Status WriteTensor(const SafetensorsWriter::Tensor& tensor, SafetensorsWriter* writer) {
-    absl::StatusOr<TensorInfo> info = base_.Find(tensor.name);
+    absl::StatusOr<TensorInfo> info = FindBase(tensor.name);
     if (!info.ok()) return info.status();
     const auto adapter = adapters_.find(tensor.name);
-    const bool quantized = quantized_.count(tensor.name) != 0 && info->shape.size() == 2;
+    absl::StatusOr<std::vector<float>> whole = Quantized(*info);
+    if (!whole.ok()) return whole.status();
+    const bool quantized = !whole->empty();
     if (adapter == adapters_.end() && !quantized) {
       return tensor.dtype == info->dtype ? CopyBytes(*info, writer) : Cast(*info, tensor, writer);
     }
     const int64_t rows = info->shape[0], columns = info->shape[1];
-    std::vector<float> whole;  // where it was quantised
-    if (quantized) {
-      whole = ReadAll(*info);
-      ThroughNf4(options_.storage, *info, &whole);
-    }
     const bool adapted = adapter != adapters_.end();
     std::vector<float> a = adapted ? ReadAll(adapter->second.a) : std::vector<float>();
     const int64_t step = std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, columns));
@@ -302,7 +343,7 @@ class Merger {
       const int64_t n = std::min(step, rows - begin);
       piece.resize(static_cast<size_t>(n * columns));
       if (quantized) {
-        std::copy_n(whole.begin() + begin * columns, n * columns, piece.begin());
+        std::copy_n(whole->begin() + begin * columns, n * columns, piece.begin());
       } else {
         ReadFloats(*info, begin * columns, n * columns, piece.data());
       }

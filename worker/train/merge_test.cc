@@ -4,13 +4,16 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 
+#include "tests/parity/engine/golden_case.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
 #include "worker/io/safetensors.h"
+#include "worker/train/generator.h"
 
 namespace attune {
 namespace {
@@ -109,6 +112,60 @@ TEST_F(MergeTest, Nf4ChangesTheLinearLayersAndNothingElse) {
   for (const std::string& name : base.names()) {
     const bool linear = name.find("_proj.") != std::string::npos;
     EXPECT_EQ(F32(merged.Find(name).value()) != F32(base.Find(name).value()), linear) << name;
+  }
+}
+
+// Relative error of the logits of a model without an adapter, from those of Transformers with one.
+double LogitsError(const std::string& model, const GoldenCase& golden) {
+  const std::unique_ptr<Generator> generator =
+      Generator::Create({.model_directory = model}).value();
+  const Pack& pack = golden.steps[0][0];
+  const std::vector<float> expected = golden.Expected("logits.0");
+  const int64_t V = generator->config().vocab_size;
+  double error = 0, norm = 0;
+  for (int32_t s = 0; s < pack.num_segments; ++s) {
+    const int32_t begin = pack.q_begin[s], end = pack.q_begin[s + 1];
+    const std::vector<float> logits =
+        generator->NextLogits({pack.ids.data() + begin, static_cast<size_t>(end - begin)}).value();
+    for (int64_t v = 0; v < V; ++v) {
+      const double want = expected[static_cast<size_t>((end - 1) * V + v)];
+      error += std::pow(logits[static_cast<size_t>(v)] - want, 2);
+      norm += std::pow(want, 2);
+    }
+  }
+  return std::sqrt(error / norm);
+}
+
+// Of a checkpoint that is NF4 already comes a dense one: its values with the adapter's.
+TEST_F(MergeTest, AnNf4CheckpointIsExpanded) {
+  for (const WeightStorage storage : {WeightStorage::kDense, WeightStorage::kNf4Double}) {
+    for (const std::string name : {"nf4_llama", "nf4_qwen2", "nf4_phi3"}) {
+      SCOPED_TRACE(name);
+      MergeOptions options = Options(name);
+      options.output_directory = root_ + "/" + name + std::to_string(static_cast<int>(storage));
+      options.storage = storage;
+      options.dtype = DType::kF32;
+      ASSERT_TRUE(Merge(options).ok());
+      const GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF32);
+      EXPECT_LT(LogitsError(options.output_directory, golden), 2e-5);
+      const Checkpoint merged = Checkpoint::Open(options.output_directory).value();
+      std::vector<std::string> names;
+      for (const WeightShape& weight : WeightShapes(golden.options.model, golden.options.names)) {
+        names.push_back(weight.name);
+      }
+      std::sort(names.begin(), names.end());
+      EXPECT_EQ(merged.names(), names);
+      const Json config = ReadJsonFile(options.output_directory + "/config.json").value();
+      EXPECT_FALSE(config.contains("quantization_config"));
+    }
+  }
+}
+
+TEST_F(MergeTest, AnNf4CheckpointBecomesOfTheTypeThatItHadBefore) {
+  ASSERT_TRUE(Merge(Options("nf4_phi3")).ok());
+  const Checkpoint merged = Checkpoint::Open(root_ + "/merged").value();
+  for (const std::string& name : merged.names()) {
+    EXPECT_EQ(merged.Find(name)->dtype, DType::kF16) << name;
   }
 }
 

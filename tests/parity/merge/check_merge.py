@@ -4,7 +4,7 @@
     python3 tests/parity/merge/check_merge.py BIN_DIR [CASE ...]
 
 CASEs are directories with model/ and adapter/, as tests/parity/engine/golden has them [dense, nf4,
-rslora, phi3]. For dense and NF4 bases, and for f32 and bf16 outputs, against PEFT's merge in f32 (of
+rslora, phi3, and those whose base is NF4 already]. For dense and NF4 bases, and for f32 and bf16 outputs, against PEFT's merge in f32 (of
 a base that went through NF4 as bitsandbytes has it), rounded to the output's type: in bf16 every
 value within one unit in the last place; in f32, in which PEFT's sums are rounded as ours are, within
 three units of the largest of base, result and sum of |terms|. Transformers then loads the directory and gives the logits of base and adapter.
@@ -19,23 +19,38 @@ import tempfile
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "engine"))
-from make_golden import expand_nf4  # noqa: E402
+from make_golden import QUANTIZED, expand_nf4, read_checkpoint  # noqa: E402
 
 TYPES = {"f32": (torch.float32, 23), "bf16": (torch.bfloat16, 7)}
 
 
-def merged_by_peft(case, nf4):
-    """State of the merged model, sizes of what was summed, and logits with the adapter beside."""
-    model = AutoModelForCausalLM.from_pretrained(case / "model", dtype=torch.float32,
-                                                 attn_implementation="eager")
+def base_model(directory, nf4):
+    """In f32, as the adapter was trained on it."""
+    config = AutoConfig.from_pretrained(directory)
+    options = dict(dtype=torch.float32, attn_implementation="eager")
+    if not hasattr(config, "quantization_config"):
+        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if nf4 and name.endswith("_proj.weight"):
+                    parameter.copy_(expand_nf4(parameter.data))
+        return model
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, **options).eval()
+    weights = read_checkpoint(directory / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if nf4 and name.endswith("_proj.weight"):
-                parameter.copy_(expand_nf4(parameter.data))
+            parameter.copy_(weights[name])
+    return model
+
+
+def merged_by_peft(case, nf4):
+    """State of the merged model, sizes of what was summed, and logits with the adapter beside."""
+    model = base_model(case / "model", nf4)
     sizes = {name: p.detach().abs() for name, p in model.state_dict().items()}
     base = {name: p.detach().clone() for name, p in model.state_dict().items()}
     peft = PeftModel.from_pretrained(model, case / "adapter").eval()
@@ -96,7 +111,7 @@ def main():
     binary = sys.argv[1]
     golden = HERE.parent / "engine/golden"
     cases = [pathlib.Path(c) for c in sys.argv[2:]] or [
-        golden / name for name in ("dense", "nf4", "rslora", "phi3")]
+        golden / name for name in ("dense", "nf4", "rslora", "phi3", *QUANTIZED)]
     for case in cases:
         for nf4 in (False, True):
             for dtype in TYPES:
