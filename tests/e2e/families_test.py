@@ -19,6 +19,7 @@ WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 61))]
 SPEC = """model: {{source: {{path: {model}}}}}
 datasets: [{{source: {{file: {data}}}}}]
 lora: {{r: 4, alpha: 8}}
+quantization: {{weights: nf4, double_quantization: {double}}}
 precision: f32
 optimizer: {{learning_rate: 0.03}}
 schedule: {{kind: constant, steps: {steps}}}
@@ -67,7 +68,11 @@ class Families(unittest.TestCase):
 
     def spec(self, model, name, steps, every):
         path = self.directory / name
-        path.write_text(SPEC.format(model=model, data=self.data, steps=steps, every=every))
+        config = json.loads((model / "config.json").read_text())
+        # A checkpoint that is NF4 already is trained as it is.
+        double = config.get("quantization_config", {}).get("bnb_4bit_use_double_quant", True)
+        path.write_text(SPEC.format(model=model, data=self.data, steps=steps, every=every,
+                                    double=str(double).lower()))
         return path
 
     def check(self, name, config):
@@ -93,6 +98,13 @@ class Families(unittest.TestCase):
         options = ("generate", "--model", model, "--prompt", "w5 w6", "--max-tokens", 8)
         text = self.run_trainer(*options, "--adapter", resumed)
         self.assertRegex(text, r"w\d+")
+        if "quantization_config" in config:  # expanded or not
+            self.assertEqual(text, self.run_trainer(*options, "--adapter", resumed,
+                                                    "--weights", "nf4"))
+            merged = self.directory / f"{name}-merged"
+            self.run_trainer("merge", "--model", model, "--adapter", resumed, "-o", merged,
+                             "--dtype", "f32")
+            self.assertEqual(text, self.run_trainer("generate", "--model", merged, *options[3:]))
         self.assertNotEqual(text, self.run_trainer(*options))
 
     def test_every_family(self):

@@ -5,7 +5,7 @@
     python3 tests/parity/engine/check_peft.py BIN_DIR CASE ...         golden cases, trained here
 
 BIN_DIR holds logits_tool and train_case; MODEL, ADAPTER and CASE are directories. Needs torch,
-transformers and peft. Fails above a relative error of 1e-4 (fp32), and if the adapter changes
+transformers, peft and bitsandbytes. Fails above a relative error of 1e-4 (fp32), and if the adapter changes
 nothing. Cases also with config.json as this Transformers writes it.
 """
 import pathlib
@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -25,11 +26,23 @@ def ours(binary, model, adapter, ids):
     return torch.tensor([float(line) for line in out.split()])
 
 
+def in_f32(model):
+    """A checkpoint that is NF4 already, which bitsandbytes would expand to the dtype it was made
+    of, computes in f32 as ours does."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight.quant_state.dtype = module.compute_dtype = torch.float32
+    return model
+
+
 def check(binary, model_directory, adapter, prompts):
     """The worst relative error over prompts (lists of ids)."""
     base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32,
                                                 attn_implementation="eager")
-    model = PeftModel.from_pretrained(base, adapter).eval()
+    model = PeftModel.from_pretrained(in_f32(base), adapter).eval()
     worst = 0.0
     for ids in prompts:
         with torch.no_grad():
