@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import unittest
 
-from service import BIN, DATA, MODEL, Service
+from service import BIN, MODEL, ROOT, Service
 
 GOOD_LINE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}\n'
 
@@ -125,6 +125,81 @@ def huge_shape(case):
     case.tensors(change)
 
 
+def nf4(change=None, config=None, double=True):
+    """A checkpoint that is NF4 already, and what of it is changed: `change` gets the tensors, name
+    to [dtype, shape, bytes], `config` is merged into quantization_config."""
+    def broken(case):
+        header, body = header_of(case.own("model.safetensors"))
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            tensors[name] = [entry["dtype"], entry["shape"], body[begin:end]]
+            if name.endswith("_proj.weight"):
+                tensors.update(nf4_weight(name, entry["shape"], double))
+        if change is not None:
+            change(tensors)
+        header, body = {}, b""
+        for name, (dtype, shape, data) in tensors.items():
+            header[name] = {"dtype": dtype, "shape": shape,
+                            "data_offsets": [len(body), len(body) + len(data)]}
+            body += data
+        write_tensors(case.own("model.safetensors"), header, body)
+        case.config(quantization_config={
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "bfloat16",
+            **(config or {})})
+    return broken
+
+
+def nf4_weight(name, shape, double):
+    """Its tensors, as bitsandbytes names and sizes them: some code or other."""
+    tables = json.loads((ROOT / "tests/parity/nf4/golden.json").read_text())
+    elements = shape[0] * shape[1]
+    blocks = -(-elements // 64)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape}
+    floats = lambda n, of=0.01: ["F32", [n], struct.pack("<f", of) * n]  # noqa: E731
+    tensors = {"": ["U8", [elements // 2, 1], b"\x79" * (elements // 2)],
+               ".quant_map": ["F32", [16], struct.pack("<16i", *tables["nf4_values"])]}
+    if double:
+        groups = -(-blocks // 256)
+        state.update(nested_blocksize=256, nested_dtype="float32", nested_offset=0.05)
+        tensors[".absmax"] = ["U8", [blocks], b"\x80" * blocks]
+        tensors[".nested_absmax"] = floats(groups)
+        tensors[".nested_quant_map"] = ["F32", [256], struct.pack("<256i", *tables["dynamic_map"])]
+    else:
+        tensors[".absmax"] = floats(blocks)
+    text = json.dumps(state).encode()
+    tensors[".quant_state.bitsandbytes__nf4"] = ["U8", [len(text)], text]
+    return {name + end: tensor for end, tensor in tensors.items()}
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def nf4_state(**changes):
+    """Replaces fields of a weight's quant_state."""
+    def change(tensors):
+        tensor = tensors[UP + ".quant_state.bitsandbytes__nf4"]
+        tensor[2] = json.dumps({**json.loads(tensor[2]), **changes}).encode()
+        tensor[1] = [len(tensor[2])]
+    return nf4(change)
+
+
+def nf4_with(end, dtype, shape, data):
+    def change(tensors):
+        tensors[UP + end] = [dtype, shape, data]
+    return nf4(change)
+
+
+def nf4_and_spec(extra_spec, **options):
+    def change(case):
+        nf4(**options)(case)
+        case.extra = extra_spec
+    return change
+
+
 def write(name, text):
     def change(case):
         path = case.model / name
@@ -187,6 +262,26 @@ CASES = {
     "unknown field": (lambda c: c.config(attention_sinks=4), r"config\.json: attention_sinks"),
     "pre-quantised": (lambda c: c.config(quantization_config={"load_in_4bit": True}),
                       r"quantization_config"),
+    "quantised by GPTQ": (lambda c: c.config(quantization_config={"quant_method": "gptq", "bits": 4}),
+                          r"quantization_config\.quant_method: `gptq` is not built"),
+    "quantised to int8": (nf4(config={"load_in_8bit": True}), r"load_in_8bit: int8"),
+    "NF4 of another block size": (nf4_state(blocksize=128), r"up_proj\.weight\.\S+: blocksize is 128"),
+    "NF4 of another shape": (nf4_state(shape=[4, 4]), r"up_proj\.weight is U8 .*, \(4, 4\), is U8 \(8, 1\)"),
+    "NF4 without its scales": (nf4(lambda t: t.pop(UP + ".absmax")), r"up_proj\.weight\.absmax is missing"),
+    "NF4 with another table": (nf4_with(".quant_map", "F32", [16], bytes(64)),
+                               r"up_proj\.weight\.quant_map has the value 0 for code 0"),
+    "NF4 with scales of NaN": (nf4_with(".nested_absmax", "F32", [11], b"\xff" * 44),
+                               r"up_proj\.weight\.nested_absmax holds NaN"),
+    "NF4 with a state that is no JSON": (
+        nf4_with(".quant_state.bitsandbytes__nf4", "U8", [4], b"{{{{"),
+        r"up_proj\.weight\.quant_state\.bitsandbytes__nf4:1:2: not valid JSON"),
+    "NF4 embeddings": (
+        nf4(lambda t: t.update({"model.embed_tokens.weight": ["U8", [8, 1], bytes(8)]})),
+        r"embed_tokens\.weight has the type U8, as quantised weights have"),
+    "NF4 where the spec wants none": (nf4_and_spec("quantization: {weights: none}\n"),
+                                      r"quantization\.weights: is none, .*set .*weights: nf4"),
+    "NF4 once where the spec wants it twice": (
+        nf4(double=False), r"double_quantization: is true, .*double_quantization: false\}"),
     "no tokenizer": (remove("tokenizer.json"), r"tokenizer\.json"),
     "tokenizer that is no JSON": (write("tokenizer.json", "[1,"), r"tokenizer\.json"),
     "unknown tokenizer model": (write("tokenizer.json", '{"model": {"type": "Magic"}}'),
@@ -283,6 +378,15 @@ class BadInput(unittest.TestCase):
         case.spec.write_text(SPEC % (case.model, case.data, case.schedule))
         done = self.validate(case.spec)
         self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_the_nf4_case_is_right(self):
+        for double in (True, False):
+            case = Case(self.directory / f"good-{double}")
+            nf4(double=double)(case)
+            case.spec.write_text(SPEC % (case.model, case.data, case.schedule) +
+                                 f"quantization: {{double_quantization: {str(double).lower()}}}\n")
+            done = self.validate(case.spec)
+            self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_each_broken_input_has_its_own_error(self):
         self.assertGreaterEqual(len(CASES), 25)

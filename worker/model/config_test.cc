@@ -62,6 +62,50 @@ TEST(ConfigTest, FieldsThatNobodyReadsAreRefusedByName) {
   }
 }
 
+TEST(ConfigTest, OfQuantisedCheckpointsThoseInNf4AreRead) {
+  json config = Base("llama");
+  EXPECT_FALSE(Parsed(config).nf4.has_value());
+  config["quantization_config"] = {{"_load_in_4bit", true},
+                                   {"_load_in_8bit", false},
+                                   {"bnb_4bit_compute_dtype", "bfloat16"},
+                                   {"bnb_4bit_quant_storage", "uint8"},
+                                   {"bnb_4bit_quant_type", "nf4"},
+                                   {"bnb_4bit_use_double_quant", true},
+                                   {"llm_int8_enable_fp32_cpu_offload", false},
+                                   {"llm_int8_has_fp16_weight", false},
+                                   {"llm_int8_skip_modules", {"lm_head", "mlp"}},
+                                   {"llm_int8_threshold", 6.0},
+                                   {"load_in_4bit", true},
+                                   {"load_in_8bit", false},
+                                   {"quant_method", "bitsandbytes"}};
+  const ModelConfig c = Parsed(config);
+  ASSERT_TRUE(c.nf4.has_value());
+  EXPECT_TRUE(c.nf4->double_quantization && c.IsNf4(3, Linear::kDown));
+  config["quantization_config"].erase("bnb_4bit_use_double_quant");
+  EXPECT_FALSE(Parsed(config).nf4->double_quantization);
+
+  const auto error = [&](const char* name, const json& value) {
+    json other = config;
+    other["quantization_config"][name] = value;
+    const absl::Status status = Parse(other).status();
+    EXPECT_FALSE(status.ok()) << name;
+    return std::string(status.message());
+  };
+  for (const char* method : {"gptq", "awq", "compressed-tensors", "fp8"}) {
+    EXPECT_THAT(error("quant_method", method),
+                HasSubstr(std::string("quant_method: `") + method + "` is not built"));
+  }
+  EXPECT_THAT(error("load_in_8bit", true), HasSubstr("load_in_8bit: int8"));
+  EXPECT_THAT(error("load_in_4bit", false), HasSubstr("load_in_4bit: is not true"));
+  EXPECT_THAT(error("bnb_4bit_quant_type", "fp4"), HasSubstr("`fp4` is not built; known: nf4"));
+  EXPECT_THAT(error("bnb_4bit_compute_dtype", "int8"), HasSubstr("bnb_4bit_compute_dtype: `int8`"));
+  EXPECT_THAT(error("bnb_4bit_quant_storage", "q"), HasSubstr("bnb_4bit_quant_storage: `q`"));
+  EXPECT_THAT(error("bnb_4bit_use_double_quant", 2), HasSubstr("bnb_4bit_use_double_quant"));
+  EXPECT_THAT(error("group_size", 128), HasSubstr("quantization_config.group_size"));
+  config["quantization_config"].erase("bnb_4bit_quant_type");  // bitsandbytes' default
+  EXPECT_THAT(std::string(Parse(config).status().message()), HasSubstr("`fp4` is not built"));
+}
+
 TEST(ConfigTest, UnknownNamesAreRefused) {
   json config = Base("mamba");
   EXPECT_THAT(std::string(Parse(config).status().message()),

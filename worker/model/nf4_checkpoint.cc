@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <optional>
+#include <limits>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -63,8 +63,10 @@ absl::Status ReadNested(const JsonField& root, QuantState* state) {
   if (*dtype != DType::kF32) return root.Get("nested_dtype").Error("must be float32");
   absl::StatusOr<double> offset = root.Get("nested_offset").Double();
   if (!offset.ok()) return offset.status();
+  if (!(std::abs(*offset) <= std::numeric_limits<float>::max())) {
+    return root.Get("nested_offset").Error("is no finite number");
+  }
   state->offset = static_cast<float>(*offset);
-  if (!std::isfinite(state->offset)) return root.Get("nested_offset").Error("is no finite number");
   state->double_quantization = true;
   return absl::OkStatus();
 }
