@@ -470,7 +470,8 @@ void AddMergeFlags(CLI::App* app, MergeFlags* flags) {
   app->add_option("-o,--output", flags->output, "New directory for the merged model")->required();
   app->add_option("--weights", flags->weights,
                   "What the adapter was trained on, quantization.weights of its job: none, or nf4, "
-                  "whose values the base then has in the output, too [none]")
+                  "whose values the base then has in the output, too; of a base that is NF4 "
+                  "already, either [none]")
       ->check(CLI::IsMember({"nf4", "none"}));
   app->add_flag("--single-quantization", flags->single_quantization,
                 "nf4 was without double quantisation");
@@ -545,7 +546,8 @@ int Main(int argc, char** argv, const char* cuda_library_directories) {
   gen->add_option("--prompt", generate.prompt, "What the user says");
   gen->add_option("--messages", generate.messages, "JSON file with a conversation instead");
   gen->add_flag("--raw", generate.raw, "The prompt as it is, without the chat template");
-  gen->add_option("--weights", generate.weights, "nf4 or none")
+  gen->add_option("--weights", generate.weights,
+                  "How the linear layers are held: nf4, or none, which expands what is NF4 [none]")
       ->check(CLI::IsMember({"nf4", "none"}));
   gen->add_option("--precision", generate.precision, "f32 or bf16")
       ->check(CLI::IsMember({"f32", "bf16"}));
