@@ -71,6 +71,21 @@ absl::Status ReadNested(const JsonField& root, QuantState* state) {
   return absl::OkStatus();
 }
 
+// What nobody reads could change what the codes mean.
+absl::Status RefuseTheRest(const JsonField& root) {
+  constexpr absl::string_view kKnown[] = {"quant_type",   "blocksize",        "dtype",
+                                          "shape",        "nested_blocksize", "nested_dtype",
+                                          "nested_offset"};
+  for (const auto& item : root.json()->items()) {
+    if (std::find(std::begin(kKnown), std::end(kKnown), item.key()) != std::end(kKnown)) continue;
+    return absl::UnimplementedError(absl::StrCat(
+        root.Get(item.key()).Error("").message(),
+        "is not known, and may say that the weight is in another format; save the model anew with "
+        "a version of bitsandbytes that does not write it"));
+  }
+  return absl::OkStatus();
+}
+
 // Tensors of one quantised weight, by the ends of their names.
 class Reader {
  public:
@@ -190,6 +205,7 @@ absl::StatusOr<QuantState> ParseQuantState(absl::string_view json, absl::string_
   if (root.Get("nested_blocksize").has_value() || root.Get("nested_offset").has_value()) {
     if (absl::Status s = ReadNested(root, &state); !s.ok()) return s;
   }
+  if (absl::Status s = RefuseTheRest(root); !s.ok()) return s;
   return state;
 }
 

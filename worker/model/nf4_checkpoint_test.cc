@@ -224,6 +224,11 @@ TEST_F(BrokenNf4Test, OtherFormatsAreRefused) {
               "nested_blocksize is 64; blocks are read of 256", kGate + kState);
 }
 
+TEST_F(BrokenNf4Test, AFieldThatNobodyReadsIsRefused) {
+  ExpectError(ReadWithState("{", "{\"packing_format\": \"rows of 32\", "),
+              absl::StatusCode::kUnimplemented, "packing_format is not known", kGate + kState);
+}
+
 TEST_F(BrokenNf4Test, OtherTablesAreRefused) {
   absl::Status status = Read("nf4_llama", [](Tensors* tensors) {
     SetFloat(&tensors->at(kGate + ".quant_map"), 3, -0.375f);
