@@ -372,15 +372,14 @@ void SetWindows(const std::vector<bool>& sliding, int64_t window, ModelConfig* c
 
 namespace {
 
-// One of `known`, in which `if_missing` is.
-std::string ReadOneOf(ConfigReader* reader, const std::string& name, const std::string& if_missing,
-                      const std::vector<std::string>& known, absl::string_view what_to_do) {
+// Refuses a text that is not in `known`.
+void CheckOneOf(ConfigReader* reader, const std::string& name, const std::string& if_missing,
+                const std::vector<std::string>& known, absl::string_view what_to_do) {
   const std::string text = reader->StringOr(name, if_missing);
-  if (std::find(known.begin(), known.end(), text) != known.end()) return text;
+  if (std::find(known.begin(), known.end(), text) != known.end()) return;
   reader->Refuse(
       name,
       absl::StrCat("`", text, "` is not built; known: ", absl::StrJoin(known, ", "), what_to_do));
-  return if_missing;
 }
 
 // What Transformers writes of its BitsAndBytesConfig; values that it leaves out are bitsandbytes'
@@ -390,17 +389,17 @@ void ReadQuantization(ConfigReader* reader, ModelConfig* c) {
   constexpr char kDense[] =
       ". Or give the bf16, fp16 or fp32 checkpoint, which is quantised while it loads";
   ConfigReader fields(reader->Object("quantization_config"), "quantization_config.");
-  ReadOneOf(&fields, "quant_method", "bitsandbytes", {"bitsandbytes"}, kDense);
+  CheckOneOf(&fields, "quant_method", "bitsandbytes", {"bitsandbytes"}, kDense);
   if (fields.BoolOr("load_in_8bit", false)) {
     fields.Refuse("load_in_8bit", absl::StrCat("int8 weights are not built, NF4 ones are", kDense));
   }
   if (!fields.BoolOr("load_in_4bit", false)) {
     fields.Fail("load_in_4bit", "is not true: this says of nothing how it is quantised");
   }
-  ReadOneOf(&fields, "bnb_4bit_quant_type", "fp4", {"nf4"}, kDense);
-  ReadOneOf(&fields, "bnb_4bit_compute_dtype", "float32", {"float32", "bfloat16", "float16"}, "");
-  ReadOneOf(&fields, "bnb_4bit_quant_storage", "uint8", {"uint8", "float32", "bfloat16", "float16"},
-            "");
+  CheckOneOf(&fields, "bnb_4bit_quant_type", "fp4", {"nf4"}, kDense);
+  CheckOneOf(&fields, "bnb_4bit_compute_dtype", "float32", {"float32", "bfloat16", "float16"}, "");
+  CheckOneOf(&fields, "bnb_4bit_quant_storage", "uint8",
+             {"uint8", "float32", "bfloat16", "float16"}, "");
   c->nf4 = Nf4Checkpoint{.double_quantization = fields.BoolOr("bnb_4bit_use_double_quant", false)};
   // Which weights are left out is seen in the checkpoint.
   for (const char* name : {"llm_int8_skip_modules", "llm_int8_threshold", "_load_in_4bit"}) {
