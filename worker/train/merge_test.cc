@@ -8,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "tests/parity/engine/golden_folder.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
 #include "worker/io/safetensors.h"
@@ -17,8 +18,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::HasSubstr;
-
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
 class MergeTest : public testing::Test {
  protected:
