@@ -8,11 +8,8 @@ namespace attune {
 namespace {
 
 using op_testing::CpuExec;
+using op_testing::StatisticsOf;
 using op_testing::Tensor;
-
-DType StatisticsOf(DType dtype) {
-  return dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-}
 
 struct SegmentData {
   Tensor count, q_begin, k_begin, k_length, q_offset;

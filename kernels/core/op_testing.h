@@ -19,6 +19,11 @@
 
 namespace attune::op_testing {
 
+// In which dtype the ops want statistics of values of `dtype`.
+inline DType StatisticsOf(DType dtype) {
+  return dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+}
+
 inline double Get(DType dtype, const void* data, int64_t i) {
   switch (dtype) {
     case DType::kF64:

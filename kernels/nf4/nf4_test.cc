@@ -15,7 +15,7 @@ using nlohmann::json;
 using op_testing::CpuExec;
 using op_testing::Tensor;
 
-const json& Golden() {
+const json& Nf4Golden() {
   static const json* golden = [] {
     std::ifstream file(ATTUNE_SOURCE_DIR "/tests/parity/nf4/golden.json");
     CHECK(file.good());
@@ -75,16 +75,16 @@ Tensor WeightOf(const json& c) {
 
 TEST(Nf4GoldenTest, TablesAreBitEqual) {
   for (int i = 0; i < 16; ++i) {
-    EXPECT_EQ(Nf4Values()[i], FromBits(Golden()["nf4_values"][i])) << i;
+    EXPECT_EQ(Nf4Values()[i], FromBits(Nf4Golden()["nf4_values"][i])) << i;
   }
   for (int i = 0; i < 256; ++i) {
-    EXPECT_EQ(DynamicMap(/*is_signed=*/true)[i], FromBits(Golden()["dynamic_map"][i])) << i;
+    EXPECT_EQ(DynamicMap(/*is_signed=*/true)[i], FromBits(Nf4Golden()["dynamic_map"][i])) << i;
   }
 }
 
 TEST(Nf4GoldenTest, CodesAndMaximaAreBitEqual) {
-  ASSERT_GE(Golden()["cases"].size(), 6u);
-  for (const json& c : Golden()["cases"]) {
+  ASSERT_GE(Nf4Golden()["cases"].size(), 6u);
+  for (const json& c : Nf4Golden()["cases"]) {
     SCOPED_TRACE(c["name"]);
     const Tensor w = WeightOf(c);
     Quantized q(w.size());

@@ -101,7 +101,7 @@ TEST(AdamWTest, AParameterGroupHasItsLearningRate) {
   EXPECT_NE(step(1e-2, 8), step(1e-2, 1));
 }
 
-const nlohmann::json& Golden() {
+const nlohmann::json& OptimizerGolden() {
   static const nlohmann::json golden = [] {
     std::ifstream in(std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/optimizer/golden.json");
     return nlohmann::json::parse(in);
@@ -111,7 +111,7 @@ const nlohmann::json& Golden() {
 
 // The formulas of make_golden.py.
 Tensor GoldenParameters() {
-  Tensor param(DType::kF32, {Golden()["size"].get<int64_t>()});
+  Tensor param(DType::kF32, {OptimizerGolden()["size"].get<int64_t>()});
   for (int64_t i = 0; i < param.size(); ++i) {
     param.Set(i, 0.5 * std::sin(1.7 * static_cast<double>(i)));
   }
@@ -136,8 +136,8 @@ int64_t DifferentCodes(const Tensor& codes, const nlohmann::json& want) {
 
 TEST(AdamW8bitTest, MapsAreThoseOfBitsandbytes) {
   for (int i = 0; i < 256; ++i) {
-    EXPECT_EQ(DynamicMap(true)[i], Golden()["signed_map"][i].get<float>()) << i;
-    EXPECT_EQ(DynamicMap(false)[i], Golden()["unsigned_map"][i].get<float>()) << i;
+    EXPECT_EQ(DynamicMap(true)[i], OptimizerGolden()["signed_map"][i].get<float>()) << i;
+    EXPECT_EQ(DynamicMap(false)[i], OptimizerGolden()["unsigned_map"][i].get<float>()) << i;
     EXPECT_EQ(NearestDynamicCode(DynamicMap(false), DynamicMap(false)[i]), i);
   }
 }
@@ -149,7 +149,7 @@ TEST(AdamW8bitTest, EqualsBitsandbytesOver100Steps) {
   Tensor grad(DType::kF32, {n}), m(DType::kU8, {n}), v(DType::kU8, {n});
   Tensor m_absmax(DType::kF32, {blocks}), v_absmax(DType::kF32, {blocks});
   m_absmax.Constant(0), v_absmax.Constant(0);  // the codes are poison, which is no matter
-  for (int64_t step = 0; step < Golden()["steps"].get<int64_t>(); ++step) {
+  for (int64_t step = 0; step < OptimizerGolden()["steps"].get<int64_t>(); ++step) {
     SetGoldenGradient(step, &grad);
     const AdamW8bitTensor tensors[] = {{param, grad, m, v, m_absmax, v_absmax, 0.1}};
     AdamW8bit(CpuExec(), {.tensors = tensors,
@@ -159,7 +159,7 @@ TEST(AdamW8bitTest, EqualsBitsandbytesOver100Steps) {
                           .eps = 1e-8,
                           .step = step + 1});
   }
-  const nlohmann::json& want = Golden()["adamw_8bit"];
+  const nlohmann::json& want = OptimizerGolden()["adamw_8bit"];
   op_testing::ExpectClose(param, want["param"], 1e-5, "param");
   op_testing::ExpectClose(m_absmax, want["m_absmax"], 1e-6, "m_absmax");
   op_testing::ExpectClose(v_absmax, want["v_absmax"], 1e-6, "v_absmax");
@@ -198,13 +198,13 @@ TEST(AdamW8bitTest, IsCloseToAdamWAndTheSameOnAnyThreadCount) {
 TEST(LionTest, EqualsBitsandbytesOver100Steps) {
   Tensor param = GoldenParameters(), grad(DType::kF32, {param.size()}), m = grad;
   m.Constant(0);
-  for (int64_t step = 0; step < Golden()["steps"].get<int64_t>(); ++step) {
+  for (int64_t step = 0; step < OptimizerGolden()["steps"].get<int64_t>(); ++step) {
     SetGoldenGradient(step, &grad);
     const LionTensor tensors[] = {{param, grad, m, 0.1}};
     Lion(CpuExec(), {.tensors = tensors, .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.99});
   }
-  op_testing::ExpectClose(param, Golden()["lion"]["param"], 1e-6, "param");
-  op_testing::ExpectClose(m, Golden()["lion"]["m"], 1e-6, "m");
+  op_testing::ExpectClose(param, OptimizerGolden()["lion"]["param"], 1e-6, "param");
+  op_testing::ExpectClose(m, OptimizerGolden()["lion"]["m"], 1e-6, "m");
 }
 
 double NormSquared(std::initializer_list<const Tensor*> tensors) {

@@ -9,13 +9,10 @@ namespace attune {
 namespace {
 
 using op_testing::CpuExec;
+using op_testing::StatisticsOf;
 using op_testing::Tensor;
 
 constexpr int64_t kTokens = 5, kHeads = 3, kD = 41;
-
-DType StatisticsOf(DType dtype) {
-  return dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-}
 
 struct Tables {
   Tensor cos, sin;

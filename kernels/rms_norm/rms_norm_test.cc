@@ -7,11 +7,8 @@ namespace attune {
 namespace {
 
 using op_testing::CpuExec;
+using op_testing::StatisticsOf;
 using op_testing::Tensor;
-
-DType StatisticsOf(DType dtype) {
-  return dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-}
 
 // y and rstd of x, from x as it was stored.
 void Reference(const Tensor& x, const Tensor& w, double eps, double offset, std::vector<double>* y,

@@ -9,15 +9,15 @@ namespace {
 using op_testing::CpuExec;
 using op_testing::Tensor;
 
-constexpr int64_t kTokens = 6, kHeads = 3, kD = 40;
+constexpr int64_t kRopeTokens = 6, kRopeHeads = 3, kRopeD = 40;
 
-struct Tables {
+struct RopeTables {
   Tensor positions = op_testing::Ints({0, 1, 2, 0, 131071, 7});
   Tensor inv_freq, cos, sin;
-  Tables(DType dtype, int64_t rotary_dim, double scaling)
+  RopeTables(DType dtype, int64_t rotary_dim, double scaling)
       : inv_freq(DType::kF32, {rotary_dim / 2}),
-        cos(dtype, {kTokens, rotary_dim / 2}),
-        sin(dtype, {kTokens, rotary_dim / 2}) {
+        cos(dtype, {kRopeTokens, rotary_dim / 2}),
+        sin(dtype, {kRopeTokens, rotary_dim / 2}) {
     for (int64_t i = 0; i < rotary_dim / 2; ++i) {
       inv_freq.Set(
           i, std::pow(500000.0, -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim)));
@@ -32,9 +32,9 @@ struct Tables {
 
 TEST(RopeTableTest, AnglesAreSinglePrecisionProducts) {
   for (DType dtype : {DType::kF32, DType::kF64}) {
-    const Tables tables(dtype, 40, 1.25);
+    const RopeTables tables(dtype, 40, 1.25);
     std::vector<double> cos, sin;
-    for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t t = 0; t < kRopeTokens; ++t) {
       for (int64_t i = 0; i < 20; ++i) {
         const float angle =
             static_cast<float>(tables.positions[t]) * static_cast<float>(tables.inv_freq[i]);
@@ -49,18 +49,18 @@ TEST(RopeTableTest, AnglesAreSinglePrecisionProducts) {
 
 TEST(RopeTest, RotatesStridedHeads) {
   for (DType dtype : op_testing::kFloatDTypes) {
-    for (int64_t rotary_dim : {kD, int64_t{16}}) {
+    for (int64_t rotary_dim : {kRopeD, int64_t{16}}) {
       const DType table = dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-      const Tables tables(table, rotary_dim, 0.8);
+      const RopeTables tables(table, rotary_dim, 0.8);
       const int64_t half = rotary_dim / 2;
       std::mt19937_64 rng(1);
       // Heads 1..2 of three in a fused row with more after it.
-      Tensor fused(dtype, {kTokens, kHeads + 1, kD}, 5);
+      Tensor fused(dtype, {kRopeTokens, kRopeHeads + 1, kRopeD}, 5);
       fused.Random(&rng);
       std::vector<double> want = fused.ToVector();
-      for (int64_t t = 0; t < kTokens; ++t) {
-        for (int64_t h = 1; h < kHeads; ++h) {
-          double* x = want.data() + (t * (kHeads + 1) + h) * kD;
+      for (int64_t t = 0; t < kRopeTokens; ++t) {
+        for (int64_t h = 1; h < kRopeHeads; ++h) {
+          double* x = want.data() + (t * (kRopeHeads + 1) + h) * kRopeD;
           for (int64_t i = 0; i < half; ++i) {
             const double c = tables.cos[t * half + i], s = tables.sin[t * half + i];
             const double first = x[i], second = x[half + i];
@@ -69,7 +69,7 @@ TEST(RopeTest, RotatesStridedHeads) {
           }
         }
       }
-      Rope(CpuExec(), {.x = fused.view().Slice(1, 1, kHeads),
+      Rope(CpuExec(), {.x = fused.view().Slice(1, 1, kRopeHeads),
                        .cos = tables.cos,
                        .sin = tables.sin,
                        .rotary_dim = rotary_dim});
@@ -79,29 +79,29 @@ TEST(RopeTest, RotatesStridedHeads) {
 }
 
 TEST(RopeTest, InverseIsTheBackward) {
-  const Tables tables(DType::kF64, kD, 0.8);
+  const RopeTables tables(DType::kF64, kRopeD, 0.8);
   std::mt19937_64 rng(2);
-  Tensor x(DType::kF64, {kTokens, kHeads, kD}), dy = x;
+  Tensor x(DType::kF64, {kRopeTokens, kRopeHeads, kRopeD}), dy = x;
   x.Random(&rng), dy.Random(&rng);
   const auto loss = [&] {
     Tensor y = x;
-    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kD});
+    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD});
     return op_testing::Dot(y, dy);
   };
   const std::vector<double> want = op_testing::FiniteDifferences(&x, loss);
   Rope(CpuExec(),
-       {.x = dy, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kD, .inverse = true});
+       {.x = dy, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD, .inverse = true});
   op_testing::ExpectClose(dy, want, 1e-8, "dx");
 }
 
 TEST(RopeTest, SameOnAnyThreadCount) {
-  const Tables tables(DType::kF32, kD, 1.0);
+  const RopeTables tables(DType::kF32, kRopeD, 1.0);
   std::mt19937_64 rng(3);
-  Tensor x(DType::kF32, {kTokens, kHeads, kD});
+  Tensor x(DType::kF32, {kRopeTokens, kRopeHeads, kRopeD});
   x.Random(&rng);
   op_testing::ExpectSameOnAnyThreadCount([&] {
     Tensor y = x;
-    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kD});
+    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD});
     return y.bytes();
   });
 }

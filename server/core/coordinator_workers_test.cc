@@ -6,7 +6,9 @@ namespace {
 
 using testing::ElementsAre;
 
-TEST_F(CoordinatorTest, DuplicatesAreAcknowledgedAndIgnoredAndGapsAreNotAccepted) {
+class CoordinatorWorkersTest : public CoordinatorTest {};
+
+TEST_F(CoordinatorWorkersTest, DuplicatesAreAcknowledgedAndIgnoredAndGapsAreNotAccepted) {
   const auto [job, epoch] = RunJob();
   v1::Report report;
   report.set_epoch(epoch);
@@ -23,7 +25,7 @@ TEST_F(CoordinatorTest, DuplicatesAreAcknowledgedAndIgnoredAndGapsAreNotAccepted
   EXPECT_EQ(Get(job).progress().trained_tokens(), 7);
 }
 
-TEST_F(CoordinatorTest, UnknownAndEndedEpochsAreStale) {
+TEST_F(CoordinatorWorkersTest, UnknownAndEndedEpochsAreStale) {
   const auto [job, epoch] = RunJob();
   v1::Report report;
   report.set_epoch(epoch + 100);
@@ -37,7 +39,7 @@ TEST_F(CoordinatorTest, UnknownAndEndedEpochsAreStale) {
   EXPECT_EQ(Get(job).progress().step(), 0);
 }
 
-TEST_F(CoordinatorTest, ALostWorkersDevicesStayBlockedUntilItProvesThatTheyAreFree) {
+TEST_F(CoordinatorWorkersTest, ALostWorkersDevicesStayBlockedUntilItProvesThatTheyAreFree) {
   const auto [job, epoch] = RunJob();
   const SessionId other = Register("workers/b", 1);
   Disconnect(session_ - 1);
@@ -73,7 +75,7 @@ TEST_F(CoordinatorTest, ALostWorkersDevicesStayBlockedUntilItProvesThatTheyAreFr
   EXPECT_EQ(second.job(), job);
 }
 
-TEST_F(CoordinatorTest, TrainingGoesOnWhenTheWorkerComesBackInTime) {
+TEST_F(CoordinatorWorkersTest, TrainingGoesOnWhenTheWorkerComesBackInTime) {
   const auto [job, epoch] = RunJob();
   Step(session_, epoch, 1);
   Disconnect(session_);
@@ -87,7 +89,7 @@ TEST_F(CoordinatorTest, TrainingGoesOnWhenTheWorkerComesBackInTime) {
   EXPECT_EQ(Get(job).attempt(), 1);
 }
 
-TEST_F(CoordinatorTest, ARestartOfTheCoordinatorStopsNoTrainer) {
+TEST_F(CoordinatorWorkersTest, ARestartOfTheCoordinatorStopsNoTrainer) {
   const auto [job, epoch] = RunJob();
   Step(session_, epoch, 1);
   beating_.clear();
@@ -105,7 +107,7 @@ TEST_F(CoordinatorTest, ARestartOfTheCoordinatorStopsNoTrainer) {
   EXPECT_EQ(Get(job).progress().trained_tokens(), 7) << "tokens at step 1 were forgotten";
 }
 
-TEST_F(CoordinatorTest, AProcessThatStoodStillDoesNotBlameItsWorkers) {
+TEST_F(CoordinatorWorkersTest, AProcessThatStoodStillDoesNotBlameItsWorkers) {
   const auto [job, epoch] = RunJob();
   now_ += absl::Seconds(60);  // SIGSTOP: heartbeats are still in the queue behind the tick
   Do(TickEvent{});
@@ -114,7 +116,7 @@ TEST_F(CoordinatorTest, AProcessThatStoodStillDoesNotBlameItsWorkers) {
   EXPECT_EQ(Get(job).state(), v1::JOB_STATE_RUNNING);
 }
 
-TEST_F(CoordinatorTest, ALeaseThatNeverArrivedIsSentAgain) {
+TEST_F(CoordinatorWorkersTest, ALeaseThatNeverArrivedIsSentAgain) {
   const SessionId first = Register("workers/a", 1);
   const std::string job = Create(MakeSpec());
   Validate(first);
@@ -125,7 +127,7 @@ TEST_F(CoordinatorTest, ALeaseThatNeverArrivedIsSentAgain) {
   EXPECT_EQ(Get(job).restarts(), 0);
 }
 
-TEST_F(CoordinatorTest, AnAgentThatForgotALeaseHasLostIt) {
+TEST_F(CoordinatorWorkersTest, AnAgentThatForgotALeaseHasLostIt) {
   const auto [job, epoch] = RunJob();
   Register("workers/a", 1);
   EXPECT_EQ(Get(job).attempt(), 2);
@@ -133,7 +135,7 @@ TEST_F(CoordinatorTest, AnAgentThatForgotALeaseHasLostIt) {
   EXPECT_EQ(Get(job).attempts(0).failure_cause(), v1::FAILURE_CAUSE_WORKER_LOST);
 }
 
-TEST_F(CoordinatorTest, ANewSessionReplacesTheOld) {
+TEST_F(CoordinatorWorkersTest, ANewSessionReplacesTheOld) {
   const auto [job, epoch] = RunJob();
   const SessionId old = session_;
   Register("workers/a", 1, {epoch});
@@ -143,7 +145,7 @@ TEST_F(CoordinatorTest, ANewSessionReplacesTheOld) {
   EXPECT_EQ(Get(job).progress().step(), before) << "the old session still counts";
 }
 
-TEST_F(CoordinatorTest, AStopThatWasLostIsSentAgain) {
+TEST_F(CoordinatorWorkersTest, AStopThatWasLostIsSentAgain) {
   const auto [job, epoch] = RunJob();
   Disconnect(session_);
   Do(PauseJobEvent{++call_, job, ""});
@@ -151,7 +153,7 @@ TEST_F(CoordinatorTest, AStopThatWasLostIsSentAgain) {
   EXPECT_THAT(Stops(session_, epoch), ElementsAre(v1::STOP_MODE_CHECKPOINT));
 }
 
-TEST_F(CoordinatorTest, RendezvousAnswersWhenTheKeyIsSetAndSurvivesARestart) {
+TEST_F(CoordinatorWorkersTest, RendezvousAnswersWhenTheKeyIsSetAndSurvivesARestart) {
   const SessionId a = Register("workers/a", 1);
   const SessionId b = Register("workers/b", 1);
   Create(MakeSpec(2));
@@ -179,7 +181,7 @@ TEST_F(CoordinatorTest, RendezvousAnswersWhenTheKeyIsSetAndSurvivesARestart) {
   EXPECT_EQ(Last(get.session).stale().epoch(), epoch + 1);
 }
 
-TEST_F(CoordinatorTest, ARendezvousUnderAnAbandonedLeaseIsAnsweredWithStop) {
+TEST_F(CoordinatorWorkersTest, ARendezvousUnderAnAbandonedLeaseIsAnsweredWithStop) {
   const SessionId a = Register("workers/a", 1);
   Create(MakeSpec());
   Validate(a);
@@ -193,7 +195,7 @@ TEST_F(CoordinatorTest, ARendezvousUnderAnAbandonedLeaseIsAnsweredWithStop) {
   EXPECT_EQ(Last(get.session).stop().mode(), v1::STOP_MODE_KILL);
 }
 
-TEST_F(CoordinatorTest, TokensOfAStepAreKnownAfterARestartInEveryState) {
+TEST_F(CoordinatorWorkersTest, TokensOfAStepAreKnownAfterARestartInEveryState) {
   const SessionId a = Register("workers/a", 1);
   const std::string job = Create(MakeSpec());
   Validate(a);
@@ -218,7 +220,7 @@ TEST_F(CoordinatorTest, TokensOfAStepAreKnownAfterARestartInEveryState) {
   }
 }
 
-TEST_F(CoordinatorTest, ABrokenRegistrationIsRefused) {
+TEST_F(CoordinatorWorkersTest, ABrokenRegistrationIsRefused) {
   Register("workers/../x", 1);
   EXPECT_EQ(closed_.count(session_), 1u);
   RegisterEvent twice{++session_, {}};
@@ -233,7 +235,7 @@ TEST_F(CoordinatorTest, ABrokenRegistrationIsRefused) {
   EXPECT_TRUE(coordinator_->ListWorkers().empty());
 }
 
-TEST_F(CoordinatorTest, AFaultyGpuIsNotLeasedUntilItsWorkerRegistersItAsHealthy) {
+TEST_F(CoordinatorWorkersTest, AFaultyGpuIsNotLeasedUntilItsWorkerRegistersItAsHealthy) {
   const auto status = [](const char* device, const char* fault) {
     v1::DeviceStatus status;
     status.set_device(device);
@@ -273,7 +275,7 @@ TEST_F(CoordinatorTest, AFaultyGpuIsNotLeasedUntilItsWorkerRegistersItAsHealthy)
   EXPECT_EQ(Get(pair).state(), v1::JOB_STATE_STARTING);
 }
 
-TEST_F(CoordinatorTest, AJobForAnyDeviceIsValidatedWhereGpusAre) {
+TEST_F(CoordinatorWorkersTest, AJobForAnyDeviceIsValidatedWhereGpusAre) {
   const SessionId cpu = Register("workers/a", 4);
   RegisterEvent hello{++session_, {}};
   hello.message.set_worker("workers/g");

@@ -67,7 +67,9 @@ if [ -d "$shared/tokenizers/llama-bpe" ]; then
 fi
 
 echo "== chat templates"
-"$python" tests/parity/text/check_public_templates.py "$bin/render_tool" tests/parity/text/templates
-if [ -d "$shared/templates" ]; then
-  "$python" tests/parity/text/check_public_templates.py "$bin/render_tool" "$shared/templates"
-fi
+for templates in tests/parity/text/templates "$shared/templates"; do
+  [ -d "$templates" ] || continue
+  for oracle in "" --transformers; do
+    "$python" tests/parity/text/check_public_templates.py "$bin/render_tool" "$templates" $oracle
+  done
+done

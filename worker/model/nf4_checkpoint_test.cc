@@ -13,6 +13,7 @@
 
 #include "kernels/core/dynamic_map.h"
 #include "kernels/nf4/nf4.h"
+#include "tests/parity/engine/golden_folder.h"
 #include "worker/io/file.h"
 #include "worker/model/checkpoint_source.h"
 
@@ -21,7 +22,6 @@ namespace {
 
 using testing::HasSubstr;
 
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 const std::string kGate = "model.layers.0.mlp.gate_proj.weight";  // (420, 40) in nf4_llama
 const std::string kState = ".quant_state.bitsandbytes__nf4";
 

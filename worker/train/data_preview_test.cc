@@ -53,8 +53,8 @@ TEST(DataPreview, ShowsNoMoreThanWasAskedFor) {
 TEST(DataPreview, HistogramCountsEveryExample) {
   std::string lines;
   for (int i = 0; i < 30; ++i) {
-    absl::StrAppend(&lines, R"({"prompt": "a", "completion": ")", std::string(i < 20 ? 1 : 300, '7'),
-                    "\"}\n");
+    absl::StrAppend(&lines, R"({"prompt": "a", "completion": ")",
+                    std::string(i < 20 ? 1 : 300, '7'), "\"}\n");
   }
   const PreparedJob job = Job(lines);
   const std::string text = DescribeData(job);

@@ -5,12 +5,11 @@
 #include <cmath>
 
 #include "tests/parity/engine/golden_case.h"
+#include "tests/parity/engine/golden_folder.h"
 #include "worker/memory/device.h"
 
 namespace attune {
 namespace {
-
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
 struct Outcome {
   std::vector<double> losses;

@@ -7,13 +7,12 @@
 #include <cstdlib>
 
 #include "tests/parity/engine/golden_case.h"
+#include "tests/parity/engine/golden_folder.h"
 
 namespace attune {
 namespace {
 
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
-
-TEST(EngineTest, TwoRanksTrainAsOne) {
+TEST(EngineRanksTest, TwoRanksTrainAsOne) {
   const GoldenCase golden = LoadGoldenCase(kGolden + "qlora60", DType::kF32);
   constexpr int kSteps = 20;
   const auto run = [&](int rank, int world, Communicator* comm) {
@@ -22,8 +21,7 @@ TEST(EngineTest, TwoRanksTrainAsOne) {
     for (int s = 0; s < kSteps; ++s) {
       GoldenStep step = StepOf(golden, s, rank, world);
       step.input.learning_rate = 1e-2;
-      losses.push_back(
-          engine->TrainStep(step.input, step.packs, comm, [] {}).value().loss);
+      losses.push_back(engine->TrainStep(step.input, step.packs, comm, [] {}).value().loss);
     }
     return losses;
   };

@@ -7,11 +7,10 @@
 #include <cmath>
 
 #include "tests/parity/engine/golden_case.h"
+#include "tests/parity/engine/golden_folder.h"
 
 namespace attune {
 namespace {
-
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
 double LossAt(Engine* engine, const GoldenStep& step) {
   std::unique_ptr<Communicator> self = NewSelfCommunicator();

@@ -8,13 +8,12 @@
 #include <map>
 
 #include "tests/parity/engine/golden_case.h"
+#include "tests/parity/engine/golden_folder.h"
 
 namespace attune {
 namespace {
 
 using Ids = std::vector<int32_t>;
-
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
 std::unique_ptr<Generator> Start(const std::string& name, bool adapter,
                                  int64_t max_context = 4096) {

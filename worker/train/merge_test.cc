@@ -10,6 +10,7 @@
 #include <filesystem>
 
 #include "tests/parity/engine/golden_case.h"
+#include "tests/parity/engine/golden_folder.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
 #include "worker/io/safetensors.h"
@@ -20,8 +21,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::HasSubstr;
-
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
 class MergeTest : public testing::Test {
  protected:

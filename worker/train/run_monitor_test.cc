@@ -142,7 +142,9 @@ TEST(RunMonitorTest, ALossThatRisesAndStaysExplodes) {
     const double loss = i < 60 ? 2 - 0.01 * i : std::min(9.0, 1.4 + 0.08 * (i - 60));
     for (const Notice& notice : monitor.OnStep(i, loss + Noise(i), 1)) {
       seen.push_back(notice.reason);
-      if (notice.reason == "LOSS_EXPLODING") EXPECT_LT(i, 90);
+      if (notice.reason == "LOSS_EXPLODING") {
+        EXPECT_LT(i, 90);
+      }
     }
   }
   EXPECT_EQ(std::count(seen.begin(), seen.end(), "LOSS_EXPLODING"), 1);

@@ -6,12 +6,11 @@
 
 #include "kernels/elementwise/elementwise.h"
 #include "tests/parity/engine/golden_case.h"
+#include "tests/parity/engine/golden_folder.h"
 #include "worker/train/schedule.h"
 
 namespace attune {
 namespace {
-
-const std::string kGolden = std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/engine/golden/";
 
 // |a - b| / |b|, in the Euclidean norm; 0 where both are zero (the gradient of A while B is zero).
 double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Optimisers over 100 steps, from bitsandbytes on a CPU, for kernels_optimizer_test.
+"""Optimisers over 100 steps, from bitsandbytes on a CPU, for optimizer_test.
 
     python3 tests/parity/optimizer/make_golden.py [--out tests/parity/optimizer/golden.json]
 

@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Tokenising and packing a large JSONL file beside Hugging Face `datasets` + `tokenizers`.
+
+    python3 tests/bench/compare_data.py [--bin build/release/bin] [--mib 1024] [--tokenizer DIR]
+
+Needs transformers and datasets. The file holds plain text (seeded, lines of about 1 KB). Ours is
+`attune-trainer inspect`, which also checks every line, looks for duplicates and counts. Theirs loads
+the file, tokenises it with two processes (`map(batched=True, num_proc=2)`) and packs by joining
+documents, as language-model examples do. Both must count the same tokens. Memory is the sum of the
+resident sets of a side's processes at its worst, sampled.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "parity" / "text"))
+T = 2048
+
+
+def write_text(path, mib):
+    import strings
+
+    draw = random.Random(5)
+    words = sorted({word for text in strings.SENTENCES for word in text.split()})
+    words += ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(2, 9)))
+              for _ in range(20000)]
+    size = 0
+    with open(path, "w") as file:
+        while size < mib << 20:
+            line = json.dumps({"text": " ".join(draw.choices(words, k=120))}, ensure_ascii=False)
+            size += file.write(line + "\n")
+
+
+def children(pid):
+    try:
+        listed = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(p) for p in listed] + [q for p in listed for q in children(int(p))]
+
+
+def resident_kib(pid):
+    total = 0
+    for each in [pid, *children(pid)]:
+        try:
+            # What is private, and each shared page's share: files that are mapped count, too.
+            rollup = pathlib.Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += int(re.search(r"Pss:\s+(\d+)", rollup).group(1))
+        except OSError:
+            pass
+    return total
+
+
+def measure(command, **options):
+    """Output, seconds, and the worst resident set in MiB."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True,
+                               **options)
+    worst, done = [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.2):
+            worst[0] = max(worst[0], resident_kib(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output = process.stdout.read()
+    code = process.wait()
+    seconds = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    if code != 0:
+        sys.exit(f"{command[0]} failed ({code})")
+    return output, seconds, worst[0] / 1024
+
+
+def reference(file, tokenizer_directory, cache):
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+    data = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
+    data = data.map(lambda rows: {"input_ids": tokenizer(rows["text"])["input_ids"]}, batched=True,
+                    num_proc=2, remove_columns=["text"])
+
+    def group(rows):
+        ids = [i for row in rows["input_ids"] for i in row]
+        return {"input_ids": [ids[i:i + T] for i in range(0, len(ids), T)]}
+
+    packed = data.map(group, batched=True, num_proc=2)
+    tokens = sum(sum(map(len, rows["input_ids"])) for rows in packed.iter(1000))
+    print(json.dumps(dict(tokens=tokens, packs=len(packed))))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", type=pathlib.Path, default=pathlib.Path("build/release/bin"))
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--model", type=pathlib.Path,
+                        default=HERE.parents[1] / "examples/quickstart/model")
+    parser.add_argument("--reference", type=pathlib.Path, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.reference:
+        return reference(args.reference[0], args.model, args.reference[1])
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="attune-compare-"))
+    try:
+        write_text(directory / "text.jsonl", args.mib)
+        (directory / "model").symlink_to(args.model.resolve())
+        (directory / "job.yaml").write_text(
+            "model: {source: {path: model}}\ndatasets: [{source: {path: text.jsonl}}]\n"
+            f"batch: {{micro_batch_tokens: {T}, micro_batches: 1}}\nschedule: {{steps: 10}}\n")
+        text, ours, our_mib = measure([args.bin / "attune-trainer", "inspect", "--spec",
+                                       directory / "job.yaml", "--threads", 2, "--samples", 0])
+        found = re.search(r"([\d,]+) tokens", text)
+        line, theirs, their_mib = measure([sys.executable, __file__, "--model", args.model,
+                                           "--reference", directory / "text.jsonl",
+                                           directory / "cache"],
+                                          env=dict(os.environ, TOKENIZERS_PARALLELISM="false"))
+        counts = json.loads(line.splitlines()[-1])
+        print(f"{args.mib} MiB of JSONL: attune {ours:.1f} s, {args.mib / ours:.1f} MiB/s, "
+              f"{our_mib:.0f} MiB of memory; datasets + tokenizers {theirs:.1f} s, "
+              f"{args.mib / theirs:.1f} MiB/s, {their_mib:.0f} MiB: {theirs / ours:.2f}x; "
+              f"{found.group(1) if found else '?'} tokens beside {counts['tokens']}")
+    finally:
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

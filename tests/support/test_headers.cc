@@ -1,0 +1,1 @@
+// Nothing: for the precompiled header beside it.
