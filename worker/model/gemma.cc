@@ -9,11 +9,11 @@ namespace attune {
 namespace {
 
 constexpr int64_t kMaxWindow = int64_t{1} << 30;
-const ConfigDefaults kDefaults = {.tied_embeddings = true, .head_dim = 256};
+const ConfigDefaults kGemmaDefaults = {.tied_embeddings = true, .head_dim = 256};
 
 // What all have.
 void ReadShared(ConfigReader* reader, ModelConfig* c) {
-  ReadSizes(reader, kDefaults, c);
+  ReadSizes(reader, kGemmaDefaults, c);
   c->norm_weight_offset = 1;
   c->embedding_scale = std::sqrt(static_cast<double>(c->hidden_size));
   c->qkv_bias = c->o_bias = reader->BoolOr("attention_bias", false);
@@ -81,7 +81,7 @@ absl::StatusOr<ModelConfig> ParseGemma(const nlohmann::json& json) {
   ConfigReader reader(json);
   ModelConfig c{.family = "gemma"};
   ReadShared(&reader, &c);
-  ReadRope(&reader, kDefaults, &c);
+  ReadRope(&reader, kGemmaDefaults, &c);
   return Finish(&reader, std::move(c));
 }
 
@@ -89,7 +89,7 @@ absl::StatusOr<ModelConfig> ParseGemma2(const nlohmann::json& json) {
   ConfigReader reader(json);
   ModelConfig c{.family = "gemma2"};
   ReadShared(&reader, &c);
-  ReadRope(&reader, kDefaults, &c);
+  ReadRope(&reader, kGemmaDefaults, &c);
   ReadLater(&reader, &c);
   c.attention_softcap = reader.NumberOr("attn_logit_softcapping", 1e-6, 1e9, 0);
   c.logit_softcap = reader.NumberOr("final_logit_softcapping", 1e-6, 1e9, 0);

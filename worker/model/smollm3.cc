@@ -5,7 +5,7 @@
 namespace attune {
 namespace {
 
-constexpr ConfigDefaults kDefaults = {.tied_embeddings = true, .rope_theta = 2e6};
+constexpr ConfigDefaults kSmolLm3Defaults = {.tied_embeddings = true, .rope_theta = 2e6};
 
 // no_rope_layers: 1 where there is rope.
 std::vector<bool> ReadRopeLayers(ConfigReader* reader, int64_t layers) {
@@ -21,8 +21,8 @@ std::vector<bool> ReadRopeLayers(ConfigReader* reader, int64_t layers) {
 absl::StatusOr<ModelConfig> ParseSmolLm3(const nlohmann::json& json) {
   ConfigReader reader(json);
   ModelConfig c{.family = "smollm3"};
-  ReadSizes(&reader, kDefaults, &c);
-  ReadRope(&reader, kDefaults, &c);
+  ReadSizes(&reader, kSmolLm3Defaults, &c);
+  ReadRope(&reader, kSmolLm3Defaults, &c);
   c.qkv_bias = c.o_bias = reader.BoolOr("attention_bias", false);
   c.mlp_bias = reader.BoolOr("mlp_bias", false);
   const std::vector<bool> rope = ReadRopeLayers(&reader, c.num_layers);
