@@ -94,11 +94,11 @@ cudaEvent_t EventOf(void* event) {
   return static_cast<cudaEvent_t>(event);
 }
 
-#endif
-
 bool IsCuda(const Exec& exec) {
   return exec.device == DeviceKind::kCuda;
 }
+
+#endif
 
 }  // namespace
 

@@ -12,6 +12,8 @@
 #endif
 
 namespace attune {
+
+#ifdef ATTUNE_HAS_CUDA
 namespace {
 
 // Whether the kernel has NVIDIA's driver: then someone expects the GPU to be used.
@@ -22,6 +24,7 @@ bool DriverIsLoaded() {
 }
 
 }  // namespace
+#endif
 
 void SetLibraryDirectories(const std::vector<std::string>& directories) {
 #ifdef ATTUNE_HAS_CUDA
