@@ -21,7 +21,7 @@ def main():
     templates = sorted(directory.glob("*.jinja"))
     if not templates:
         sys.exit(f"no *.jinja in {directory}")
-    all_jobs, render = conversations.jobs(), oracle.render
+    all_jobs, render = list(conversations.jobs()), oracle.render
     if "--transformers" in sys.argv:
         render = transformers_oracle.Oracle().render
         # It refuses these before a template sees them.
