@@ -117,6 +117,7 @@ def compare(bin_directory, size, mode, rounds):
     with tempfile.TemporaryDirectory(prefix="attune-compare-") as directory:
         case = pathlib.Path(directory)
         millions = make_case(case, size, mode == "qlora")
+        (case / "out").mkdir()
         ours, theirs = [], []
         for _ in range(rounds):
             ours.append(run([bin_directory / "train_case", case, size["steps"], case / "out",
