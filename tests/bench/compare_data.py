@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Tokenising and packing a large JSONL file beside Hugging Face `datasets` + `tokenizers`.
 
-    python3 tests/bench/compare_data.py [--bin build/release/bin] [--mib 1024] [--tokenizer DIR]
+    python3 tests/bench/compare_data.py [--bin build/release/bin] [--mib 1024] [--model DIR]
 
 Needs transformers and datasets. The file holds plain text (seeded, lines of about 1 KB). Ours is
 `attune-trainer inspect`, which also checks every line, looks for duplicates and counts. Theirs loads
 the file, tokenises it with two processes (`map(batched=True, num_proc=2)`) and packs by joining
-documents, as language-model examples do. Both must count the same tokens. Memory is the sum of the
-resident sets of a side's processes at its worst, sampled.
+documents, as language-model examples do. Both counts of tokens are printed: ours
+has the end of each document, too. Memory is the sum of the proportional set sizes of a side's
+processes at its worst, sampled.
 """
 import argparse
 import json
@@ -22,18 +23,15 @@ import tempfile
 import threading
 import time
 
+from compare_tokenizers import make_words
+
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "parity" / "text"))
 T = 2048
 
 
 def write_text(path, mib):
-    import strings
-
     draw = random.Random(5)
-    words = sorted({word for text in strings.SENTENCES for word in text.split()})
-    words += ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(2, 9)))
-              for _ in range(20000)]
+    words = make_words(draw)
     size = 0
     with open(path, "w") as file:
         while size < mib << 20:
@@ -49,11 +47,10 @@ def children(pid):
     return [int(p) for p in listed] + [q for p in listed for q in children(int(p))]
 
 
-def resident_kib(pid):
+def pss_kib(pid):
     total = 0
     for each in [pid, *children(pid)]:
         try:
-            # What is private, and each shared page's share: files that are mapped count, too.
             rollup = pathlib.Path(f"/proc/{each}/smaps_rollup").read_text()
             total += int(re.search(r"Pss:\s+(\d+)", rollup).group(1))
         except OSError:
@@ -62,7 +59,7 @@ def resident_kib(pid):
 
 
 def measure(command, **options):
-    """Output, seconds, and the worst resident set in MiB."""
+    """Output, seconds, and the worst proportional set size in MiB."""
     begin = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True,
                                **options)
@@ -70,7 +67,7 @@ def measure(command, **options):
 
     def watch():
         while not done.wait(0.2):
-            worst[0] = max(worst[0], resident_kib(process.pid))
+            worst[0] = max(worst[0], pss_kib(process.pid))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -22,11 +22,15 @@ import strings  # noqa: E402
 MIB = 16
 
 
+def make_words(draw):
+    words = sorted({word for text in strings.SENTENCES for word in text.split()})
+    return words + ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz")
+                            for _ in range(draw.randint(2, 9))) for _ in range(20000)]
+
+
 def make_text():
     draw = random.Random(5)
-    words = sorted({word for text in strings.SENTENCES for word in text.split()})
-    words += ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(2, 9)))
-              for _ in range(20000)]
+    words = make_words(draw)
     parts, size = [], 0
     while size < MIB << 20:
         line = " ".join(draw.choice(words) if draw.random() < 0.8

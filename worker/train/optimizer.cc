@@ -2,7 +2,6 @@
 
 #include <cstring>
 
-#include "absl/strings/match.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/optimizer/optimizer.h"
 
@@ -21,9 +20,9 @@ Optimizer::Optimizer(const LayerContext& ctx, const AdapterSet& adapters, const 
       AddRange(entry.b_offset, layout.r * entry.shape.out, ratio);
     }
   }
-  const auto add = [&](const char* name, DType dtype, int64_t n) {
-    states_.push_back(
-        {name, ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kOptimizer, dtype, {n})});
+  const auto add = [&](const char* name, DType dtype, int64_t n, bool of_blocks = false) {
+    const TensorView value = ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kOptimizer, dtype, {n});
+    states_.push_back({name, value, of_blocks});
   };
   switch (spec_.kind()) {
     case v1::OPTIMIZER_KIND_ADAMW_8BIT: {
@@ -31,8 +30,8 @@ Optimizer::Optimizer(const LayerContext& ctx, const AdapterSet& adapters, const 
       const int64_t blocks = last.first_block + AdamW8bitBlocks(last.end - last.begin);
       add("m", DType::kU8, layout.elements);
       add("v", DType::kU8, layout.elements);
-      add("m_absmax", DType::kF32, blocks);
-      add("v_absmax", DType::kF32, blocks);
+      add("m_absmax", DType::kF32, blocks, /*of_blocks=*/true);
+      add("v_absmax", DType::kF32, blocks, /*of_blocks=*/true);
       return;
     }
     case v1::OPTIMIZER_KIND_LION:
@@ -68,7 +67,7 @@ void Optimizer::Reset(const LayerContext& ctx) const {
 TensorView Optimizer::StateOf(const char* name, const Range& range) const {
   for (const State& state : states_) {
     if (std::strcmp(state.name, name) != 0) continue;
-    if (!absl::EndsWith(name, "_absmax")) return state.value.Slice(0, range.begin, range.end);
+    if (!state.of_blocks) return state.value.Slice(0, range.begin, range.end);
     const int64_t blocks = AdamW8bitBlocks(range.end - range.begin);
     return state.value.Slice(0, range.first_block, range.first_block + blocks);
   }

@@ -29,6 +29,7 @@ class Optimizer {
   struct State {
     const char* name;
     TensorView value;
+    bool of_blocks;  // an element for each block of 8-bit states, not for each parameter
   };
   const std::vector<State>& states() const { return states_; }
 
@@ -49,7 +50,7 @@ class Optimizer {
     int64_t first_block = 0;  // of 8-bit states
   };
   void AddRange(int64_t begin, int64_t size, double lr_scale);
-  // The state's elements of `range`; of 8-bit maxima, its blocks.
+  // The state's elements of `range`.
   TensorView StateOf(const char* name, const Range& range) const;
   // The kernel's list: a T for each range, whose states `set_states(range, &tensor)` fills in.
   template <typename T, typename F>
