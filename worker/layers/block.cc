@@ -95,9 +95,23 @@ int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T,
   const auto take = [&](TensorView* view, int64_t columns) {
     *view = carver.Take(ctx.dtype, {T, columns});
   };
+  const auto take_statistics = [&](TensorView* view) {
+    *view = carver.Take(ctx.accumulator(), {T});
+  };
   switch (group) {
-    case SavedGroup::kStream:
+    case SavedGroup::kInput:
       take(&saved->x1, shape.hidden);
+      take(&saved->s_down, block.down.extension());
+      if (shape.post_norms) {
+        take(&saved->mlp_out, shape.hidden);
+        take_statistics(&saved->mlp_out_rstd);
+      }
+      break;
+    case SavedGroup::kAttention:
+      take(&saved->o_s, shape.q_size() + block.o.extension());
+      saved->lse = carver.Take(ctx.accumulator(), {T, shape.heads});
+      break;
+    case SavedGroup::kProjections:  // the adapters' share last: elsewhere layers are alike
       if (shape.qk_norm) {
         take(&saved->qkv, shape.qkv_size());
       } else {
@@ -105,30 +119,31 @@ int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T,
         take(&saved->k, shape.kv_size());
         take(&saved->v, shape.kv_size());
       }
-      take(&saved->o_s, shape.q_size() + block.o.extension());
       take(&saved->x2, shape.hidden);
+      take_statistics(&saved->rstd1);
+      take_statistics(&saved->rstd2);
       if (shape.post_norms) {
         take(&saved->attention_out, shape.hidden);
-        take(&saved->mlp_out, shape.hidden);
+        take_statistics(&saved->attention_out_rstd);
       }
+      take(&saved->s_qkv, block.qkv.extension());
       break;
     case SavedGroup::kGateUp:
       take(&saved->gate_up, 2 * shape.intermediate + block.gate_up.extension());
-      break;
-    case SavedGroup::kSmall:
-      saved->rstd1 = carver.Take(ctx.accumulator(), {T});
-      saved->rstd2 = carver.Take(ctx.accumulator(), {T});
-      if (shape.post_norms) {
-        saved->attention_out_rstd = carver.Take(ctx.accumulator(), {T});
-        saved->mlp_out_rstd = carver.Take(ctx.accumulator(), {T});
-      }
-      saved->lse = carver.Take(ctx.accumulator(), {T, shape.heads});
-      take(&saved->s_qkv, block.qkv.extension());
       take(&saved->s_gate_up, block.gate_up.extension());
-      take(&saved->s_down, block.down.extension());
       break;
   }
   return carver.bytes();
+}
+
+// What the MLP reads and writes, of some rows.
+SavedBlock MlpRows(const SavedBlock& saved, int64_t begin, int64_t end) {
+  SavedBlock rows = saved;
+  for (TensorView* view : {&rows.x1, &rows.x2, &rows.rstd2, &rows.gate_up, &rows.s_gate_up,
+                           &rows.s_down, &rows.mlp_out, &rows.mlp_out_rstd}) {
+    if (view->defined()) *view = view->Slice(0, begin, end);
+  }
+  return rows;
 }
 
 }  // namespace
@@ -286,13 +301,31 @@ TensorView TransformerBlock::Forward(const LayerContext& ctx, const PackBatch& b
     const QkvHeads heads = ForwardHeads(ctx, batch, x, delta, *saved);
     Attend(ctx, batch, heads, *saved, cache, cache_begin);
   }
-  o.Forward(ctx, saved->o_s, shape.post_norms ? saved->attention_out : out);
-  if (shape.post_norms) {
-    Normalise(ctx, saved->attention_out, {}, {}, post_attention_norm, out,
-              saved->attention_out_rstd);
-  }
+  ForwardOutput(ctx, *saved, out);
   ForwardMlp(ctx, out, *saved);
   return saved->x2;
+}
+
+void TransformerBlock::Rebuild(const LayerContext& ctx, const PackBatch& batch, StreamSaved kept,
+                               const SavedBlock& saved) const {
+  if (kept == StreamSaved::kAll) return;
+  {
+    ArenaScope scope(ctx.arena);
+    const QkvHeads heads = ForwardHeads(ctx, batch, saved.x1, {}, saved);
+    if (!IsSaved(kept, SavedGroup::kAttention)) Attend(ctx, batch, heads, saved, nullptr, 0);
+  }
+  ArenaScope scope(ctx.arena);
+  const TensorView a = ctx.Scratch({batch.tokens, shape.hidden});
+  ForwardOutput(ctx, saved, a);
+  // For the sum and the statistics; the norm itself is not wanted.
+  Normalise(ctx, saved.x1, a, saved.x2, mlp_norm, a, saved.rstd2);
+}
+
+void TransformerBlock::ForwardOutput(const LayerContext& ctx, const SavedBlock& saved,
+                                     const TensorView& a) const {
+  o.Forward(ctx, saved.o_s, shape.post_norms ? saved.attention_out : a);
+  if (!shape.post_norms) return;
+  Normalise(ctx, saved.attention_out, {}, {}, post_attention_norm, a, saved.attention_out_rstd);
 }
 
 // x1, and q, k, v: saved, or with qk_norm, where their rows are, in the caller's scratch.
@@ -311,9 +344,31 @@ QkvHeads TransformerBlock::ForwardHeads(const LayerContext& ctx, const PackBatch
   return heads;
 }
 
+// The weights stay expanded over the tiles.
+template <typename F>
+void TransformerBlock::ForEachTile(const LayerContext& outer, int64_t T, const F& f) const {
+  if (mlp_tile <= 0 || T <= mlp_tile) return f(outer, 0, T);
+  ArenaScope scope(outer.arena);
+  LayerContext ctx = outer;
+  const HeldExpansion of_gate_up(gate_up, &ctx), of_down(down, &ctx);
+  for (int64_t begin = 0; begin < T; begin += mlp_tile) {
+    const int64_t end = std::min(begin + mlp_tile, T);
+    if (ctx.exec.plan && begin > 0 && end < T) continue;  // takes what the first takes
+    ctx.dropout.first_row = outer.dropout.first_row + begin;
+    f(ctx, begin, end);
+  }
+}
+
 // out: in a, the attention's share; out what the MLP adds to x2 = x1 + a.
-void TransformerBlock::ForwardMlp(const LayerContext& ctx, const TensorView& out,
+void TransformerBlock::ForwardMlp(const LayerContext& outer, const TensorView& out,
                                   const SavedBlock& saved) const {
+  ForEachTile(outer, out.dim(0), [&](const LayerContext& ctx, int64_t begin, int64_t end) {
+    ForwardMlpTile(ctx, out.Slice(0, begin, end), MlpRows(saved, begin, end));
+  });
+}
+
+void TransformerBlock::ForwardMlpTile(const LayerContext& ctx, const TensorView& out,
+                                      const SavedBlock& saved) const {
   const int64_t T = out.dim(0), C = shape.hidden, F = shape.intermediate;
   ArenaScope scope(ctx.arena);
   const TensorView gate_up_rows =
@@ -323,7 +378,7 @@ void TransformerBlock::ForwardMlp(const LayerContext& ctx, const TensorView& out
     const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
     Normalise(ctx, saved.x1, out, saved.x2, mlp_norm, Columns(n2, 0, C), saved.rstd2);
     gate_up.Forward(ctx, n2, gate_up_rows);
-    KeepS(ctx, n2, saved.s_gate_up);
+    if (saved.s_gate_up.defined()) KeepS(ctx, n2, saved.s_gate_up);
   }
   const TensorView h = ctx.Scratch({T, F + down.extension()});
   GatedActivationForward(ctx.exec, {.gate = Columns(gate_up_rows, 0, F),
@@ -344,15 +399,16 @@ void TransformerBlock::Backward(const LayerContext& ctx, const PackBatch& batch,
   BackwardAttention(ctx, batch, saved, dx, options);
 }
 
-// In scratch, as Forward had it.
-TensorView TransformerBlock::RebuildGateUp(const LayerContext& ctx, const SavedBlock& saved) const {
-  const int64_t T = saved.x2.dim(0), C = shape.hidden, F = shape.intermediate;
-  const TensorView rows = ctx.Scratch({T, 2 * F + gate_up.extension()});
+void TransformerBlock::RebuildGateUp(const LayerContext& ctx, SavedBlock* saved) const {
+  if (saved->gate_up.defined()) return;
+  const int64_t T = saved->x2.dim(0), C = shape.hidden, F = shape.intermediate;
+  saved->gate_up = ctx.Scratch({T, 2 * F + gate_up.extension()});
+  saved->s_gate_up = ctx.Scratch({T, gate_up.extension()});
   ArenaScope scope(ctx.arena);
   const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
-  NormaliseAgain(ctx, saved.x2, mlp_norm, saved.rstd2, Columns(n2, 0, C));
-  gate_up.Forward(ctx, n2, Columns(rows, 0, 2 * F));
-  return rows;
+  NormaliseAgain(ctx, saved->x2, mlp_norm, saved->rstd2, Columns(n2, 0, C));
+  gate_up.Forward(ctx, n2, Columns(saved->gate_up, 0, 2 * F));
+  KeepS(ctx, n2, saved->s_gate_up);
 }
 
 TensorView TransformerBlock::OutputGradient(const LayerContext& ctx, const TensorView& dx,
@@ -366,11 +422,19 @@ TensorView TransformerBlock::OutputGradient(const LayerContext& ctx, const Tenso
 }
 
 // dx: gradient of x2 + delta' -> gradient of x2 = x1 + a.
-void TransformerBlock::BackwardMlp(const LayerContext& ctx, const SavedBlock& saved,
+void TransformerBlock::BackwardMlp(const LayerContext& outer, const SavedBlock& saved,
                                    const TensorView& dx) const {
+  ForEachTile(outer, dx.dim(0), [&](const LayerContext& ctx, int64_t begin, int64_t end) {
+    BackwardMlpTile(ctx, MlpRows(saved, begin, end), dx.Slice(0, begin, end));
+  });
+}
+
+void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved,
+                                       const TensorView& dx) const {
   const int64_t T = dx.dim(0), C = shape.hidden, F = shape.intermediate;
   ArenaScope scope(ctx.arena);
-  const TensorView rows = saved.gate_up.defined() ? saved.gate_up : RebuildGateUp(ctx, saved);
+  RebuildGateUp(ctx, &saved);
+  const TensorView rows = saved.gate_up;
   const TensorView gate = Columns(rows, 0, F), up = Columns(rows, F, F);
   {
     ArenaScope mlp_scope(ctx.arena);
@@ -402,7 +466,13 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
                                          const BackwardOptions& options) const {
   const int64_t T = dx.dim(0), C = shape.hidden;
   ArenaScope scope(ctx.arena);
-  const TensorView dqkv = ctx.Scratch({T, shape.qkv_size() + qkv.extension()});
+  // What attention works with, and when it is through, the gradients of the rows of qkv.
+  const TensorView dqkv_shape(nullptr, ctx.dtype, {T, shape.qkv_size() + qkv.extension()});
+  const TensorView room =
+      ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                          std::max(dqkv_shape.bytes(), AttentionBackwardBytes(ctx, batch, saved)));
+  TensorView dqkv = dqkv_shape;
+  dqkv.data = room.data;
   {
     ArenaScope attention_scope(ctx.arena);
     const TensorView dy = OutputGradient(ctx, dx, saved.attention_out, post_attention_norm,
@@ -410,7 +480,7 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
     const TensorView d_o = ctx.Scratch({T, shape.q_size()});
     o.BackwardInput(ctx, dy, d_o);
     o.BackwardParameters(ctx, dy, SavedO(saved), Columns(saved.o_s, shape.q_size(), o.extension()));
-    BackwardHeads(ctx, batch, saved, d_o, dqkv);
+    BackwardHeads(ctx, batch, saved, d_o, room, dqkv);
   }
   const TensorView n1 = ctx.Scratch({T, C});
   const TensorView dn1 = options.want_dx ? ctx.Scratch({T, C}) : TensorView();
@@ -422,9 +492,36 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
   NormaliseBackward(ctx, dn1, saved.x1, attention_norm, saved.rstd1, dx1, dx1);
 }
 
+AttentionBackwardArgs TransformerBlock::AttentionBackwardOf(const PackBatch& batch,
+                                                            const SavedBlock& saved,
+                                                            const QkvHeads& x,
+                                                            const TensorView& d_o,
+                                                            const QkvHeads& dx) const {
+  return {.q = x.q,
+          .k = x.k,
+          .v = x.v,
+          .o = Heads(saved.o_s, 0, shape.heads, shape.head_dim),
+          .lse = saved.lse,
+          .d_o = Heads(d_o, 0, shape.heads, shape.head_dim),
+          .dq = dx.q,
+          .dk = dx.k,
+          .dv = dx.v,
+          .segments = batch.segments,
+          .options = shape.attention};
+}
+
+int64_t TransformerBlock::AttentionBackwardBytes(const LayerContext& ctx, const PackBatch& batch,
+                                                 const SavedBlock& saved) const {
+  const TensorView rows(nullptr, ctx.dtype, {batch.tokens, shape.q_size()});
+  const TensorView kv_rows(nullptr, ctx.dtype, {batch.tokens, shape.kv_size()});
+  const QkvHeads heads = HeadsOf(rows, kv_rows, kv_rows, shape);
+  return AttentionBackwardWorkspaceBytes(ctx.exec,
+                                         AttentionBackwardOf(batch, saved, heads, rows, heads));
+}
+
 void TransformerBlock::BackwardHeads(const LayerContext& ctx, const PackBatch& batch,
                                      const SavedBlock& saved, const TensorView& d_o,
-                                     const TensorView& dqkv) const {
+                                     const TensorView& workspace, const TensorView& dqkv) const {
   const int64_t T = d_o.dim(0);
   QkvHeads x;
   if (shape.qk_norm) {
@@ -435,23 +532,9 @@ void TransformerBlock::BackwardHeads(const LayerContext& ctx, const PackBatch& b
   }
   const QkvHeads dx = HeadsOf(ctx.Scratch({T, shape.q_size()}), ctx.Scratch({T, shape.kv_size()}),
                               ctx.Scratch({T, shape.kv_size()}), shape);
-  AttentionBackwardArgs args = {.q = x.q,
-                                .k = x.k,
-                                .v = x.v,
-                                .o = Heads(saved.o_s, 0, shape.heads, shape.head_dim),
-                                .lse = saved.lse,
-                                .d_o = Heads(d_o, 0, shape.heads, shape.head_dim),
-                                .dq = dx.q,
-                                .dk = dx.k,
-                                .dv = dx.v,
-                                .segments = batch.segments,
-                                .options = shape.attention};
-  {
-    ArenaScope scope(ctx.arena);
-    args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
-                                         AttentionBackwardWorkspaceBytes(ctx.exec, args));
-    AttentionBackward(ctx.exec, args);
-  }
+  AttentionBackwardArgs args = AttentionBackwardOf(batch, saved, x, d_o, dx);
+  args.workspace = workspace;
+  AttentionBackward(ctx.exec, args);
   PositionHeadsBackward(ctx, batch, dx, saved.qkv, x, dqkv);
 }
 

@@ -10,7 +10,12 @@
 // The residual additions are part of the next norm, so they cost no pass of their own; `delta`
 // travels from block to block in one buffer. Saved for backward: x1, q, k, v (before their norm,
 // where they have one), o, x2, g, u, a and delta' before post-norms, the adapters' s and the
-// statistics. Norm outputs and act(g) u are rebuilt.
+// statistics; or only x1 or x1 and o, from which Rebuild makes the rest. Norm outputs and act(g) u
+// are always rebuilt.
+//
+// Everything between attention's output and delta' is done row by row, so the MLP may run over
+// tiles of the rows, forward and backward: then no (T, F) matrix exists but a saved one. Rows come
+// out the same; the adapters' gradients are summed tile by tile.
 #pragma once
 
 #include <algorithm>
@@ -41,27 +46,40 @@ struct BlockShape {
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
 };
 
-// What Forward leaves for Backward, all (T, ...). In three groups, each one piece of memory, so
-// that the memory policy can treat them apart:
-//   stream   x1, q, k, v, [o|s], x2, a, delta': may travel to the host
-//   gate_up  [gate|up|.]: may travel, or be rebuilt from x2
-//   small    the statistics and the other s: stay
+// What Forward leaves for Backward, all (T, ...). In groups, each one piece of memory, so that the
+// memory policy can treat them apart. Each can be made again from those before it.
 struct SavedBlock {
-  TensorView x1;                        // (T, C)
-  TensorView q;                         // (T, Hq D)  after rope; without qk_norm
-  TensorView k, v;                      // (T, Hk D)
-  TensorView qkv;                       // (T, (Hq + 2 Hk) D)  before norm and rope; with qk_norm
-  TensorView o_s;                       // (T, Hq D + E)
-  TensorView x2;                        // (T, C)
-  TensorView gate_up;                   // (T, 2 F + E), undefined where it is rebuilt
-  TensorView attention_out, mlp_out;    // (T, C)  a and delta' before their norms; post_norms
-  TensorView rstd1, rstd2;              // (T)     f32 (f64)
-  TensorView attention_out_rstd;        // (T)     post_norms
-  TensorView mlp_out_rstd;              // (T)     post_norms
-  TensorView lse;                       // (T, Hq)  f32 (f64)
-  TensorView s_qkv, s_gate_up, s_down;  // (T, E)
+  // kInput: and what only the product of `down` gives, which is not done again
+  TensorView x1;            // (T, C)
+  TensorView s_down;        // (T, E)
+  TensorView mlp_out;       // (T, C)  delta' before its norm; post_norms
+  TensorView mlp_out_rstd;  // (T)     f32 (f64); post_norms
+  // kAttention
+  TensorView o_s;  // (T, Hq D + E)
+  TensorView lse;  // (T, Hq)  f32 (f64)
+  // kProjections
+  TensorView q;                   // (T, Hq D)  after rope; without qk_norm
+  TensorView k, v;                // (T, Hk D)
+  TensorView qkv;                 // (T, (Hq + 2 Hk) D)  before norm and rope; with qk_norm
+  TensorView x2;                  // (T, C)
+  TensorView rstd1, rstd2;        // (T)     f32 (f64)
+  TensorView attention_out;       // (T, C)  a before its norm; post_norms
+  TensorView attention_out_rstd;  // (T)     post_norms
+  TensorView s_qkv;               // (T, E)
+  // kGateUp: undefined where they are rebuilt
+  TensorView gate_up;    // (T, 2 F + E)
+  TensorView s_gate_up;  // (T, E)
 };
-enum class SavedGroup : uint8_t { kStream, kGateUp, kSmall };
+enum class SavedGroup : uint8_t { kInput, kAttention, kProjections, kGateUp };
+// Those before gate and up.
+constexpr SavedGroup kStreamGroups[] = {SavedGroup::kInput, SavedGroup::kAttention,
+                                        SavedGroup::kProjections};
+
+// What of the stream groups Backward finds saved; the rest is rebuilt.
+enum class StreamSaved : uint8_t { kAll, kInputAndAttention, kInput };
+inline bool IsSaved(StreamSaved saved, SavedGroup group) {
+  return static_cast<int>(group) + static_cast<int>(saved) < 3;
+}
 
 // What attention reads, each (T, H, D), and the statistics of the norms of heads.
 struct QkvHeads {
@@ -82,6 +100,7 @@ struct TransformerBlock {
   TensorView post_attention_norm, post_mlp_norm;  // (C)  with post_norms
   TensorView q_norm, k_norm;                      // (D)  with qk_norm
   LoraLinear qkv, o, gate_up, down;
+  int64_t mlp_tile = 0;  // rows of the MLP's tiles; 0: all at once
 
   // Bytes of one group of T tokens, and the views of `saved` in such a piece of memory (u8; null
   // data on the plan device).
@@ -90,12 +109,17 @@ struct TransformerBlock {
                   const TensorView& memory, SavedBlock* saved) const;
 
   // x (T, C) and delta (T, C), undefined for the first block. Returns x2; what the block adds to
-  // it is left in `out` (T, C), which may be `delta`. `saved` has its places; without delta, x1
-  // becomes x. With `cache`, keys and values of this chunk are put at `cache_begin` first and
-  // attention reads the cache.
+  // it is left in `out` (T, C), which may be `delta`. `saved` has its places, where x may be x2;
+  // without delta, x1 becomes x. With `cache`, keys and values of this chunk are put at
+  // `cache_begin` first and attention reads the cache.
   TensorView Forward(const LayerContext& ctx, const PackBatch& batch, const TensorView& x,
                      const TensorView& delta, const TensorView& out, SavedBlock* saved,
                      const KvCache* cache = nullptr, int64_t cache_begin = 0) const;
+
+  // Fills the stream groups that are not among `kept`, whose places may hold anything, as Forward
+  // had them, to the bit.
+  void Rebuild(const LayerContext& ctx, const PackBatch& batch, StreamSaved kept,
+               const SavedBlock& saved) const;
 
   // Columns behind the C of dx that Backward needs as room.
   int64_t dx_extension() const { return std::max(o.extension(), down.extension()); }
@@ -118,11 +142,18 @@ struct TransformerBlock {
   void PositionHeadsBackward(const LayerContext& ctx, const PackBatch& batch, const QkvHeads& d_to,
                              const TensorView& rows, const QkvHeads& to,
                              const TensorView& d_rows) const;
+  // a, behind its norm if it has one.
+  void ForwardOutput(const LayerContext& ctx, const SavedBlock& saved, const TensorView& a) const;
   QkvHeads ForwardHeads(const LayerContext& ctx, const PackBatch& batch, const TensorView& x,
                         const TensorView& delta, const SavedBlock& saved) const;
   void Attend(const LayerContext& ctx, const PackBatch& batch, const QkvHeads& heads,
               const SavedBlock& saved, const KvCache* cache, int64_t cache_begin) const;
   void ForwardMlp(const LayerContext& ctx, const TensorView& out, const SavedBlock& saved) const;
+  void ForwardMlpTile(const LayerContext& ctx, const TensorView& out,
+                      const SavedBlock& saved) const;
+  // Calls f(ctx, begin, end) for the tiles of T rows, with a context for each.
+  template <typename F>
+  void ForEachTile(const LayerContext& ctx, int64_t tokens, const F& f) const;
   // y = norm(x) for a norm of the stream or, without delta, behind attention or MLP.
   void Normalise(const LayerContext& ctx, const TensorView& x, const TensorView& delta,
                  const TensorView& sum, const TensorView& w, const TensorView& y,
@@ -137,13 +168,22 @@ struct TransformerBlock {
   // `columns` columns, from dx, the gradient of the stream.
   TensorView OutputGradient(const LayerContext& ctx, const TensorView& dx, const TensorView& out,
                             const TensorView& w, const TensorView& rstd, int64_t columns) const;
-  TensorView RebuildGateUp(const LayerContext& ctx, const SavedBlock& saved) const;
+  // gate_up and s_gate_up: saved, or in scratch.
+  void RebuildGateUp(const LayerContext& ctx, SavedBlock* saved) const;
   void BackwardMlp(const LayerContext& ctx, const SavedBlock& saved, const TensorView& dx) const;
+  void BackwardMlpTile(const LayerContext& ctx, SavedBlock saved, const TensorView& dx) const;
   void BackwardAttention(const LayerContext& ctx, const PackBatch& batch, const SavedBlock& saved,
                          const TensorView& dx, const BackwardOptions& options) const;
-  // Gradients of q, k and v, before norm and rope, into the rows of qkv.
+  AttentionBackwardArgs AttentionBackwardOf(const PackBatch& batch, const SavedBlock& saved,
+                                            const QkvHeads& x, const TensorView& d_o,
+                                            const QkvHeads& dx) const;
+  int64_t AttentionBackwardBytes(const LayerContext& ctx, const PackBatch& batch,
+                                 const SavedBlock& saved) const;
+  // Gradients of q, k and v, before norm and rope, into the rows of qkv. These may lie in
+  // `workspace`, attention's.
   void BackwardHeads(const LayerContext& ctx, const PackBatch& batch, const SavedBlock& saved,
-                     const TensorView& d_o, const TensorView& dqkv) const;
+                     const TensorView& d_o, const TensorView& workspace,
+                     const TensorView& dqkv) const;
 };
 
 }  // namespace attune

@@ -16,10 +16,12 @@ namespace attune {
 struct DropoutStream {
   double p = 0;  // 0: off, as in evaluation and generation
   uint64_t seed = 0;
-  TensorView step_pack;  // (2) i32 on the device
+  TensorView step_pack;   // (2) i32 on the device
+  int64_t first_row = 0;  // of what a layer is given, in the pack
 };
 
 class WeightPrefetcher;
+class HeldExpansion;
 
 struct LayerContext {
   Exec exec;
@@ -31,6 +33,7 @@ struct LayerContext {
   // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
   bool fused_lora = false;
   WeightPrefetcher* prefetcher = nullptr;  // null: weights are expanded when they are used
+  const HeldExpansion* held = nullptr;     // the last of those that are held (see LoraLinear)
 
   // Statistics, losses and master weights: f64 for f64, else f32.
   DType accumulator() const { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }

@@ -37,7 +37,7 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
   const DType stats = ctx.accumulator();
   ArenaScope scope(ctx.arena);
   // All sizes hang on T alone, so the plan holds for every pack.
-  const TensorView sum = ctx.Scratch({T, C});
+  const TensorView sum = args.delta;
   const TensorView rstd = ctx.arena->NewScratch(stats, {T});
   const TensorView y = ctx.Scratch({T, C});
   const TensorView rows = ctx.Scratch({T, C});  // normalised rows with a label, then gradients

@@ -25,11 +25,13 @@ struct LmHead {
   int64_t ChunkRows(int64_t tokens) const;
 
   struct LossArgs {
-    TensorView x, delta;         // (T, C); their sum is what the last block gives
+    TensorView x, delta;         // (T, C); their sum, which overwrites delta, is what the last
+                                 //         block gives
     TensorView loss;             // (1)  out, += sum over labels of the cross entropy, f32 (f64)
     TensorView correct;          // (1)  out, += labels that are the arg max, f32 (f64); optional
     TensorView grad_scale;       // (1)  f32 (f64): 1 / labels of the optimiser step
-    TensorView dx;               // (T, C) out, gradient of x + delta; undefined: loss only
+    TensorView dx;               // (T, C) out, gradient of x + delta, may be delta; undefined: loss
+                                 //        only
     double label_smoothing = 0;  // see kernels/cross_entropy
     double z_loss = 0;
   };

@@ -13,7 +13,8 @@ DropoutArgs DropoutOf(const LayerContext& ctx, const LoraPart& adapter) {
           .p = ctx.dropout.p,
           .seed = ctx.dropout.seed,
           .layer = adapter.layer,
-          .module = adapter.module};
+          .module = adapter.module,
+          .first_row = ctx.dropout.first_row};
 }
 
 // dropout(x), in scratch; x itself where dropout is off.
@@ -50,7 +51,23 @@ void LoraLinear::FillExpansion(const LayerContext& ctx, const TensorView& expans
   if (Fused(ctx)) Extend(ctx, expansion);
 }
 
+HeldExpansion::HeldExpansion(const LoraLinear& linear, LayerContext* ctx)
+    : linear_(linear), ctx_(*ctx), outer_(ctx->held), expansion_(linear.Expand(*ctx)) {
+  ctx->held = this;
+}
+
+HeldExpansion::~HeldExpansion() {
+  linear_.GiveBack(ctx_);
+}
+
+const HeldExpansion* HeldExpansion::Find(const LayerContext& ctx, const LoraLinear& linear) {
+  const HeldExpansion* held = ctx.held;
+  while (held != nullptr && &held->linear_ != &linear) held = held->outer_;
+  return held;
+}
+
 TensorView LoraLinear::Expand(const LayerContext& ctx) const {
+  if (const HeldExpansion* held = HeldExpansion::Find(ctx, *this)) return held->expansion();
   if (w->expanded()) return w->Expand(ctx);
   if (ctx.prefetcher != nullptr) return ctx.prefetcher->Acquire(ctx, *this);
   const TensorView expansion = w->Expand(ctx);
@@ -59,7 +76,8 @@ TensorView LoraLinear::Expand(const LayerContext& ctx) const {
 }
 
 void LoraLinear::GiveBack(const LayerContext& ctx) const {
-  if (!w->expanded() && ctx.prefetcher != nullptr) ctx.prefetcher->Release(ctx);
+  if (HeldExpansion::Find(ctx, *this) != nullptr) return;
+  if (!w->expanded() && ctx.prefetcher != nullptr) ctx.prefetcher->Release(ctx, *this);
 }
 
 void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {

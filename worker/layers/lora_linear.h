@@ -58,6 +58,7 @@ struct LoraLinear {
   void RefreshExpansion(const LayerContext& ctx) const;
 
  private:
+  friend class HeldExpansion;
   // y without the bias.
   void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
   // What BackwardInput leaves for dropout's share of dx.
@@ -69,6 +70,27 @@ struct LoraLinear {
   TensorView Expand(const LayerContext& ctx) const;
   void GiveBack(const LayerContext& ctx) const;
   void Extend(const LayerContext& ctx, const TensorView& expansion) const;
+};
+
+// Expands the weight of `linear` once for all products with `ctx` in a scope: those of the tiles of
+// a pack. The expansion is in scratch of the caller's ArenaScope, or one of the prefetcher's two
+// buffers.
+class HeldExpansion {
+ public:
+  HeldExpansion(const LoraLinear& linear, LayerContext* ctx);
+  ~HeldExpansion();
+  HeldExpansion(const HeldExpansion&) = delete;
+  HeldExpansion& operator=(const HeldExpansion&) = delete;
+
+  // Of `linear`, if `ctx` has it; else null.
+  static const HeldExpansion* Find(const LayerContext& ctx, const LoraLinear& linear);
+  const TensorView& expansion() const { return expansion_; }
+
+ private:
+  const LoraLinear& linear_;
+  const LayerContext ctx_;  // without this one
+  const HeldExpansion* outer_;
+  TensorView expansion_;
 };
 
 }  // namespace attune

@@ -40,16 +40,23 @@ TensorView WeightPrefetcher::Acquire(const LayerContext& ctx, const LoraLinear& 
     order_.resize(position_);
     order_.push_back(&linear);
   }
+  Buffer& buffer = buffers_[position_ % 2];
+  CHECK(buffer.holder == nullptr);
   if (!guessed || filled_ <= position_) Fill(ctx, position_);
-  const Buffer& buffer = buffers_[position_ % 2];
+  buffer.holder = &linear;
   buffer.filled.MakeWait(ctx.exec);
   ++position_;
-  if (position_ < static_cast<int64_t>(order_.size())) Fill(ctx, position_);
+  const bool other_is_free = buffers_[position_ % 2].holder == nullptr;
+  if (position_ < static_cast<int64_t>(order_.size()) && other_is_free) Fill(ctx, position_);
   return ExpansionIn(ctx, buffer, linear);
 }
 
-void WeightPrefetcher::Release(const LayerContext& ctx) {
-  buffers_[(position_ + 1) % 2].used.Record(ctx.exec);
+void WeightPrefetcher::Release(const LayerContext& ctx, const LoraLinear& linear) {
+  for (Buffer& buffer : buffers_) {
+    if (buffer.holder != &linear) continue;
+    buffer.holder = nullptr;
+    buffer.used.Record(ctx.exec);
+  }
 }
 
 }  // namespace attune

@@ -22,15 +22,17 @@ class WeightPrefetcher {
   // a pass; they are the caller's to release.
   void BeginPass(const LayerContext& ctx, int64_t bytes);
 
-  // The expansion of `linear`, valid until Release. One at a time.
+  // The expansion of `linear`, valid until Release. Two at a time at most; while there are two,
+  // nothing is expanded ahead.
   TensorView Acquire(const LayerContext& ctx, const LoraLinear& linear);
-  void Release(const LayerContext& ctx);
+  void Release(const LayerContext& ctx, const LoraLinear& linear);
 
  private:
   struct Buffer {
     TensorView memory;
-    StreamEvent used;    // by products
-    StreamEvent filled;  // by the expansion
+    const LoraLinear* holder = nullptr;  // from Acquire to Release
+    StreamEvent used;                    // by products
+    StreamEvent filled;                  // by the expansion
   };
 
   void Fill(const LayerContext& ctx, int64_t position);

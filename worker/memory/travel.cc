@@ -4,30 +4,33 @@
 
 namespace attune {
 
-int64_t TravellingBuffers::HostBytes(int64_t pieces, int64_t piece_bytes) {
-  return std::max<int64_t>(pieces - kSlots, 0) * piece_bytes;
+int64_t TravellingBuffers::HostBytes(const std::vector<int64_t>& piece_bytes) {
+  int64_t sum = 0;
+  for (size_t k = 0; k + kSlots < piece_bytes.size(); ++k) sum += piece_bytes[k];
+  return sum;
 }
 
-absl::Status TravellingBuffers::Prepare(const Exec& exec, int64_t pieces, int64_t piece_bytes) {
-  pieces_ = pieces;
-  piece_bytes_ = piece_bytes;
+absl::Status TravellingBuffers::Prepare(const Exec& exec, const std::vector<int64_t>& piece_bytes) {
+  begin_ = {0};
+  for (int64_t bytes : piece_bytes) begin_.push_back(begin_.back() + bytes);
   copies_ = exec;
-  if (exec.plan || pieces == 0) return absl::OkStatus();
+  if (exec.plan || piece_bytes.empty()) return absl::OkStatus();
   copies_.stream = NewStream(exec.device);
-  return host_.Allocate(exec.device, HostBytes(pieces, piece_bytes));
+  return host_.Allocate(exec.device, HostBytes(piece_bytes));
 }
 
 void TravellingBuffers::BeginPass(Arena* arena, const Exec& exec) {
-  if (pieces_ == 0) return;
+  if (pieces() == 0) return;
+  int64_t largest = 0;
+  for (int64_t k = 0; k < pieces(); ++k) largest = std::max(largest, begin_[k + 1] - begin_[k]);
   for (Slot& slot : slots_) {
-    slot.memory = arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, piece_bytes_);
+    slot.memory = arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, largest);
   }
 }
 
 TensorView TravellingBuffers::BeginWrite(const Exec& exec, int64_t k) {
-  Slot& slot = slots_[k % kSlots];
-  slot.copied.MakeWait(exec);
-  return slot.memory;
+  slots_[k % kSlots].copied.MakeWait(exec);
+  return InSlot(k);
 }
 
 void TravellingBuffers::EndWrite(const Exec& exec, int64_t k) {
@@ -35,14 +38,13 @@ void TravellingBuffers::EndWrite(const Exec& exec, int64_t k) {
   Slot& slot = slots_[k % kSlots];
   slot.used.Record(exec);
   slot.used.MakeWait(copies_);
-  CopyToPinned(copies_, slot.memory, copies_.plan ? nullptr : HostPiece(k));
+  CopyToPinned(copies_, InSlot(k), HostPiece(k));
   slot.copied.Record(copies_);
 }
 
 TensorView TravellingBuffers::BeginRead(const Exec& exec, int64_t k) {
-  Slot& slot = slots_[k % kSlots];
-  slot.copied.MakeWait(exec);
-  return slot.memory;
+  slots_[k % kSlots].copied.MakeWait(exec);
+  return InSlot(k);
 }
 
 void TravellingBuffers::EndRead(const Exec& exec, int64_t k) {
@@ -51,7 +53,7 @@ void TravellingBuffers::EndRead(const Exec& exec, int64_t k) {
   Slot& slot = slots_[k % kSlots];
   slot.used.Record(exec);
   slot.used.MakeWait(copies_);
-  CopyFromPinned(copies_, copies_.plan ? nullptr : HostPiece(next), slot.memory);
+  CopyFromPinned(copies_, HostPiece(next), InSlot(next));
   slot.copied.Record(copies_);
 }
 

@@ -15,19 +15,17 @@ class Sft : public Method {
     LayerContext ctx = outer;
     ctx.neftune_noise_alpha = spec_.neftune_noise_alpha();
     ArenaScope saved_scope(ctx.arena, ArenaEnd::kBottom);
-    ArenaScope scratch_scope(ctx.arena);
     SavedModel saved;
     const Hidden hidden = model.Forward(ctx, batch, &saved);
-    const TensorView dx = ctx.Scratch({batch.tokens, model.dx_columns()});
     model.head().Loss(ctx, batch,
                       {.x = hidden.x,
                        .delta = hidden.delta,
                        .loss = args.loss,
                        .grad_scale = args.grad_scale,
-                       .dx = dx.Slice(1, 0, model.config().hidden_size),
+                       .dx = hidden.delta,
                        .label_smoothing = spec_.label_smoothing_factor(),
                        .z_loss = spec_.z_loss_weight()});
-    model.Backward(ctx, batch, saved, dx);
+    model.Backward(ctx, batch, saved, hidden.delta_and_room);
   }
 
   void Evaluate(const LayerContext& ctx, const Model& model, const PackBatch& batch,

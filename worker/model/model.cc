@@ -39,6 +39,29 @@ bool AllFinite(const TensorView& w) {
   }
 }
 
+// Bytes of the stream of a block that are saved, or else of the rest.
+int64_t BytesOf(const TransformerBlock& block, const LayerContext& ctx, int64_t tokens,
+                StreamSaved stream_saved, bool saved) {
+  int64_t bytes = 0;
+  for (SavedGroup group : kStreamGroups) {
+    if (IsSaved(stream_saved, group) == saved) bytes += block.SavedBytes(ctx, tokens, group);
+  }
+  return bytes;
+}
+
+// In memory that all layers share, x2 has the same place for each: the next block reads it while
+// its own statistics are written. So what may differ (the adapters' shares) is behind it.
+constexpr SavedGroup kBackToFront[] = {SavedGroup::kProjections, SavedGroup::kAttention,
+                                       SavedGroup::kInput};
+
+// The places of a group in `memory`, from *end on, which moves behind it.
+void PlaceGroup(const TransformerBlock& block, const LayerContext& ctx, int64_t tokens,
+                SavedGroup group, const TensorView& memory, int64_t* end, SavedBlock* saved) {
+  const int64_t begin = *end;
+  *end += block.SavedBytes(ctx, tokens, group);
+  block.PlaceSaved(ctx, tokens, group, memory.Slice(0, begin, *end), saved);
+}
+
 // A contiguous view of host memory as scratch on the device; itself on the CPU.
 TensorView ToDevice(const LayerContext& ctx, const TensorView& w) {
   if (ctx.exec.device == DeviceKind::kCpu) return w;
@@ -156,6 +179,7 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
   for (int64_t i = 0; i < config.num_layers; ++i) {
     TransformerBlock& block = blocks_[i];
     block.shape = ShapeOfBlock(i);
+    block.mlp_tile = options.activations.mlp_tile;
     for (BlockNorm norm : NormsOf(config)) NormOf(&block, norm) = dense({SizeOf(config, norm)});
     if (adapters != nullptr) Adapt(*adapters, i);
     const auto frozen = [&](const LoraLinear& linear, int matrix) {
@@ -339,22 +363,55 @@ absl::Status Model::TakeHostMemory(const LayerContext& ctx, int64_t tokens) {
     if (!status.ok()) return status;
     embedding_.data = host_embedding_.data();
   }
-  const TransformerBlock& block = blocks_[0];
-  const auto prepare = [&](TravellingBuffers* travel, int64_t pieces, SavedGroup group) {
-    return travel->Prepare(ctx.exec, pieces, block.SavedBytes(ctx, tokens, group));
-  };
-  absl::Status status = prepare(&streams_, policy_.streams_on_host, SavedGroup::kStream);
+  const Pieces pieces = TravellingPieces(ctx, tokens);
+  absl::Status status = streams_.Prepare(ctx.exec, pieces.streams);
   if (!status.ok()) return status;
-  return prepare(&gate_ups_, policy_.gate_ups_on_host, SavedGroup::kGateUp);
+  return gate_ups_.Prepare(ctx.exec, pieces.gate_ups);
 }
 
 int64_t Model::HostBytes(const LayerContext& ctx, int64_t tokens) const {
-  const TransformerBlock& block = blocks_[0];
+  const Pieces pieces = TravellingPieces(ctx, tokens);
   return (embedding_on_host_ ? embedding_.bytes() : 0) +
-         TravellingBuffers::HostBytes(policy_.streams_on_host,
-                                      block.SavedBytes(ctx, tokens, SavedGroup::kStream)) +
-         TravellingBuffers::HostBytes(policy_.gate_ups_on_host,
-                                      block.SavedBytes(ctx, tokens, SavedGroup::kGateUp));
+         TravellingBuffers::HostBytes(pieces.streams) +
+         TravellingBuffers::HostBytes(pieces.gate_ups);
+}
+
+Model::Pieces Model::TravellingPieces(const LayerContext& ctx, int64_t tokens) const {
+  Pieces pieces;
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    const LayerPlaces places = PlacesOf(i);
+    if (places.stream_travels) {
+      pieces.streams.push_back(BytesOf(blocks_[i], ctx, tokens, places.stream_saved, true));
+    }
+    if (places.gate_up_place == GateUpPlace::kHost) {
+      pieces.gate_ups.push_back(blocks_[i].SavedBytes(ctx, tokens, SavedGroup::kGateUp));
+    }
+  }
+  return pieces;
+}
+
+int64_t Model::RebuiltBytes(const LayerContext& ctx, int64_t tokens) const {
+  int64_t most = 0;
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    most = std::max(most, BytesOf(blocks_[i], ctx, tokens, PlacesOf(i).stream_saved, false));
+  }
+  return most;
+}
+
+int64_t Model::StreamBytes(const LayerContext& ctx, int64_t tokens, StreamSaved saved) const {
+  int64_t most = 0;
+  for (const TransformerBlock& block : blocks_) {
+    most = std::max(most, BytesOf(block, ctx, tokens, saved, true));
+  }
+  return most;
+}
+
+int64_t Model::GateUpBytes(const LayerContext& ctx, int64_t tokens) const {
+  int64_t most = 0;
+  for (const TransformerBlock& block : blocks_) {
+    most = std::max(most, block.SavedBytes(ctx, tokens, SavedGroup::kGateUp));
+  }
+  return most;
 }
 
 void Model::RefreshExpansions(const LayerContext& ctx) const {
@@ -377,44 +434,31 @@ LayerContext Model::BeginPass(const LayerContext& ctx) const {
   return pass;
 }
 
-Model::Places Model::PlacesOf(int64_t layer) const {
-  const int64_t L = config_.num_layers;
-  // Layer i is the k-th of n that are spread evenly over L, if it is one.
-  const auto among = [&](int64_t n, int64_t* k) {
-    *k = layer * n / L;
-    return (layer + 1) * n / L > *k;
-  };
-  Places places;
-  int64_t away = 0;
-  places.stream_travels = among(policy_.streams_on_host, &places.stream);
-  if (among(policy_.gate_ups_on_host + policy_.gate_ups_rebuilt, &away)) {
-    const int64_t n = policy_.gate_ups_on_host, all = n + policy_.gate_ups_rebuilt;
-    places.gate_up = away * n / all;
-    const bool travels = (away + 1) * n / all > places.gate_up;
-    places.gate_up_place = travels ? GateUpPlace::kHost : GateUpPlace::kRebuilt;
-  }
-  return places;
-}
-
-// Room for what block `layer` saves, in the order of the layers.
+// Room for what block `layer` saves, in the order of the layers, and for what is rebuilt.
 void Model::PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens,
-                       SavedBlock* saved) const {
+                       const TensorView& rebuilt, SavedBlock* saved) const {
   const TransformerBlock& block = blocks_[layer];
-  const Places places = PlacesOf(layer);
-  const auto keep = [&](SavedGroup group) {
-    return ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
-                               block.SavedBytes(ctx, tokens, group));
+  const LayerPlaces places = PlacesOf(layer);
+  const auto keep = [&](int64_t bytes) {
+    return ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, bytes);
   };
-  block.PlaceSaved(ctx, tokens, SavedGroup::kSmall, keep(SavedGroup::kSmall), saved);
-  block.PlaceSaved(ctx, tokens, SavedGroup::kStream,
-                   places.stream_travels ? streams_.BeginWrite(ctx.exec, places.stream)
-                                         : keep(SavedGroup::kStream),
-                   saved);
+  const TensorView stream = places.stream_travels
+                                ? streams_.BeginWrite(ctx.exec, places.stream)
+                                : keep(BytesOf(block, ctx, tokens, places.stream_saved, true));
+  int64_t saved_end = 0, rebuilt_end = 0;
+  for (SavedGroup group : kStreamGroups) {
+    if (!IsSaved(places.stream_saved, group)) continue;
+    PlaceGroup(block, ctx, tokens, group, stream, &saved_end, saved);
+  }
+  for (SavedGroup group : kBackToFront) {
+    if (IsSaved(places.stream_saved, group)) continue;
+    PlaceGroup(block, ctx, tokens, group, rebuilt, &rebuilt_end, saved);
+  }
   if (places.gate_up_place == GateUpPlace::kRebuilt) return;
   block.PlaceSaved(ctx, tokens, SavedGroup::kGateUp,
                    places.gate_up_place == GateUpPlace::kHost
                        ? gate_ups_.BeginWrite(ctx.exec, places.gate_up)
-                       : keep(SavedGroup::kGateUp),
+                       : keep(block.SavedBytes(ctx, tokens, SavedGroup::kGateUp)),
                    saved);
 }
 
@@ -434,12 +478,15 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
   const LayerContext ctx = BeginPass(outer);
   streams_.BeginPass(ctx.arena, ctx.exec);
   gate_ups_.BeginPass(ctx.arena, ctx.exec);
-  const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
-  saved->blocks.resize(blocks_.size());
+  const TensorView delta_and_room = ctx.Saved(ctx.dtype, {T, dx_columns()});
+  const TensorView delta = Columns(delta_and_room, 0, C);
+  const TensorView rebuilt =
+      ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, RebuiltBytes(ctx, T));
+  saved->blocks.assign(blocks_.size(), {});
   TensorView x;
   for (int64_t i = 0; i < config_.num_layers; ++i) {
     SavedBlock* block = &saved->blocks[i];
-    PlaceSaved(ctx, i, T, block);
+    PlaceSaved(ctx, i, T, rebuilt, block);
     if (i == 0) {
       x = block->x1;
       Embed(ctx, batch, x);
@@ -453,38 +500,42 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
       }
     }
     x = blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, block);
-    const Places places = PlacesOf(i);
+    const LayerPlaces places = PlacesOf(i);
     if (places.stream_travels) streams_.EndWrite(ctx.exec, places.stream);
     if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.EndWrite(ctx.exec, places.gate_up);
   }
-  return {x, delta};
+  return {x, delta, delta_and_room};
 }
 
 Hidden Model::Infer(const LayerContext& outer, const PackBatch& batch,
                     const std::vector<KvCache>* caches, int64_t cache_begin) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
   const LayerContext ctx = BeginPass(outer);
-  const TensorView x = ctx.Saved(ctx.dtype, {T, C});
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
-  Embed(ctx, batch, x);
+  // Every block has the same memory.
+  const TensorView memory = ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
+                                                StreamBytes(ctx, T, StreamSaved::kAll));
+  TensorView x;
   for (size_t i = 0; i < blocks_.size(); ++i) {
-    ArenaScope scope(ctx.arena, ArenaEnd::kBottom);
     SavedBlock saved;
-    for (SavedGroup group : {SavedGroup::kSmall, SavedGroup::kStream}) {
-      const TensorView memory = ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations,
-                                                    blocks_[i].SavedBytes(ctx, T, group));
-      blocks_[i].PlaceSaved(ctx, T, group, memory, &saved);
+    int64_t end = 0;
+    for (SavedGroup group : kBackToFront) {
+      PlaceGroup(blocks_[i], ctx, T, group, memory, &end, &saved);
     }
-    const TensorView x2 =
-        blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, &saved,
+    if (i == 0) {
+      x = saved.x1;
+      Embed(ctx, batch, x);
+    }
+    x = blocks_[i].Forward(ctx, batch, x, i == 0 ? TensorView() : delta, delta, &saved,
                            caches == nullptr ? nullptr : &(*caches)[i], cache_begin);
-    Copy(ctx.exec, {.x = x2, .y = x});
   }
-  return {x, delta};
+  return {.x = x, .delta = delta};
 }
 
 int64_t Model::dx_columns() const {
-  return config_.hidden_size + blocks_[0].dx_extension();
+  int64_t room = 0;
+  for (const TransformerBlock& block : blocks_) room = std::max(room, block.dx_extension());
+  return config_.hidden_size + room;
 }
 
 void Model::Backward(const LayerContext& outer, const PackBatch& batch, const SavedModel& saved,
@@ -492,10 +543,14 @@ void Model::Backward(const LayerContext& outer, const PackBatch& batch, const Sa
   LayerContext ctx = outer;  // of the pass that Forward began
   if (prefetch_bytes_ > 0) ctx.prefetcher = &prefetcher_;
   for (int64_t i = config_.num_layers - 1; i >= 0; --i) {
-    const Places places = PlacesOf(i);
+    const LayerPlaces places = PlacesOf(i);
     // The slots are those of the forward pass, so the views still hold.
     if (places.stream_travels) streams_.BeginRead(ctx.exec, places.stream);
     if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.BeginRead(ctx.exec, places.gate_up);
+    // What the last layer did not save is still there.
+    if (i + 1 < config_.num_layers) {
+      blocks_[i].Rebuild(ctx, batch, places.stream_saved, saved.blocks[i]);
+    }
     blocks_[i].Backward(ctx, batch, saved.blocks[i], dx, {.want_dx = i > 0});
     if (places.stream_travels) streams_.EndRead(ctx.exec, places.stream);
     if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.EndRead(ctx.exec, places.gate_up);

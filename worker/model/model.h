@@ -14,6 +14,7 @@
 #include "worker/layers/lm_head.h"
 #include "worker/layers/weight_prefetcher.h"
 #include "worker/memory/travel.h"
+#include "worker/model/activation_policy.h"
 #include "worker/model/adapter_set.h"
 #include "worker/model/config.h"
 
@@ -41,14 +42,8 @@ struct SavedModel {
 struct Hidden {
   TensorView x;
   TensorView delta;
-};
-
-// What becomes of the activations that each layer saves. Layers are chosen spread evenly; what is
-// not named stays on the device.
-struct ActivationPolicy {
-  int64_t streams_on_host = 0;   // layers whose stream group travels
-  int64_t gate_ups_on_host = 0;  // layers whose gate and up travel
-  int64_t gate_ups_rebuilt = 0;  // other layers, whose gate and up are computed again
+  // [delta|.] (T, dx_columns()): the memory of delta, in which Backward finds dx.
+  TensorView delta_and_room;
 };
 
 // The angles of one rotary embedding, before positions are known.
@@ -88,6 +83,11 @@ class Model {
   absl::Status TakeHostMemory(const LayerContext& ctx, int64_t tokens);
   int64_t HostBytes(const LayerContext& ctx, int64_t tokens) const;
 
+  // Bytes that a layer of T tokens saves of its stream and of gate and up; of different layers the
+  // largest.
+  int64_t StreamBytes(const LayerContext& ctx, int64_t tokens, StreamSaved saved) const;
+  int64_t GateUpBytes(const LayerContext& ctx, int64_t tokens) const;
+
   // Keeps activations on the arena's bottom for Backward; the caller releases them.
   Hidden Forward(const LayerContext& ctx, const PackBatch& batch, SavedModel* saved) const;
   // The same without keeping more than one block's activations. With `caches` (one per block)
@@ -96,8 +96,8 @@ class Model {
                int64_t cache_begin) const;
   // C, and the room that Backward needs behind it.
   int64_t dx_columns() const;
-  // [dx|.] (T, dx_columns()): gradient of Forward's x + delta; overwritten. Gradients of adapters
-  // accumulate.
+  // [dx|.] (T, dx_columns()): gradient of Forward's x + delta; overwritten. May be the memory of
+  // Forward's delta. Gradients of adapters accumulate.
   void Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
                 const TensorView& dx) const;
 
@@ -110,15 +110,6 @@ class Model {
     FrozenMatrix qkv, o, gate_up, down;
   };
 
-  enum class GateUpPlace : uint8_t { kDevice, kHost, kRebuilt };
-  // Where a layer's saved activations are; the number of those that travel among their kind.
-  struct Places {
-    bool stream_travels = false;
-    int64_t stream = 0;
-    GateUpPlace gate_up_place = GateUpPlace::kDevice;
-    int64_t gate_up = 0;
-  };
-
   BlockShape ShapeOfBlock(int64_t layer) const;
   void MakeRopes(const LayerContext& ctx);
   void Adapt(const AdapterSet& adapters, int64_t layer);
@@ -126,13 +117,24 @@ class Model {
   void RefreshExpansions(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;
-  Places PlacesOf(int64_t layer) const;
-  void PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens, SavedBlock* saved) const;
+  LayerPlaces PlacesOf(int64_t layer) const {
+    return attune::PlacesOf(policy_, config_.num_layers, layer);
+  }
+  // `rebuilt`: room for RebuiltBytes, the same for all layers.
+  void PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens, const TensorView& rebuilt,
+                  SavedBlock* saved) const;
+  // What of the streams is not saved, of the layer that has the most.
+  int64_t RebuiltBytes(const LayerContext& ctx, int64_t tokens) const;
+  // Sizes of the pieces that travel, in the order of the layers.
+  struct Pieces {
+    std::vector<int64_t> streams, gate_ups;
+  };
+  Pieces TravellingPieces(const LayerContext& ctx, int64_t tokens) const;
   absl::Status LoadBlock(const LayerContext& ctx, const WeightNames& names,
                          const WeightSource& source, int64_t layer);
 
   ModelConfig config_;
-  TensorView embedding_;  // (V, C)
+  TensorView embedding_;         // (V, C)
   PinnedMemory host_embedding_;  // behind embedding_, if that is on the host
   bool embedding_on_host_;
   std::vector<BlockWeights> weights_;

@@ -109,6 +109,8 @@ absl::StatusOr<v1::MemoryEstimate> Engine::Plan(const EngineOptions& options,
   estimate.set_workspace_bytes(of(MemoryClass::kWorkspace));
   estimate.set_peak_bytes(peak.total);
   estimate.set_peak_phase(peak.phase);
+  estimate.set_host_bytes(
+      engine.model_->HostBytes(engine.ctx_, options.spec.batch().micro_batch_tokens()));
   return estimate;
 }
 

@@ -25,6 +25,8 @@ Outcome Steps(const GoldenCase& golden, int steps, double learning_rate) {
     step.input.learning_rate = learning_rate;
     out.losses.push_back(engine->TrainStep(step.input, step.packs, self.get(), [] {}).value().loss);
   }
+  const GoldenStep first = StepOf(golden, 0);
+  EXPECT_TRUE(engine->Evaluate(first.packs, first.input.trained_tokens, self.get(), [] {}).ok());
   EXPECT_EQ(engine->peak_bytes(),
             Engine::Plan(golden.options, *golden.weights).value().peak_bytes());
   const TensorView grad = engine->adapters()->grad();
@@ -90,23 +92,53 @@ TEST_P(EngineCuda, WhereActivationsAreKeptChangesNoBit) {
   const Outcome kept = Steps(golden, 3, 1e-3);
   for (const ActivationPolicy& policy :
        {ActivationPolicy{}, ActivationPolicy{L, 0, 0}, ActivationPolicy{0, L, 0},
-        ActivationPolicy{0, 0, L}, ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1}}) {
+        ActivationPolicy{0, 0, L}, ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1},
+        ActivationPolicy{0, 0, 0, L, 0}, ActivationPolicy{0, 0, L, 0, L},
+        ActivationPolicy{L, 0, L, L - 1, 1}, ActivationPolicy{L - 1, 1, 0, 0, 1}}) {
     golden.options.activations = policy;
     golden.options.prefetch = policy.gate_ups_rebuilt > 0 || policy.streams_on_host > 0;
     golden.options.embedding_on_host = policy.streams_on_host > 0;
     const Outcome other = Steps(golden, 3, 1e-3);
     EXPECT_EQ(other.losses, kept.losses);
     EXPECT_EQ(other.grad, kept.grad) << policy.streams_on_host << " " << policy.gate_ups_on_host
-                                     << " " << policy.gate_ups_rebuilt;
+                                     << " " << policy.gate_ups_rebuilt << " "
+                                     << policy.projections_rebuilt << " " << policy.layers_rebuilt;
   }
 }
 
 TEST_P(EngineCuda, DropoutGivesWhatTheCpuGives) {
   GoldenCase golden = Load(DType::kF32);
+  const int64_t L = golden.options.model.num_layers;
   golden.options.spec.mutable_lora()->set_dropout(0.2);
   const Outcome cpu = Steps(golden, 2, 1e-3);
   golden.options.device = DeviceKind::kCuda;
   ExpectClose(Steps(golden, 2, 1e-3), cpu, 1e-5, 1e-3, "dropout");
+  golden.options.activations = {.gate_ups_rebuilt = L, .layers_rebuilt = L, .mlp_tile = 24};
+  ExpectClose(Steps(golden, 2, 1e-3), cpu, 1e-5, 1e-3, "dropout, rebuilt, in tiles");
+}
+
+// Everything computed again, the MLPs in tiles with a smaller one at the end.
+TEST_P(EngineCuda, TilesGiveWhatTheCpuGives) {
+  const Outcome cpu = Steps(Load(DType::kF32), 3, 1e-3);
+  for (const bool fused : {false, true}) {
+    for (const int64_t tile : {16, 24}) {
+      for (const bool rebuilt : {false, true}) {
+        GoldenCase golden = Load(DType::kF32);
+        const int64_t L = golden.options.model.num_layers;
+        golden.options.device = DeviceKind::kCuda;
+        golden.options.fused_lora = fused;
+        golden.options.prefetch = rebuilt;
+        golden.options.activations.mlp_tile = tile;
+        if (rebuilt) {
+          golden.options.activations.streams_on_host = L;
+          golden.options.activations.gate_ups_rebuilt = L;
+          golden.options.activations.layers_rebuilt = L;
+        }
+        ExpectClose(Steps(golden, 3, 1e-3), cpu, 1e-5, 1e-3,
+                    std::string(fused ? "fused" : "separate") + (rebuilt ? ", rebuilt" : ""));
+      }
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));

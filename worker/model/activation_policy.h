@@ -1,0 +1,33 @@
+// What becomes of the activations that each layer saves for its backward pass (SavedGroup): kept on
+// the device, sent to pinned host memory, or computed again.
+#pragma once
+
+#include <cstdint>
+
+#include "worker/layers/block.h"
+
+namespace attune {
+
+// Layers of each kind are chosen spread evenly; what is not named stays on the device.
+struct ActivationPolicy {
+  int64_t streams_on_host = 0;      // layers whose stream, as far as it is saved, travels
+  int64_t gate_ups_on_host = 0;     // layers whose gate and up travel
+  int64_t gate_ups_rebuilt = 0;     // other layers, whose gate and up are computed again
+  int64_t projections_rebuilt = 0;  // layers of whose stream input and attention are saved
+  int64_t layers_rebuilt = 0;       // other layers, of whose stream only the input is saved
+  int64_t mlp_tile = 0;             // rows that an MLP takes at a time; 0: all
+};
+
+enum class GateUpPlace : uint8_t { kDevice, kHost, kRebuilt };
+
+// Where one layer's are; the number of those that travel among their kind.
+struct LayerPlaces {
+  StreamSaved stream_saved = StreamSaved::kAll;
+  bool stream_travels = false;
+  int64_t stream = 0;
+  GateUpPlace gate_up_place = GateUpPlace::kDevice;
+  int64_t gate_up = 0;
+};
+LayerPlaces PlacesOf(const ActivationPolicy& policy, int64_t num_layers, int64_t layer);
+
+}  // namespace attune
