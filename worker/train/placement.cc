@@ -1,6 +1,7 @@
 #include "worker/train/placement.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <tuple>
 #include <vector>
@@ -72,18 +73,57 @@ bool IsNf4(const EngineOptions& options) {
   return options.spec.quantization().weights() == v1::WEIGHT_FORMAT_NF4;
 }
 
-// Bytes of one group of a layer's saved activations.
-struct GroupBytes {
-  double stream, gate_up;
+// Bytes that a layer saves.
+struct SavedSizes {
+  int64_t stream[3] = {};  // by StreamSaved
+  int64_t gate_up = 0;
 };
-GroupBytes GroupsOf(const EngineOptions& options) {
-  const ModelConfig& c = options.model;
-  const double T = static_cast<double>(options.spec.batch().micro_batch_tokens());
-  const int64_t of_stream = c.post_norms ? 4 : 2;
-  return {
-      .stream =
-          2 * T * static_cast<double>(of_stream * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size()),
-      .gate_up = 2 * T * static_cast<double>(2 * c.intermediate_size)};
+SavedSizes SavedSizesOf(const EngineOptions& options) {
+  Arena arena = Arena::Plan();
+  const LayerContext ctx{
+      .exec = {.device = options.device, .plan = true}, .arena = &arena, .dtype = options.dtype};
+  const AdapterSet adapters(ctx, options.adapters, /*train=*/true);
+  const Model model(ctx, options.model, {}, &adapters);
+  const int64_t tokens = options.spec.batch().micro_batch_tokens();
+  SavedSizes sizes{.gate_up = model.GateUpBytes(ctx, tokens)};
+  for (StreamSaved saved :
+       {StreamSaved::kAll, StreamSaved::kInputAndAttention, StreamSaved::kInput}) {
+    sizes.stream[static_cast<int>(saved)] = model.StreamBytes(ctx, tokens, saved);
+  }
+  return sizes;
+}
+
+// What a policy takes beside the weights and the scratch.
+struct Footprint {
+  int64_t device = 0;
+  int64_t host = 0;
+  int kinds = 0;  // bits: which places there are
+};
+Footprint FootprintOf(const ActivationPolicy& policy, int64_t layers, const SavedSizes& sizes) {
+  Footprint out;
+  std::vector<int64_t> streams, gate_ups;  // that travel
+  int64_t rebuilt = 0;
+  for (int64_t i = 0; i < layers; ++i) {
+    const LayerPlaces places = PlacesOf(policy, layers, i);
+    const int64_t stream = sizes.stream[static_cast<int>(places.stream_saved)];
+    if (places.stream_travels) {
+      streams.push_back(stream);
+    } else {
+      out.device += stream;
+    }
+    rebuilt = std::max(rebuilt, sizes.stream[static_cast<int>(StreamSaved::kAll)] - stream);
+    if (places.gate_up_place == GateUpPlace::kHost) gate_ups.push_back(sizes.gate_up);
+    if (places.gate_up_place == GateUpPlace::kDevice) out.device += sizes.gate_up;
+    out.kinds |= 1 << static_cast<int>(places.stream_saved);
+    out.kinds |= places.gate_up_place == GateUpPlace::kRebuilt ? 8 : 16;
+  }
+  out.device += rebuilt;
+  for (const auto* pieces : {&streams, &gate_ups}) {
+    if (pieces->empty()) continue;
+    out.device += TravellingBuffers::kSlots * *std::max_element(pieces->begin(), pieces->end());
+    out.host += TravellingBuffers::HostBytes(*pieces);
+  }
+  return out;
 }
 
 // Of the table of embeddings, where it may lie on the host.
@@ -92,14 +132,101 @@ int64_t EmbeddingBytes(const EngineOptions& options) {
   return options.model.vocab_size * options.model.hidden_size * DTypeBytes(options.dtype);
 }
 
+// ---- Time ----
+
+// Seconds of one micro-batch, and of what a choice adds.
+struct Costs {
+  double forward = 0, backward = 0;        // of a layer
+  double expand = 0;                       // of a layer's weights, once
+  double gate_up = 0, gate_up_expand = 0;  // again
+  double projections = 0, projections_expand = 0;
+  double attention = 0;
+  double mlp_tile = 0;              // a tile's ops
+  double head = 0, head_table = 0;  // head_table: to read it for a chunk of logits
+  double embedding = 0;             // on the host
+  int64_t tokens = 0, layers = 0;
+  double row_bytes = 0;  // of logits
+  double host_bytes_per_s = 0;
+};
+
+Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mean_context) {
+  const ModelConfig& c = options.model;
+  Costs out{.tokens = options.spec.batch().micro_batch_tokens(), .layers = c.num_layers};
+  const double T = static_cast<double>(out.tokens), C = static_cast<double>(c.hidden_size);
+  const double F = static_cast<double>(c.intermediate_size), V = static_cast<double>(c.vocab_size);
+  const double q = static_cast<double>(c.q_size()), qkv = q + 2 * static_cast<double>(c.kv_size());
+  const auto product = [&](double parameters) {
+    return 2 * T * parameters / rates.product_flops_per_s;
+  };
+  const auto move = [&](double columns) { return 2 * T * columns / rates.memory_bytes_per_s; };
+  // Packed and expanded bytes of NF4.
+  const auto expand = [&](double parameters) {
+    return IsNf4(options) ? 2.516 * parameters / (0.7 * rates.memory_bytes_per_s) : 0;
+  };
+  const double parameters = LinearParameters(c);
+  const double pairs = 2 * T * (mean_context + rates.attention_extra_context) * q;
+  const LayerTraffic traffic = TrafficOf(options);
+  out.attention = pairs / rates.attention_forward_flops_per_s;
+  out.forward = product(parameters) + out.attention + move(traffic.forward);
+  out.backward = product(parameters) + 2.5 * pairs / rates.attention_backward_flops_per_s +
+                 move(traffic.backward) + rates.layer_s;
+  out.expand = expand(parameters);
+  out.gate_up = product(2 * F * C) + move(3 * C + 2 * F);
+  out.gate_up_expand = expand(2 * F * C);
+  out.projections = product((qkv + q) * C) + move(7 * C + 3 * qkv + q);
+  out.projections_expand = expand((qkv + q) * C);
+  out.mlp_tile = 0.4 * rates.layer_s;
+  out.head = 2 * product(C * V) + 3 * move(V);
+  out.head_table = 2 * 2 * C * V / rates.memory_bytes_per_s * 0.3;
+  out.row_bytes = 2 * V;
+  // Read by single rows: slower than a copy.
+  out.embedding = 2 * T * C / (0.5 * rates.host_copy_bytes_per_s);
+  out.host_bytes_per_s = rates.host_copy_bytes_per_s;
+  return out;
+}
+
 // A choice, and what it is expected to cost.
 struct Candidate {
-  bool resident;
+  bool resident = false;
   ActivationPolicy activations;
-  int64_t logits_bytes;
-  bool embedding_on_host;
-  double seconds;
+  int64_t logits_bytes = 0;
+  bool embedding_on_host = false;
+  Footprint footprint;
+  double seconds = 0;
 };
+
+double SecondsOf(const Costs& costs, const Candidate& choice) {
+  const ActivationPolicy& a = choice.activations;
+  const double T = static_cast<double>(costs.tokens), L = static_cast<double>(costs.layers);
+  double forward = costs.forward, backward = costs.backward;
+  double gate_up = costs.gate_up, projections = costs.projections;
+  if (!choice.resident) {
+    forward += costs.expand;
+    backward += costs.expand;
+    gate_up += costs.gate_up_expand;
+    projections += costs.projections_expand;
+  }
+  if (a.mlp_tile > 0) {
+    const double more = std::ceil(T / static_cast<double>(a.mlp_tile)) - 1;
+    backward += more * costs.mlp_tile;
+  }
+  const double forward_s = L * forward;
+  double backward_s = L * backward + static_cast<double>(a.gate_ups_rebuilt) * gate_up;
+  // The last layer's are still there.
+  const int64_t rebuilt = std::max<int64_t>(a.projections_rebuilt + a.layers_rebuilt - 1, 0);
+  backward_s += static_cast<double>(rebuilt) * projections +
+                static_cast<double>(std::min(rebuilt, a.layers_rebuilt)) * costs.attention;
+  const double copied = static_cast<double>(choice.footprint.host) / costs.host_bytes_per_s;
+  // Copies that keep up cost a little all the same: they share the memory.
+  const double shared = 0.03 * copied;
+  // Smaller chunks of logits read the head's table more often.
+  const double head_rows =
+      std::max(1.0, static_cast<double>(choice.logits_bytes) / costs.row_bytes);
+  return std::max(forward_s, copied) + std::max(backward_s, copied) + shared + costs.head +
+         T / head_rows * costs.head_table + (choice.embedding_on_host ? costs.embedding : 0);
+}
+
+// ---- Choices ----
 
 void Apply(const Candidate& candidate, EngineOptions* options) {
   options->resident = candidate.resident;
@@ -117,26 +244,56 @@ std::vector<int64_t> Steps(int64_t layers) {
   return out;
 }
 
-// Every choice that is worth a thought, the fastest first.
-std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRates& rates,
-                                  double mean_context) {
-  std::vector<Candidate> out;
-  const int64_t L = options.model.num_layers;
-  for (const bool resident : {true, false}) {
-    if (resident && !IsNf4(options)) continue;
-    for (const int64_t streams : Steps(L)) {
+// Every policy that is worth a thought, without the tile.
+std::vector<ActivationPolicy> Policies(int64_t L) {
+  std::vector<ActivationPolicy> out;
+  for (const int64_t streams : Steps(L)) {
+    for (const int64_t projections : {int64_t{0}, L}) {
       for (const int64_t on_host : Steps(L)) {
         for (const int64_t rebuilt : Steps(L - on_host)) {
-          for (const int64_t logits_mib : {512, 128, 32}) {
-            for (const bool embedding_on_host : {false, true}) {
-              if (embedding_on_host && EmbeddingBytes(options) == 0) continue;
-              Candidate candidate{
-                  resident, {streams, on_host, rebuilt}, logits_mib << 20, embedding_on_host, 0};
-              EngineOptions trial = options;
-              Apply(candidate, &trial);
-              candidate.seconds = PredictMicroBatchSeconds(trial, rates, mean_context);
-              out.push_back(candidate);
-            }
+          out.push_back({.streams_on_host = streams,
+                         .gate_ups_on_host = on_host,
+                         .gate_ups_rebuilt = rebuilt,
+                         .projections_rebuilt = projections});
+        }
+      }
+    }
+    // Between these, and beyond: where gate and up are rebuilt throughout.
+    for (const int64_t some : Steps(L)) {
+      ActivationPolicy policy{.streams_on_host = streams, .gate_ups_rebuilt = L};
+      policy.projections_rebuilt = some;
+      if (some > 0 && some < L) out.push_back(policy);
+      policy.projections_rebuilt = L - some;
+      policy.layers_rebuilt = some;
+      if (some > 0) out.push_back(policy);
+    }
+  }
+  return out;
+}
+
+// Every choice, the fastest first.
+std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRates& rates,
+                                  double mean_context) {
+  const int64_t T = options.spec.batch().micro_batch_tokens(), L = options.model.num_layers;
+  const SavedSizes sizes = SavedSizesOf(options);
+  const Costs costs = CostsOf(options, rates, mean_context);
+  const bool nf4 = IsNf4(options), table_may_go = EmbeddingBytes(options) > 0;
+  std::vector<Candidate> out;
+  for (const ActivationPolicy& policy : Policies(L)) {
+    Candidate candidate{.activations = policy, .footprint = FootprintOf(policy, L, sizes)};
+    for (const bool resident : {true, false}) {
+      if (resident && !nf4) continue;
+      candidate.resident = resident;
+      for (const int64_t tile : {0, 8192, 2048}) {
+        if (tile >= T) continue;
+        candidate.activations.mlp_tile = tile;
+        for (const int64_t logits_mib : {512, 128, 32}) {
+          candidate.logits_bytes = logits_mib << 20;
+          for (const bool embedding_on_host : {false, true}) {
+            if (embedding_on_host && !table_may_go) continue;
+            candidate.embedding_on_host = embedding_on_host;
+            candidate.seconds = SecondsOf(costs, candidate);
+            out.push_back(candidate);
           }
         }
       }
@@ -145,14 +302,6 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
   std::stable_sort(out.begin(), out.end(),
                    [](const Candidate& a, const Candidate& b) { return a.seconds < b.seconds; });
   return out;
-}
-
-int64_t HostBytes(const EngineOptions& options) {
-  const GroupBytes bytes = GroupsOf(options);
-  return (options.embedding_on_host ? EmbeddingBytes(options) : 0) +
-         static_cast<int64_t>(
-             bytes.stream * static_cast<double>(options.activations.streams_on_host) +
-             bytes.gate_up * static_cast<double>(options.activations.gate_ups_on_host));
 }
 
 std::string Describe(const EngineOptions& options) {
@@ -166,9 +315,14 @@ std::string Describe(const EngineOptions& options) {
     }
   };
   if (options.embedding_on_host) absl::StrAppend(&text, "; embeddings in host memory");
-  add(a.streams_on_host, "send their inputs and attention to host memory");
+  add(a.layers_rebuilt, "keep their inputs alone");
+  add(a.projections_rebuilt, "keep their inputs and what attention gave");
+  add(a.streams_on_host, a.layers_rebuilt + a.projections_rebuilt > 0
+                             ? "send what they keep of it to host memory"
+                             : "send their inputs and attention to host memory");
   add(a.gate_ups_on_host, "send gate and up to host memory");
   add(a.gate_ups_rebuilt, "compute gate and up again");
+  if (a.mlp_tile > 0) absl::StrAppend(&text, "; MLPs take ", a.mlp_tile, " tokens at a time");
   return text;
 }
 
@@ -177,73 +331,83 @@ struct Planned {
   v1::MemoryEstimate memory;  // of the choice, or where nothing fits of the smallest one
 };
 
-// The memory of choices. Those that differ only in where the embeddings are share one plan.
+// The memory of choices. The peak of one less its footprint hangs on what kinds of places there
+// are, not on how many layers have which: so few choices are planned in earnest.
 class Planner {
  public:
-  explicit Planner(const EngineOptions& options) : shapes_(options) {}
+  explicit Planner(const EngineOptions& options) : options_(options), shapes_(options) {}
 
-  absl::StatusOr<v1::MemoryEstimate> Plan(EngineOptions options) {
-    const int64_t away = options.embedding_on_host ? EmbeddingBytes(options) : 0;
-    options.embedding_on_host = false;
-    const ActivationPolicy& a = options.activations;
-    const auto key = std::make_tuple(options.resident, a.streams_on_host, a.gate_ups_on_host,
-                                     a.gate_ups_rebuilt, options.logits_bytes);
-    auto it = planned_.find(key);
-    if (it == planned_.end()) {
-      absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(options, shapes_);
-      if (!memory.ok()) return memory;
-      it = planned_.emplace(key, *std::move(memory)).first;
-    }
-    v1::MemoryEstimate memory = it->second;
-    memory.set_weights_bytes(memory.weights_bytes() - away);
-    memory.set_peak_bytes(memory.peak_bytes() - away);
+  // True if the choice was seen to need more than `bytes`, by a plan of another of its kind.
+  bool NeedsMoreThan(int64_t bytes, const Candidate& candidate) const {
+    const auto it = base_.find(KeyOf(candidate));
+    return it != base_.end() && it->second + DeviceBytes(candidate) > bytes;
+  }
+
+  absl::StatusOr<v1::MemoryEstimate> Plan(const Candidate& candidate) {
+    Apply(candidate, &options_);
+    absl::StatusOr<v1::MemoryEstimate> memory = Engine::Plan(options_, shapes_);
+    if (!memory.ok()) return memory;
+    base_[KeyOf(candidate)] = memory->peak_bytes() - DeviceBytes(candidate);
+    memory->set_placement(Describe(options_));
     return memory;
   }
 
  private:
-  ShapesOnly shapes_;
-  std::map<std::tuple<bool, int64_t, int64_t, int64_t, int64_t>, v1::MemoryEstimate> planned_;
-};
+  using Key = std::tuple<bool, int64_t, int64_t, int>;
+  static Key KeyOf(const Candidate& candidate) {
+    return {candidate.resident, candidate.activations.mlp_tile, candidate.logits_bytes,
+            candidate.footprint.kinds};
+  }
+  // Of what the key does not say.
+  int64_t DeviceBytes(const Candidate& candidate) const {
+    return candidate.footprint.device -
+           (candidate.embedding_on_host ? EmbeddingBytes(options_) : 0);
+  }
 
-// Less than the choice takes: what it keeps on the device from forward to backward.
-double KeptBytes(const EngineOptions& options) {
-  const ActivationPolicy& a = options.activations;
-  const double L = static_cast<double>(options.model.num_layers);
-  const GroupBytes bytes = GroupsOf(options);
-  const double bits = !IsNf4(options) || options.resident ? 16 : 4;
-  return L * LinearParameters(options.model) * bits / 8 +
-         bytes.stream * (L - static_cast<double>(a.streams_on_host)) +
-         bytes.gate_up * (L - static_cast<double>(a.gate_ups_on_host + a.gate_ups_rebuilt));
-}
+  EngineOptions options_;
+  ShapesOnly shapes_;
+  std::map<Key, int64_t> base_;  // peak less DeviceBytes
+};
 
 // Takes the fastest choice that fits.
 absl::StatusOr<Planned> TakeFirstThatFits(const PlacementLimits& limits, const DeviceRates& rates,
                                           double mean_context, EngineOptions* options) {
   Planner planner(*options);
-  Planned out;
-  const double limit = static_cast<double>(limits.device_bytes);
   const std::vector<Candidate> candidates = Candidates(*options, rates, mean_context);
-  double least = limit;  // or what the most sparing choice keeps, so that it is always planned
+  // Less than a choice needs: weights, what is saved, and the larger of two pieces of scratch.
+  const ModelConfig& c = options->model;
+  const int64_t T = options->spec.batch().micro_batch_tokens();
+  const auto least = [&](const Candidate& candidate) {
+    const double bits = !IsNf4(*options) || candidate.resident ? 16 : 4;
+    const double linears = static_cast<double>(c.num_layers) * LinearParameters(c) * bits / 8;
+    const int64_t head = 2 * c.vocab_size * c.hidden_size;
+    const int64_t table = candidate.embedding_on_host ? 0 : EmbeddingBytes(*options);
+    const int64_t tile = candidate.activations.mlp_tile;
+    const int64_t mlp = 2 * (tile > 0 ? tile : T) * c.intermediate_size;
+    const int64_t logits = std::min(candidate.logits_bytes, 2 * T * c.vocab_size);
+    return static_cast<int64_t>(linears) + head + table + candidate.footprint.device +
+           std::max(mlp, logits);
+  };
+  const Candidate* smallest = nullptr;
   for (const Candidate& candidate : candidates) {
-    Apply(candidate, options);
-    least = std::min(least, KeptBytes(*options));
-  }
-  for (const Candidate& candidate : candidates) {
-    Apply(candidate, options);
-    if (HostBytes(*options) > limits.host_bytes) continue;
-    if (const double kept = KeptBytes(*options); kept > limit && kept > least) continue;
-    absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(*options);
+    const int64_t host_bytes =
+        candidate.footprint.host + (candidate.embedding_on_host ? EmbeddingBytes(*options) : 0);
+    if (host_bytes > limits.host_bytes) continue;
+    if (smallest == nullptr || least(candidate) < least(*smallest)) smallest = &candidate;
+    if (least(candidate) > limits.device_bytes ||
+        planner.NeedsMoreThan(limits.device_bytes, candidate)) {
+      continue;
+    }
+    absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(candidate);
     if (!memory.ok()) return memory.status();
-    const bool smaller =
-        out.memory.peak_bytes() == 0 || memory->peak_bytes() < out.memory.peak_bytes();
-    out.fits = memory->peak_bytes() <= limits.device_bytes;
-    if (!out.fits && !smaller) continue;
-    out.memory = *std::move(memory);
-    out.memory.set_host_bytes(HostBytes(*options));
-    out.memory.set_placement(Describe(*options));
-    if (out.fits) return out;
+    if (memory->peak_bytes() > limits.device_bytes) continue;
+    Apply(candidate, options);
+    return Planned{.fits = true, .memory = *std::move(memory)};
   }
-  return out;
+  CHECK(smallest != nullptr);  // nothing need be on the host
+  absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(*smallest);
+  if (!memory.ok()) return memory.status();
+  return Planned{.memory = *std::move(memory)};
 }
 
 double Gib(int64_t bytes) {
@@ -264,54 +428,29 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 
 }  // namespace
 
+// Products, attention and layer_s are least squares over the rows of docs/benchmarks.md of
+// 2026-11-26 (H100, commits f7654c7, 839049f and c8de217, without those of the last that expand at
+// use), whose speed they give within 4 %.
 DeviceRates RatesOf(const std::string& device_name) {
   const bool h200 = absl::StrContains(device_name, "H200");
-  return {.product_flops_per_s = 705e12,
-          .attention_forward_flops_per_s = 408e12,
-          .attention_backward_flops_per_s = 301e12,
+  return {.product_flops_per_s = 710e12,
+          .attention_forward_flops_per_s = 653e12,
+          .attention_backward_flops_per_s = 482e12,
+          .attention_extra_context = 1170,
           .memory_bytes_per_s = h200 ? 4.0e12 : 2.7e12,
-          .host_copy_bytes_per_s = 50e9};
+          .host_copy_bytes_per_s = 50e9,
+          .layer_s = 0.23e-3};
 }
 
 double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates& rates,
                                 double mean_context) {
-  const ModelConfig& c = options.model;
-  const ActivationPolicy& a = options.activations;
-  const double T = static_cast<double>(options.spec.batch().micro_batch_tokens());
-  const double L = static_cast<double>(c.num_layers), C = static_cast<double>(c.hidden_size);
-  const double F = static_cast<double>(c.intermediate_size);
-  const double parameters = LinearParameters(c);
-  const LayerTraffic traffic = TrafficOf(options);
-  const double attention = 2.0 * T * mean_context * static_cast<double>(c.q_size());
-  const double products = 2 * T * parameters / rates.product_flops_per_s;
-  const double moved = 2 * T / rates.memory_bytes_per_s;
-  double forward =
-      products + attention / rates.attention_forward_flops_per_s + moved * traffic.forward;
-  double backward =
-      products + 2.5 * attention / rates.attention_backward_flops_per_s + moved * traffic.backward;
-  if (IsNf4(options) && !options.resident) {
-    const double expand = 2.516 * parameters / (0.7 * rates.memory_bytes_per_s);
-    forward += expand;
-    backward += expand;
-  }
-  const double rebuild = 2 * T * C * 2 * F / rates.product_flops_per_s + moved * (3 * C + 2 * F);
-  const GroupBytes groups = GroupsOf(options);
-  const double copied = (groups.stream * static_cast<double>(a.streams_on_host) +
-                         groups.gate_up * static_cast<double>(a.gate_ups_on_host)) /
-                        rates.host_copy_bytes_per_s;
-  const double backward_s = L * backward + static_cast<double>(a.gate_ups_rebuilt) * rebuild;
-  // Smaller chunks of logits read the head's table more often.
-  const double V = static_cast<double>(c.vocab_size);
-  const double head_rows = std::max(1.0, static_cast<double>(options.logits_bytes) / (2 * V));
-  const double head = 4 * T * C * V / rates.product_flops_per_s +
-                      3 * 2 * T * V / rates.memory_bytes_per_s +
-                      2 * (T / head_rows) * 2 * C * V / rates.memory_bytes_per_s * 0.3;
-  // Copies that keep up cost a little all the same: they share the memory.
-  const double shared = 0.03 * copied;
-  // Read by single rows: slower than a copy.
-  const double embedding =
-      options.embedding_on_host ? 2 * T * C / (0.5 * rates.host_copy_bytes_per_s) : 0;
-  return std::max(L * forward, copied) + std::max(backward_s, copied) + shared + head + embedding;
+  return SecondsOf(CostsOf(options, rates, mean_context),
+                   {.resident = options.resident,
+                    .activations = options.activations,
+                    .logits_bytes = options.logits_bytes,
+                    .embedding_on_host = options.embedding_on_host,
+                    .footprint = FootprintOf(options.activations, options.model.num_layers,
+                                             SavedSizesOf(options))});
 }
 
 absl::StatusOr<v1::MemoryEstimate> ChoosePlacement(const PlacementLimits& limits,

@@ -1,9 +1,9 @@
 // Placement: where a job's weights and activations are on a GPU, chosen so that the job fits the
 // memory and takes the least time.
 //
-// Every choice is planned on the plan device, so that one which is taken fits exactly. Its time
-// comes from a model of the step: operations over rates, bytes over bandwidths, and what the
-// copies to the host take beyond the computation that they run beside.
+// A choice that is taken was planned on the plan device, so it fits exactly. Its time comes from a
+// model of the step: operations over rates, bytes over bandwidths, and what the copies to the host
+// take beyond the computation that they run beside.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,10 @@ struct DeviceRates {
   double product_flops_per_s = 0;            // bf16 matrix products
   double attention_forward_flops_per_s = 0;  // causal, counting visible pairs only
   double attention_backward_flops_per_s = 0;
-  double memory_bytes_per_s = 0;     // read and written
-  double host_copy_bytes_per_s = 0;  // pinned, one direction
+  double attention_extra_context = 0;  // keys whose time a query costs whatever it sees
+  double memory_bytes_per_s = 0;       // read and written
+  double host_copy_bytes_per_s = 0;    // pinned, one direction
+  double layer_s = 0;  // of a layer, forward and backward, however few its tokens: starting its ops
 };
 // By the name that the driver gives; those of an H100 for one that was not measured.
 DeviceRates RatesOf(const std::string& device_name);

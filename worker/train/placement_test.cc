@@ -13,7 +13,7 @@ namespace {
 
 using testing::HasSubstr;
 
-EngineOptions Llama8B(int64_t micro_batch_tokens) {
+EngineOptions Llama8B(int64_t micro_batch_tokens, int64_t r = 16) {
   v1::JobSpec spec;
   spec.mutable_batch()->set_micro_batch_tokens(micro_batch_tokens);
   spec.mutable_lora()->set_dropout(0);
@@ -37,7 +37,7 @@ EngineOptions Llama8B(int64_t micro_batch_tokens) {
   names.linear = [](int64_t layer, Linear linear) {
     return "layers." + std::to_string(layer) + ".linear" + std::to_string(static_cast<int>(linear));
   };
-  options.adapters = SelectAdapters(c, names, 16, 16, {"all-linear"}).value();
+  options.adapters = SelectAdapters(c, names, r, static_cast<double>(r), {"all-linear"}).value();
   return options;
 }
 
@@ -108,6 +108,69 @@ TEST(PlacementTest, TrainsInSixGibWithTheEmbeddingsOnTheHost) {
   EXPECT_TRUE(options.embedding_on_host);
   EXPECT_THAT(memory->placement(), HasSubstr("embeddings in host memory"));
 }
+
+// One document of so many tokens, with r 32.
+struct LongContext {
+  int64_t tokens, device_bytes;
+};
+class LongContextTest : public testing::TestWithParam<LongContext> {};
+
+TEST_P(LongContextTest, Fits) {
+  const auto [tokens, device_bytes] = GetParam();
+  constexpr int64_t kHostBytes = 100 * kGib;
+  EngineOptions options = Llama8B(tokens, /*r=*/32);
+  const absl::StatusOr<v1::MemoryEstimate> memory =
+      ChoosePlacement({.device_bytes = device_bytes, .host_bytes = kHostBytes}, kRates,
+                      static_cast<double>(tokens), &options);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_LE(memory->peak_bytes(), device_bytes);
+  EXPECT_LE(memory->host_bytes(), kHostBytes);
+  EXPECT_GT(memory->tokens_per_s(), 0);
+  std::printf("%lld tokens: peak %.2f GiB, host %.2f GiB, %.0f tok/s: %s\n",
+              static_cast<long long>(tokens), static_cast<double>(memory->peak_bytes()) / kGib,
+              static_cast<double>(memory->host_bytes()) / kGib, memory->tokens_per_s(),
+              memory->placement().c_str());
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, LongContextTest,
+                         testing::Values(LongContext{65536, kGib * 231 / 10},
+                                         LongContext{78592, 24'000'000'000},
+                                         LongContext{342784, 80'000'000'000}));
+
+// What was measured on an H100 (docs/benchmarks.md), within 10 %.
+struct MeasuredRow {
+  int64_t tokens, context;
+  bool resident;
+  ActivationPolicy activations;
+  bool embedding_on_host;
+  double tokens_per_s;
+};
+class SpeedModelTest : public testing::TestWithParam<MeasuredRow> {};
+
+TEST_P(SpeedModelTest, IsWithinTenPercentOfWhatWasMeasured) {
+  const MeasuredRow& row = GetParam();
+  EngineOptions options = Llama8B(row.tokens);
+  options.resident = row.resident;
+  options.activations = row.activations;
+  options.embedding_on_host = row.embedding_on_host;
+  options.logits_bytes = int64_t{128} << 20;
+  const double predicted =
+      static_cast<double>(row.tokens) /
+      PredictMicroBatchSeconds(options, kRates, static_cast<double>(row.context));
+  EXPECT_NEAR(predicted, row.tokens_per_s, 0.1 * row.tokens_per_s);
+}
+
+INSTANTIATE_TEST_SUITE_P(H100, SpeedModelTest,
+                         testing::Values(MeasuredRow{16384, 2048, true, {}, false, 17261},
+                                         MeasuredRow{16384, 8192, true, {}, false, 14415},
+                                         MeasuredRow{4096, 2048, true, {}, false, 16801},
+                                         MeasuredRow{4096, 2048, false, {}, false, 15716},
+                                         MeasuredRow{2048, 2048, false, {}, false, 14536},
+                                         MeasuredRow{2048, 2048, false, {0, 24, 0}, false, 14170},
+                                         MeasuredRow{2048, 2048, false, {20, 12, 20}, true, 12735},
+                                         MeasuredRow{2048, 2048, false, {32, 4, 28}, true, 12083},
+                                         MeasuredRow{
+                                             32768, 32768, false, {32, 0, 32}, false, 8089}));
 
 TEST(PlacementTest, RefusesWithWhatWouldFit) {
   EngineOptions options = Llama8B(65536);
