@@ -1,6 +1,7 @@
 // Every CUDA op against the CPU op on the same random inputs: dtypes, odd and packable shapes,
 // strided views, poisoned outputs. Skipped, saying so, where there is no GPU.
 #include "kernels/attention/attention.h"
+#include "kernels/attention/attention_cudnn.h"
 #include "kernels/core/op_testing_cuda.h"
 #include "kernels/cross_entropy/cross_entropy.h"
 #include "kernels/dropout/dropout.h"
@@ -707,6 +708,25 @@ TEST_F(CudaOps, AttentionOfWholeSegments) {
       }
     }
   }
+}
+
+// Its offsets are counts of elements in 32 bits: 2^31 elements of q are one too many.
+TEST(CudnnAttention, IsNotAskedWhereOffsetsWouldOverflow) {
+  const auto takes = [](int64_t tokens) {
+    const TensorView q(nullptr, DType::kBF16, {tokens, 32, 128});
+    const TensorView kv(nullptr, DType::kBF16, {tokens, 8, 128});
+    const AttentionSegments segments{.k_begin = TensorView(nullptr, DType::kI32, {1}),
+                                     .whole = true};
+    const bool forward =
+        CudnnTakes(AttentionForwardArgs{.q = q, .k = kv, .v = kv, .o = q, .segments = segments});
+    AttentionBackwardArgs args{.q = q, .k = kv, .v = kv, .o = q, .d_o = q, .dq = q, .dk = kv};
+    args.dv = kv;
+    args.segments = segments;
+    EXPECT_EQ(CudnnTakes(args), forward);
+    return forward;
+  };
+  EXPECT_TRUE(takes((1 << 19) - 1));
+  EXPECT_FALSE(takes(1 << 19));
 }
 
 TEST_F(CudaOps, LoraExtend) {

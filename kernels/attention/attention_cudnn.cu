@@ -92,6 +92,12 @@ struct Widths {
 Widths WidthsOf(const Problem& p) {
   return {{p.hq * p.dqk, p.hk * p.dqk, p.hk * p.dv, p.o_stride, p.d_o_stride, p.hq}};
 }
+// Offsets are 32 bits wide, also that of the end.
+bool OffsetsFit(const Problem& p) {
+  const Widths widths = WidthsOf(p);
+  const int64_t widest = *std::max_element(std::begin(widths.of), std::end(widths.of));
+  return p.tokens * widest <= std::numeric_limits<int32_t>::max();
+}
 int64_t Padded(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
 }
@@ -475,11 +481,12 @@ BackwardBuffers BuffersOf(const Problem& p) {
 }  // namespace
 
 bool CudnnTakes(const AttentionForwardArgs& a) {
-  return TakesInputs(a);
+  return TakesInputs(a) && OffsetsFit(ProblemOf(a));
 }
 
 bool CudnnTakes(const AttentionBackwardArgs& a) {
-  return TakesInputs(a) && CompactHeads(a.d_o) && Compact(a.dq) && Compact(a.dk) && Compact(a.dv);
+  return TakesInputs(a) && CompactHeads(a.d_o) && Compact(a.dq) && Compact(a.dk) && Compact(a.dv) &&
+         OffsetsFit(ProblemOfBackward({}, a));
 }
 
 int64_t CudnnForwardWorkspaceBytes(const AttentionForwardArgs& a) {
