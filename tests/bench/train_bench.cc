@@ -37,7 +37,7 @@ struct Flags {
   bool dense = false, resident = false, prefetch = false, separate = false, deterministic = false;
   ActivationPolicy policy;
   int64_t logits_mib = 512;
-  double roof_s = 0, memory_gib = 0;
+  double roof_s = 0, memory_gib = 0, host_gib = 0;
   bool embedding_on_host = false;
   bool profile = false, log_normal = false;
   std::string json, label;
@@ -245,9 +245,14 @@ void PrintProfile(Engine* engine, double seconds, const OpTrace& trace) {
 absl::StatusOr<v1::MemoryEstimate> PlanOf(const Flags& flags, const RandomWeights& weights,
                                           EngineOptions* options) {
   if (flags.memory_gib > 0) {
+    const auto bytes = [](double gib) {
+      return static_cast<int64_t>(gib * static_cast<double>(1 << 30));
+    };
     const PlacementLimits limits{
-        .device_bytes = static_cast<int64_t>(flags.memory_gib * static_cast<double>(1 << 30)),
-        .host_bytes = QueryDeviceMemory(DeviceKind::kCpu).value().total_bytes / 2};
+        .device_bytes = bytes(flags.memory_gib),
+        .host_bytes = flags.host_gib > 0
+                          ? bytes(flags.host_gib)
+                          : QueryDeviceMemory(DeviceKind::kCpu).value().total_bytes / 2};
     const double context = static_cast<double>(std::min(flags.sequence, flags.micro_tokens));
     absl::StatusOr<v1::MemoryEstimate> chosen =
         ChoosePlacement(limits, RatesOf(DeviceName()), context, options);
@@ -491,8 +496,8 @@ absl::StatusOr<double> RoofTokensPerSecond(const Flags& flags) {
 
 void Report(const Flags& flags, const StepTimes& t, double roof) {
   std::printf(
-      "%s %s r%lld %lldx%lld micro %lld%s%s%s host %lld/%lld rebuilt %lld: %.0f tok/s, step %.1f "
-      "ms, "
+      "%s %s r%lld %lldx%lld micro %lld%s%s%s host %lld/%lld rebuilt %lld/%lld/%lld tile %lld: "
+      "%.0f tok/s, step %.1f ms, "
       "%.2f GiB (arena %.2f, host %.2f), loss %.4f, grad norm %.4f, load %.2f s, first step "
       "ends at %.2f s",
       flags.model.c_str(), flags.dense ? "bf16" : "nf4", static_cast<long long>(flags.r),
@@ -504,8 +509,11 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
       flags.separate ? " separate" : "", flags.deterministic ? " deterministic" : "",
       static_cast<long long>(flags.policy.streams_on_host),
       static_cast<long long>(flags.policy.gate_ups_on_host),
-      static_cast<long long>(flags.policy.gate_ups_rebuilt), t.tokens_per_s, t.median_s * 1e3,
-      t.peak_gib, t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
+      static_cast<long long>(flags.policy.gate_ups_rebuilt),
+      static_cast<long long>(flags.policy.projections_rebuilt),
+      static_cast<long long>(flags.policy.layers_rebuilt),
+      static_cast<long long>(flags.policy.mlp_tile), t.tokens_per_s, t.median_s * 1e3, t.peak_gib,
+      t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
   std::printf(", predicted %.0f tok/s, %.1f TFLOP/s", t.predicted_tokens_per_s, t.tflops);
   if (flags.log_normal) std::printf(", log-normal lengths");
   if (!t.placement.empty()) std::printf(", placed: %s", t.placement.c_str());
@@ -525,6 +533,9 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
                     {"streams_on_host", flags.policy.streams_on_host},
                     {"gate_ups_on_host", flags.policy.gate_ups_on_host},
                     {"gate_ups_rebuilt", flags.policy.gate_ups_rebuilt},
+                    {"projections_rebuilt", flags.policy.projections_rebuilt},
+                    {"layers_rebuilt", flags.policy.layers_rebuilt},
+                    {"mlp_tile", flags.policy.mlp_tile},
                     {"logits_mib", flags.logits_mib},
                     {"placement", t.placement},
                     {"device", DeviceName()},
@@ -564,10 +575,16 @@ int Main(int argc, char** argv) {
   app.add_option("--streams-on-host", flags.policy.streams_on_host, "Layers");
   app.add_option("--gate-ups-on-host", flags.policy.gate_ups_on_host, "Layers");
   app.add_option("--gate-ups-rebuilt", flags.policy.gate_ups_rebuilt, "Layers");
+  app.add_option("--projections-rebuilt", flags.policy.projections_rebuilt,
+                 "Layers that keep their inputs and what attention gave");
+  app.add_option("--layers-rebuilt", flags.policy.layers_rebuilt,
+                 "Other layers, that keep their inputs alone");
+  app.add_option("--mlp-tile", flags.policy.mlp_tile, "Tokens that an MLP takes at a time [all]");
   app.add_option("--logits-mib", flags.logits_mib, "Logits that exist at once");
   app.add_option("--roof", flags.roof_s, "Measure the frozen roof, for so many seconds");
   app.add_option("--memory-gib", flags.memory_gib,
                  "Choose the placement, within this much device memory");
+  app.add_option("--host-gib", flags.host_gib, "And this much pinned host memory [half of all]");
   app.add_flag("--profile", flags.profile, "Time every op of one more step");
   app.add_option("--json", flags.json, "Append a row to this file");
   app.add_option("--label", flags.label, "Of the row");
