@@ -1,6 +1,9 @@
 #include "worker/layers/frozen_matrix.h"
 
+#include <algorithm>
+
 #include "kernels/elementwise/elementwise.h"
+#include "kernels/fp8/fp8.h"
 #include "kernels/nf4/nf4.h"
 
 namespace attune {
@@ -28,10 +31,17 @@ FrozenMatrix::FrozenMatrix(const LayerContext& ctx, const FrozenMatrixOptions& o
     rows_ += part.rows;
     all_dense &= dense;
   }
-  const auto room = [&](std::initializer_list<int64_t> shape) {
-    return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
+  const auto room_of = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, dtype, shape);
   };
+  const auto room = [&](std::initializer_list<int64_t> shape) { return room_of(ctx.dtype, shape); };
   const int64_t E = options_.extension;
+  if (options_.fp8) {
+    codes_ = {.w = room_of(DType::kF8E4M3, {rows_, in_ + E}),
+              .w_t = room_of(DType::kF8E4M3, {in_, rows_ + E}),
+              .scale = room_of(DType::kF32, {std::max(rows_, in_)})};
+    return;
+  }
   if (all_dense || options_.resident) {
     dense_ = room({rows_ + E, in_ + E});
     return;
@@ -60,6 +70,21 @@ Nf4Weight FrozenMatrix::NewNf4(const LayerContext& ctx, ArenaEnd end, const Nf4W
 
 TensorView FrozenMatrix::RowsOf(const TensorView& expansion, const Part& part) const {
   return expansion.Slice(0, part.row_begin, part.row_begin + part.rows).Slice(1, 0, in_);
+}
+
+void FrozenMatrix::BeginLoad(const LayerContext& ctx) {
+  if (options_.fp8) dense_ = ctx.Scratch({rows_, in_});
+}
+
+void FrozenMatrix::EndLoad(const LayerContext& ctx) {
+  if (!options_.fp8) return;
+  Fill(ctx.exec, {.x = codes_.scale, .value = 0});
+  Fp8WeightScale(ctx.exec, {.w = dense_, .scale = codes_.scale});
+  Fp8QuantizeWeight(ctx.exec, {.w = dense_,
+                               .scale = codes_.scale,
+                               .q = codes_.w.Slice(1, 0, in_),
+                               .q_t = codes_.w_t.Slice(1, 0, rows_)});
+  dense_ = TensorView();
 }
 
 void FrozenMatrix::Load(const LayerContext& ctx, int index, const TensorView& w) {
@@ -136,6 +161,7 @@ void FrozenMatrix::ExpandInto(const LayerContext& ctx, const TensorView& expansi
 }
 
 TensorView FrozenMatrix::Expand(const LayerContext& ctx) const {
+  CHECK(!options_.fp8);
   if (expanded()) return dense_;
   const TensorView shape = ExpansionShape(ctx);
   const TensorView w = ctx.Scratch({shape.dim(0), shape.dim(1)});

@@ -5,6 +5,9 @@
 // Products read the expansion (N + E, K + E) in the dtype of products: W, and room for the adapter
 // beside and below it (kernels/lora). It is the memory of the matrix itself where that is dense or
 // kept expanded, else scratch that is filled for each use.
+//
+// Products of 8-bit floats read Fp8Codes instead: W, and W^T for the other direction, each with
+// room for the adapter beside it (kernels/fp8).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +24,15 @@ struct FrozenMatrixOptions {
   // NF4 only: quantise while loading, but keep the values expanded. The same numbers, four times
   // the memory, no work per step.
   bool resident = false;
-  int64_t extension = 0;  // E
+  int64_t extension = 0;  // E, or with fp8 Fp8Extension of the adapter's columns
+  bool fp8 = false;       // products of 8-bit floats; the codes are kept, as if `resident`
+};
+
+// A matrix (N, K) as products of 8-bit floats read it.
+struct Fp8Codes {
+  TensorView w;      // (N, K + E) f8
+  TensorView w_t;    // (K, N + E) f8
+  TensorView scale;  // (max(N, K)) f32, all the same
 };
 
 // One of the stacked matrices.
@@ -53,14 +64,20 @@ class FrozenMatrix {
   int64_t row_begin(int part) const { return parts_[part].row_begin; }
   int64_t part_rows(int part) const { return parts_[part].rows; }
 
+  // Around the Loads of all parts, in an ArenaScope of their own: a matrix that is kept in another
+  // form takes room for what it is made from, and is made from it.
+  void BeginLoad(const LayerContext& ctx);
+  void EndLoad(const LayerContext& ctx);
   // Fills part `part` from w (part_rows, K), f64, f32 or bf16 on the device; quantises.
   void Load(const LayerContext& ctx, int part, const TensorView& w);
   // Fills it from NF4 in host memory, of the quantisation of the storage, and keeps every bit; of a
   // matrix that is expanded, of either quantisation.
   void Load(const LayerContext& ctx, int part, const Nf4Weight& w);
 
-  // True if the expansion lasts, and with it the adapter's share.
-  bool expanded() const { return dense_.defined(); }
+  // True if the expansion, or the codes, last, and with them the adapter's share.
+  bool expanded() const { return dense_.defined() || codes_.w.defined(); }
+  // Instead of an expansion; undefined without fp8.
+  const Fp8Codes& codes() const { return codes_; }
   // (N + E, K + E): the lasting one, else in scratch, which lives as long as the caller's
   // ArenaScope and whose share of the adapter is not filled.
   TensorView Expand(const LayerContext& ctx) const;
@@ -89,7 +106,8 @@ class FrozenMatrix {
   std::vector<Part> parts_;
   int64_t rows_ = 0;
   int64_t in_;
-  TensorView dense_;  // (N + E, K + E), if expanded
+  TensorView dense_;  // (N + E, K + E), if expanded; with fp8 (N, K) while it is loaded
+  Fp8Codes codes_;
 };
 
 }  // namespace attune

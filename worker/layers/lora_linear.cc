@@ -2,6 +2,7 @@
 
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
+#include "kernels/fp8/fp8.h"
 #include "kernels/lora/lora.h"
 #include "worker/layers/weight_prefetcher.h"
 
@@ -42,6 +43,14 @@ void LoraLinear::Extend(const LayerContext& ctx, const TensorView& expansion) co
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
+  if (const Fp8Codes& codes = w->codes(); codes.w.defined()) {
+    const int64_t K = w->in(), N = w->rows(), E = Fp8Extension(columns());
+    return Fp8Extend(ctx.exec, {.parts = {parts, adapters.size()},
+                                .scale = codes.scale,
+                                .q = Columns(codes.w, K, E),
+                                .q_t = Columns(codes.w_t, N, E),
+                                .factor = scale});
+  }
   LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
 }
 
@@ -63,7 +72,9 @@ void LoraLinear::GiveBack(const LayerContext& ctx) const {
 }
 
 void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
-  if (w->expanded() && ctx.fused_lora && !adapters.empty()) Extend(ctx, w->Expand(ctx));
+  if (adapters.empty()) return;
+  if (w->codes().w.defined()) return Extend(ctx, {});
+  if (w->expanded() && ctx.fused_lora) Extend(ctx, w->Expand(ctx));
 }
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
@@ -77,6 +88,10 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
+  if (const Fp8Codes& codes = w->codes(); codes.w.defined()) {
+    MultiplyA(ctx, x, s);
+    return MultiplyFp8(ctx, Columns(x_s, 0, K + columns()), columns(), codes.w, y);
+  }
   const TensorView expansion = Expand(ctx);
   if (Fused(ctx)) {
     const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
@@ -92,12 +107,11 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
                .trans_b = true,
                .alpha = output_scale});
   GiveBack(ctx);
+  MultiplyA(ctx, x, s);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
     const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
     const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    ArenaScope part_scope(ctx.arena);
-    MatMul(ctx, {.a = Dropped(ctx, adapter, x), .b = adapter.a, .d = s_p, .trans_b = true});
     MatMul(ctx, {.a = s_p,
                  .b = adapter.b,
                  .d = y_p,
@@ -112,6 +126,15 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
   ArenaScope scope(ctx.arena);
+  if (const Fp8Codes& codes = w->codes(); codes.w.defined()) {
+    // With dropout the adapter's share of dx goes through the mask.
+    const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
+    MultiplyB(ctx, dy, ds);
+    if (!dx.defined()) return;
+    MultiplyFp8(ctx, Columns(dy_ds, 0, N + e), e, Columns(codes.w_t, 0, N + Fp8Extension(e)), dx);
+    if (e == 0) AddAdapterInputGradient(ctx, ds, dx);
+    return;
+  }
   if (Fused(ctx)) {
     const TensorView expansion = Expand(ctx);
     MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
@@ -126,13 +149,50 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
     MatMul(ctx, {.a = dy, .b = w_rows, .d = dx, .alpha = output_scale});
     GiveBack(ctx);
   }
+  MultiplyB(ctx, dy, ds);
+  if (dx.defined()) AddAdapterInputGradient(ctx, ds, dx);
+}
+
+void LoraLinear::MultiplyA(const LayerContext& ctx, const TensorView& x,
+                           const TensorView& s) const {
+  if (adapters.empty()) return;
+  if (ctx.dropout.p == 0) {
+    return MatMul(ctx, {.a = x, .b = a, .d = Columns(s, 0, columns()), .trans_b = true});
+  }
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    ArenaScope scope(ctx.arena);
+    MatMul(ctx, {.a = Dropped(ctx, adapters[i], x),
+                 .b = adapters[i].a,
+                 .d = Columns(s, static_cast<int64_t>(i) * r, r),
+                 .trans_b = true});
+  }
+}
+
+void LoraLinear::MultiplyB(const LayerContext& ctx, const TensorView& dy,
+                           const TensorView& ds) const {
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
-    const TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    const TensorView ds_p = Columns(ds, static_cast<int64_t>(i) * r, r);
-    MatMul(ctx, {.a = dy_p, .b = adapter.b, .d = ds_p, .alpha = scale});
+    MatMul(ctx, {.a = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part)),
+                 .b = adapter.b,
+                 .d = Columns(ds, static_cast<int64_t>(i) * r, r),
+                 .alpha = scale});
   }
-  if (dx.defined()) AddAdapterInputGradient(ctx, ds, dx);
+}
+
+void LoraLinear::MultiplyFp8(const LayerContext& ctx, const TensorView& x, int64_t e,
+                             const TensorView& codes, const TensorView& y) const {
+  ArenaScope scope(ctx.arena);
+  const int64_t M = x.dim(0), K = x.dim(1) - e;
+  const TensorView q = ctx.arena->NewScratch(DType::kF8E4M3, {M, K + Fp8Extension(e)});
+  const TensorView q_scale = ctx.arena->NewScratch(DType::kF32, {M});
+  Fp8Quantize(ctx.exec, {.x = x, .e = e, .q = q, .scale = q_scale});
+  MatMul(ctx, {.a = q,
+               .b = codes,
+               .d = y,
+               .trans_b = true,
+               .alpha = output_scale,
+               .a_scale = q_scale,
+               .b_scale = w->codes().scale.Slice(0, 0, codes.dim(0))});
 }
 
 void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,

@@ -68,6 +68,10 @@ double LinearParameters(const ModelConfig& c) {
   return sum;
 }
 
+bool IsFp8(const EngineOptions& options) {
+  return options.spec.quantization().fp8_products();
+}
+
 bool IsNf4(const EngineOptions& options) {
   return options.spec.quantization().weights() == v1::WEIGHT_FORMAT_NF4;
 }
@@ -124,6 +128,7 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
   const int64_t L = options.model.num_layers;
   for (const bool resident : {true, false}) {
     if (resident && !IsNf4(options)) continue;
+    if (!resident && IsNf4(options) && IsFp8(options)) continue;
     for (const int64_t streams : Steps(L)) {
       for (const int64_t on_host : Steps(L)) {
         for (const int64_t rebuilt : Steps(L - on_host)) {
@@ -157,7 +162,8 @@ int64_t HostBytes(const EngineOptions& options) {
 
 std::string Describe(const EngineOptions& options) {
   const ActivationPolicy& a = options.activations;
-  std::string text = !IsNf4(options)    ? "weights dense"
+  std::string text = IsFp8(options)     ? "weights in 8-bit floats, both ways"
+                     : !IsNf4(options)  ? "weights dense"
                      : options.resident ? "weights expanded to bf16"
                                         : "weights in NF4, expanded as they are used";
   const auto add = [&](int64_t layers, const char* what) {
@@ -267,6 +273,7 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 DeviceRates RatesOf(const std::string& device_name) {
   const bool h200 = absl::StrContains(device_name, "H200");
   return {.product_flops_per_s = 705e12,
+          .fp8_product_flops_per_s = 1200e12,
           .attention_forward_flops_per_s = 408e12,
           .attention_backward_flops_per_s = 301e12,
           .memory_bytes_per_s = h200 ? 4.0e12 : 2.7e12,
@@ -283,7 +290,9 @@ double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates&
   const double parameters = LinearParameters(c);
   const LayerTraffic traffic = TrafficOf(options);
   const double attention = 2.0 * T * mean_context * static_cast<double>(c.q_size());
-  const double products = 2 * T * parameters / rates.product_flops_per_s;
+  const double products =
+      2 * T * parameters /
+      (IsFp8(options) ? rates.fp8_product_flops_per_s : rates.product_flops_per_s);
   const double moved = 2 * T / rates.memory_bytes_per_s;
   double forward =
       products + attention / rates.attention_forward_flops_per_s + moved * traffic.forward;
