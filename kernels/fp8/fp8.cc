@@ -38,8 +38,7 @@ void Fp8QuantizeWeight(const Exec& exec, const Fp8QuantizeWeightArgs& args) {
   CheckSource(args.w);
   const int64_t N = args.w.dim(0), K = args.w.dim(1);
   CHECK(args.scale.dtype == DType::kF32 && args.scale.dim(0) >= 1);
-  CheckMatrix(args.q, DType::kF8E4M3, N, K);
-  CheckMatrix(args.q_t, DType::kF8E4M3, K, N);
+  CheckMatrix(args.q, DType::kF8E4M3, args.transposed ? K : N, args.transposed ? N : K);
   ATTUNE_RUN(Fp8QuantizeWeight, exec, args);
 }
 
@@ -47,11 +46,10 @@ void Fp8Extend(const Exec& exec, const Fp8ExtendArgs& args) {
   CHECK(!args.parts.empty() && args.parts.size() <= kMaxLoraParts);
   const LoraExtendPart& first = args.parts.front();
   CheckSource(first.a);
-  const int64_t r = first.a.dim(0), N = args.q.dim(0), K = first.a.dim(1);
+  const int64_t r = first.a.dim(0), K = first.a.dim(1);
   const int64_t columns = Fp8Extension(static_cast<int64_t>(args.parts.size()) * r);
   CHECK(args.scale.dtype == DType::kF32 && args.scale.dim(0) >= 1);
-  CheckMatrix(args.q, DType::kF8E4M3, N, columns);
-  CheckMatrix(args.q_t, DType::kF8E4M3, K, columns);
+  CheckMatrix(args.q, DType::kF8E4M3, args.transposed ? K : args.q.dim(0), columns);
   int64_t end = 0;
   for (const LoraExtendPart& part : args.parts) {
     CheckMatrix(part.a, first.a.dtype, r, K);
@@ -60,7 +58,7 @@ void Fp8Extend(const Exec& exec, const Fp8ExtendArgs& args) {
     CHECK(part.row_begin >= end);
     end = part.row_begin + part.b.dim(0);
   }
-  CHECK(end <= N);
+  CHECK(args.transposed || end <= args.q.dim(0));
   ATTUNE_RUN(Fp8Extend, exec, args);
 }
 

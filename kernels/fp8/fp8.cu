@@ -37,18 +37,22 @@ __device__ float BlockMax(float x) {
 constexpr int kHeld = 4;  // packs of 8 elements that a thread keeps from one reading to the other
 
 template <typename T, int N>
-struct Codes {
-  alignas(N) uint8_t v[N];
+struct alignas(N) Codes {
+  uint8_t v[N];
   __device__ Codes(const Pack<T, N>& x, float inverse) {
-    for (int i = 0; i < N; ++i) v[i] = Encode(__fmul_rn(x[i], inverse));
-  }
-  __device__ void Store(uint8_t* to) const {
-    if constexpr (N == 8) {
-      *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(v);
+    if constexpr (N == 1) {
+      v[0] = Encode(__fmul_rn(x[0], inverse));
     } else {
-      for (int i = 0; i < N; ++i) to[i] = v[i];
+      for (int i = 0; i < N; i += 2) {
+        const float2 pair{__fmul_rn(x[i], inverse), __fmul_rn(x[i + 1], inverse)};
+        const __nv_fp8x2_storage_t codes =
+            __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+        v[i] = static_cast<uint8_t>(codes);
+        v[i + 1] = static_cast<uint8_t>(codes >> 8);
+      }
     }
   }
+  __device__ void Store(uint8_t* to) const { *reinterpret_cast<Codes*>(to) = *this; }
 };
 
 template <typename T, int N>
@@ -139,8 +143,7 @@ template <typename T>
 __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w, int64_t rows,
                                                                  int64_t columns,
                                                                  const float* scale,
-                                                                 Rows<uint8_t> q,
-                                                                 Rows<uint8_t> q_t) {
+                                                                 Rows<uint8_t> q, bool turned) {
   __shared__ uint8_t tile[kTile][kTile + 4];
   const float inverse = __frcp_rn(*scale);
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTile;
@@ -150,17 +153,21 @@ __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w
     const int64_t row = row0 + down, column = column0 + across;
     if (row >= rows || column >= columns) continue;
     const uint8_t code = Encode(__fmul_rn(ToFloat(*w(row, column)), inverse));
-    *q(row, column) = code;
-    tile[down][across] = code;
+    if (turned) {
+      tile[down][across] = code;
+    } else {
+      *q(row, column) = code;
+    }
   }
+  if (!turned) return;
   __syncthreads();
   for (int down = threadIdx.x / kTile; down < kTile; down += kThreads / kTile) {
     const int64_t row = row0 + across, column = column0 + down;
-    if (row < rows && column < columns) *q_t(column, row) = tile[across][down];
+    if (row < rows && column < columns) *q(column, row) = tile[across][down];
   }
 }
 
-// ---- The adapter's share: a thread per element of B and A, then of what stays zero ----
+// ---- The adapter's share: a thread per column of a row ----
 
 template <typename T>
 struct Extension {
@@ -171,9 +178,10 @@ struct Extension {
   };
   Part part[kMaxLoraParts];
   int parts, r, columns;  // columns: Fp8Extension(parts * r)
-  int64_t n, k;
+  int64_t rows, k;        // rows: of q
   const float* scale;
-  Rows<uint8_t> q, q_t;
+  Rows<uint8_t> q;
+  bool turned;
   float factor;
 
   __device__ float B(int64_t row, int j) const {
@@ -190,15 +198,13 @@ template <typename T>
 __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__ Extension<T> x) {
   const int e = x.parts * x.r;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t line = i / x.columns;
-  const int j = static_cast<int>(i - line * x.columns);
-  if (line >= x.n + x.k) return;
-  const bool beside_w = line < x.n;
-  uint8_t* out = beside_w ? x.q(line, 0) : x.q_t(line - x.n, 0);
+  const int64_t row = i / x.columns;
+  const int j = static_cast<int>(i - row * x.columns);
+  if (row >= x.rows) return;
+  uint8_t* out = x.q(row, 0);
   if (j >= 3 * e) out[j] = 0;
   if (j >= e) return;
-  const float v = beside_w ? x.B(line, j) : x.A(line - x.n, j);
-  const TwoCodes codes(__fmul_rn(v, __frcp_rn(*x.scale)));
+  const TwoCodes codes(__fmul_rn(x.turned ? x.A(row, j) : x.B(row, j), __frcp_rn(*x.scale)));
   out[j] = out[e + j] = codes.high;
   out[2 * e + j] = codes.low;
 }
@@ -213,14 +219,15 @@ void Extend(const Exec& exec, const Fp8ExtendArgs& a) {
                  part.row_begin + part.b.dim(0)};
   }
   x.r = static_cast<int>(a.parts[0].a.dim(0));
-  x.columns = static_cast<int>(a.q.dim(1));
-  x.n = a.q.dim(0);
-  x.k = a.q_t.dim(0);
+  x.turned = a.transposed;
+  const TensorView& out = a.q;
+  x.columns = static_cast<int>(out.dim(1));
+  x.rows = out.dim(0);
+  x.k = a.parts[0].a.dim(1);
   x.scale = Data<const float>(a.scale);
-  x.q = RowsOf<uint8_t>(a.q);
-  x.q_t = RowsOf<uint8_t>(a.q_t);
+  x.q = RowsOf<uint8_t>(out);
   x.factor = static_cast<float>(a.factor);
-  const int64_t elements = x.columns * (x.n + x.k);
+  const int64_t elements = x.columns * x.rows;
   if (elements == 0) return;
   const unsigned blocks = static_cast<unsigned>((elements + kThreads - 1) / kThreads);
   ExtendKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(x);
@@ -257,8 +264,7 @@ void Fp8QuantizeWeightCuda(const Exec& exec, const Fp8QuantizeWeightArgs& a) {
                   static_cast<unsigned>((N + kTile - 1) / kTile));
   DispatchCudaFloat(a.w.dtype, [&]<typename T>() {
     QuantizeWeightKernel<T><<<grid, kThreads, 0, StreamOf(exec.stream)>>>(
-        RowsOf<const T>(a.w), N, K, Data<const float>(a.scale), RowsOf<uint8_t>(a.q),
-        RowsOf<uint8_t>(a.q_t));
+        RowsOf<const T>(a.w), N, K, Data<const float>(a.scale), RowsOf<uint8_t>(a.q), a.transposed);
   });
   CUDA_CHECK(cudaGetLastError());
 }

@@ -26,6 +26,12 @@ namespace attune {
 constexpr float kFp8WeightRange = 28.0f;
 constexpr float kFp8LeastScale = 1e-30f;  // of a weight that is zero
 
+// Elements from row to row of a matrix of f8 with so many columns: rows that begin at multiples of
+// 128 bytes are multiplied a third faster (seen on an H100).
+constexpr int64_t Fp8RowStride(int64_t columns) {
+  return (columns + 127) / 128 * 128;
+}
+
 // Columns of f8 that e columns of an adapter take.
 constexpr int64_t Fp8Extension(int64_t e) {
   return (3 * e + 15) / 16 * 16;
@@ -47,20 +53,20 @@ struct Fp8WeightScaleArgs {
 void Fp8WeightScale(const Exec& exec, const Fp8WeightScaleArgs& args);
 
 struct Fp8QuantizeWeightArgs {
-  TensorView w;      // (N, K)  f32 or bf16
-  TensorView scale;  // (>= 1)  f32
-  TensorView q;      // (N, K)  out, f8; rows may be strided
-  TensorView q_t;    // (K, N)  out, f8: W^T; rows may be strided
+  TensorView w;             // (N, K)  f32 or bf16
+  TensorView scale;         // (>= 1)  f32
+  TensorView q;             // (N, K)  out, f8; rows may be strided
+  bool transposed = false;  // q is (K, N): of W^T
 };
 void Fp8QuantizeWeight(const Exec& exec, const Fp8QuantizeWeightArgs& args);
 
-// Puts the adapter beside both codes of a weight: factor * B beside W, A^T beside W^T. For stacked
+// Puts the adapter beside the codes of a weight: factor * B beside W, A^T beside W^T. For stacked
 // matrices B is block-diagonal, as in kernels/lora; e = parts * r.
 struct Fp8ExtendArgs {
   std::span<const LoraExtendPart> parts;  // 1 to kMaxLoraParts, ascending row_begin; f32 or bf16
   TensorView scale;                       // (>= 1) f32, of the weight
-  TensorView q;                           // (N, Fp8Extension(e))  out, f8; rows may be strided
-  TensorView q_t;                         // (K, Fp8Extension(e))  out, f8; rows may be strided
+  TensorView q;             // (N, Fp8Extension(e))  out, f8, beside W; rows may be strided
+  bool transposed = false;  // q is (K, Fp8Extension(e)), beside W^T
   double factor = 1.0;
 };
 void Fp8Extend(const Exec& exec, const Fp8ExtendArgs& args);

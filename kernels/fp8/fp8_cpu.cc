@@ -79,39 +79,39 @@ template <typename T>
 void QuantizeWeight(const Fp8QuantizeWeightArgs& a) {
   const int64_t N = a.w.dim(0), K = a.w.dim(1);
   const float inverse = 1.0f / *a.scale.As<float>();
+  const bool turned = a.transposed;
+  const TensorView& out = a.q;
+  const int64_t row_step = turned ? 1 : out.stride(0), column_step = turned ? out.stride(0) : 1;
 #pragma omp parallel for schedule(static) if (WorthThreads(N * K))
   for (int64_t n = 0; n < N; ++n) {
     const T* row = a.w.As<T>() + n * a.w.stride(0);
-    Float8E4M3* q = a.q.As<Float8E4M3>() + n * a.q.stride(0);
+    Float8E4M3* q = out.As<Float8E4M3>() + n * row_step;
     for (int64_t k = 0; k < K; ++k) {
-      q[k] = Float8E4M3(static_cast<float>(row[k]) * inverse);
-      a.q_t.As<Float8E4M3>()[k * a.q_t.stride(0) + n] = q[k];
+      q[k * column_step] = Float8E4M3(static_cast<float>(row[k]) * inverse);
     }
   }
 }
 
 template <typename T>
 void Extend(const Fp8ExtendArgs& a) {
-  const int64_t r = a.parts[0].a.dim(0), K = a.parts[0].a.dim(1), N = a.q.dim(0);
+  const int64_t r = a.parts[0].a.dim(0), K = a.parts[0].a.dim(1);
   const int64_t e = static_cast<int64_t>(a.parts.size()) * r;
   const float inverse = 1.0f / *a.scale.As<float>(), factor = static_cast<float>(a.factor);
-  Float8E4M3* q = a.q.As<Float8E4M3>();
-  Float8E4M3* q_t = a.q_t.As<Float8E4M3>();
-  for (int64_t n = 0; n < N; ++n) std::fill_n(q + n * a.q.stride(0), a.q.dim(1), Float8E4M3());
-  for (int64_t k = 0; k < K; ++k) {
-    std::fill_n(q_t + k * a.q_t.stride(0), a.q_t.dim(1), Float8E4M3());
-  }
+  const bool turned = a.transposed;
+  const TensorView& out = a.q;
+  const auto row = [&](int64_t i) { return out.As<Float8E4M3>() + i * out.stride(0); };
+  for (int64_t i = 0; i < out.dim(0); ++i) std::fill_n(row(i), out.dim(1), Float8E4M3());
   for (size_t i = 0; i < a.parts.size(); ++i) {
     const LoraExtendPart& part = a.parts[i];
     for (int64_t j = 0; j < r; ++j) {
       const int64_t column = static_cast<int64_t>(i) * r + j;
-      for (int64_t n = 0; n < part.b.dim(0); ++n) {
+      for (int64_t n = 0; !turned && n < part.b.dim(0); ++n) {
         const float v = factor * static_cast<float>(part.b.As<T>()[n * r + j]);
-        PutWeightSide(v * inverse, column, e, q + (part.row_begin + n) * a.q.stride(0));
+        PutWeightSide(v * inverse, column, e, row(part.row_begin + n));
       }
-      for (int64_t k = 0; k < K; ++k) {
+      for (int64_t k = 0; turned && k < K; ++k) {
         const float v = static_cast<float>(part.a.As<T>()[j * K + k]);
-        PutWeightSide(v * inverse, column, e, q_t + k * a.q_t.stride(0));
+        PutWeightSide(v * inverse, column, e, row(k));
       }
     }
   }

@@ -2,6 +2,7 @@
 
 #include "kernels/core/op_testing.h"
 #include "kernels/matmul/matmul.h"
+#include "kernels/nf4/nf4.h"
 
 namespace attune {
 namespace {
@@ -71,16 +72,19 @@ TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
       scale.Constant(0.0);
       Fp8Quantize(CpuExec(), {.x = x, .e = kE, .q = q, .scale = q_scale});
       Fp8WeightScale(CpuExec(), {.w = w, .scale = scale});
-      Fp8QuantizeWeight(CpuExec(), {.w = w,
-                                    .scale = scale,
-                                    .q = w8.view().Slice(1, 0, kK),
-                                    .q_t = w8_t.view().Slice(1, 0, kN)});
       const LoraExtendPart parts[] = {{a0, b0, 2}, {a1, b1, 18}};
-      Fp8Extend(CpuExec(), {.parts = parts,
-                            .scale = scale,
-                            .q = w8.view().Slice(1, kK, kK + kX),
-                            .q_t = w8_t.view().Slice(1, kN, kN + kX),
-                            .factor = 2.0});
+      for (const bool transposed : {false, true}) {
+        const TensorView& codes = transposed ? w8_t : w8;
+        const int64_t columns = transposed ? kN : kK;
+        Fp8QuantizeWeight(
+            CpuExec(),
+            {.w = w, .scale = scale, .q = codes.Slice(1, 0, columns), .transposed = transposed});
+        Fp8Extend(CpuExec(), {.parts = parts,
+                              .scale = scale,
+                              .q = codes.Slice(1, columns, columns + kX),
+                              .transposed = transposed,
+                              .factor = 2.0});
+      }
       const Tensor d(DType::kF32, {kM, kN}, 1);
       MatMul(CpuExec(), {.a = q,
                          .b = w8,
@@ -120,6 +124,42 @@ TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
         for (int64_t j = 3 * kE; j < kX; ++j) EXPECT_EQ(w8_t[k * (kN + kX) + kN + j], 0.0);
       }
       for (const Tensor* t : {&q, &w8, &w8_t, &d}) t->ExpectGuardsIntact();
+    }
+  }
+}
+
+// Of NF4 the same codes as of its values, both ways, whatever the shape.
+TEST(Fp8Test, CodesOfNf4AreThoseOfItsValues) {
+  std::mt19937_64 rng(3);
+  for (const auto& [N, K] : {std::pair<int64_t, int64_t>{24, 64}, {7, 50}, {5, 200}}) {
+    const int64_t blocks = Nf4Blocks(N * K);
+    const Tensor w = Tensor(DType::kF32, {N, K}).Random(&rng, 0.02);
+    const Tensor packed(DType::kU8, {Nf4PackedBytes(N * K)}), absmax(DType::kF32, {blocks}),
+        values(DType::kF32, {N, K}), codes(DType::kU8, {blocks}),
+        absmax2(DType::kF32, {Nf4Groups(blocks)}), offset(DType::kF32, {1});
+    Nf4Quantize(CpuExec(), {.w = w, .packed = packed, .absmax = absmax});
+    Nf4DoubleQuantize(CpuExec(),
+                      {.absmax = absmax, .codes = codes, .absmax2 = absmax2, .offset = offset});
+    Nf4Dequantize(
+        CpuExec(),
+        {.packed = packed, .codes = codes, .absmax2 = absmax2, .offset = offset, .out = values});
+    Tensor scale(DType::kF32, {1});
+    scale.Constant(0.0);
+    Fp8WeightScale(CpuExec(), {.w = values, .scale = scale});
+    for (const bool transposed : {false, true}) {
+      const int64_t rows = transposed ? K : N, columns = transposed ? N : K;
+      const Tensor want(kF8, {rows, columns}), got(kF8, {rows, columns}, 5);
+      Fp8QuantizeWeight(CpuExec(),
+                        {.w = values, .scale = scale, .q = want, .transposed = transposed});
+      Nf4ToFp8(CpuExec(), {.packed = packed,
+                           .codes = codes,
+                           .absmax2 = absmax2,
+                           .offset = offset,
+                           .scale = scale,
+                           .q = got,
+                           .transposed = transposed});
+      EXPECT_EQ(got.ToVector(), want.ToVector()) << N << " x " << K;
+      got.ExpectGuardsIntact();
     }
   }
 }

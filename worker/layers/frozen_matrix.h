@@ -25,15 +25,11 @@ struct FrozenMatrixOptions {
   // the memory, no work per step.
   bool resident = false;
   int64_t extension = 0;  // E, or with fp8 Fp8Extension of the adapter's columns
-  bool fp8 = false;       // products of 8-bit floats; the codes are kept, as if `resident`
+  bool fp8 = false;       // products of 8-bit floats
 };
 
-// A matrix (N, K) as products of 8-bit floats read it.
-struct Fp8Codes {
-  TensorView w;      // (N, K + E) f8
-  TensorView w_t;    // (K, N + E) f8
-  TensorView scale;  // (max(N, K)) f32, all the same
-};
+// What an expansion is for: y = x W^T, or dx = dy W.
+enum class Direction : uint8_t { kForward, kBackward };
 
 // One of the stacked matrices.
 struct FrozenPart {
@@ -74,23 +70,25 @@ class FrozenMatrix {
   // matrix that is expanded, of either quantisation.
   void Load(const LayerContext& ctx, int part, const Nf4Weight& w);
 
-  // True if the expansion, or the codes, last, and with them the adapter's share.
-  bool expanded() const { return dense_.defined() || codes_.w.defined(); }
-  // Instead of an expansion; undefined without fp8.
-  const Fp8Codes& codes() const { return codes_; }
-  // (N + E, K + E): the lasting one, else in scratch, which lives as long as the caller's
-  // ArenaScope and whose share of the adapter is not filled.
-  TensorView Expand(const LayerContext& ctx) const;
+  // True if the expansions last, and with them the adapter's share.
+  bool expanded() const { return lasting_[0].defined(); }
+  // (N + E, K + E), with fp8 (N, Fp8RowStride(K + E)) or backward (K, Fp8RowStride(N + E)): the
+  // lasting one, else in scratch, which lives as long as the caller's ArenaScope and whose share of
+  // the adapter is not filled.
+  TensorView Expand(const LayerContext& ctx, Direction direction) const;
   // W into `expansion`, where there is no lasting one.
-  void ExpandInto(const LayerContext& ctx, const TensorView& expansion) const;
-  TensorView ExpansionShape(const LayerContext& ctx) const;  // without memory
+  void ExpandInto(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;
+  TensorView ExpansionShape(const LayerContext& ctx, Direction direction) const;  // without memory
+
+  bool fp8() const { return options_.fp8; }
+  const TensorView& scale() const { return scale_; }  // of codes: (max(N, K)) f32, all the same
 
  private:
   struct Part {
     int64_t rows = 0;
     int64_t row_begin = 0;
     bool dense = false;
-    // Of a matrix that is not expanded: one of the two.
+    // What the expansions are made from, where it is kept: one of the two.
     Nf4Weight nf4;
     TensorView values;  // (rows, K)
   };
@@ -98,16 +96,19 @@ class FrozenMatrix {
   Nf4Weight ShapesOf(const Part& part) const;
   static Nf4Weight NewNf4(const LayerContext& ctx, ArenaEnd end, const Nf4Weight& shapes);
   void Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Weight& to) const;
-  // W's rows of a part in an expansion.
+  // Room for what the expansions are made from.
+  void PlaceParts(const LayerContext& ctx, ArenaEnd end);
+  // W's rows of a part in an expansion that is not of codes.
   TensorView RowsOf(const TensorView& expansion, const Part& part) const;
+  void EncodeInto(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;
   static void Dequantize(const LayerContext& ctx, const Nf4Weight& from, const TensorView& to);
 
   FrozenMatrixOptions options_;
   std::vector<Part> parts_;
   int64_t rows_ = 0;
   int64_t in_;
-  TensorView dense_;  // (N + E, K + E), if expanded; with fp8 (N, K) while it is loaded
-  Fp8Codes codes_;
+  TensorView lasting_[2];  // of each direction, if expanded; the same one without fp8
+  TensorView scale_;
 };
 
 }  // namespace attune

@@ -34,36 +34,40 @@ int64_t LoraLinear::extension() const {
 }
 
 bool LoraLinear::Fused(const LayerContext& ctx) const {
-  return ctx.fused_lora && ctx.dropout.p == 0 && !adapters.empty();
+  if (adapters.empty()) return false;
+  return w->fp8() || (ctx.fused_lora && ctx.dropout.p == 0);
 }
 
-void LoraLinear::Extend(const LayerContext& ctx, const TensorView& expansion) const {
+void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
+                        const TensorView& expansion) const {
   LoraExtendPart parts[kMaxLoraParts];
   CHECK(adapters.size() <= kMaxLoraParts);
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
-  if (const Fp8Codes& codes = w->codes(); codes.w.defined()) {
-    const int64_t K = w->in(), N = w->rows(), E = Fp8Extension(columns());
+  if (w->fp8()) {
+    const bool transposed = direction == Direction::kBackward;
     return Fp8Extend(ctx.exec, {.parts = {parts, adapters.size()},
-                                .scale = codes.scale,
-                                .q = Columns(codes.w, K, E),
-                                .q_t = Columns(codes.w_t, N, E),
+                                .scale = w->scale(),
+                                .q = Columns(expansion, transposed ? w->rows() : w->in(),
+                                             Fp8Extension(columns())),
+                                .transposed = transposed,
                                 .factor = scale});
   }
   LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
 }
 
-void LoraLinear::FillExpansion(const LayerContext& ctx, const TensorView& expansion) const {
-  w->ExpandInto(ctx, expansion);
-  if (Fused(ctx)) Extend(ctx, expansion);
+void LoraLinear::FillExpansion(const LayerContext& ctx, Direction direction,
+                               const TensorView& expansion) const {
+  w->ExpandInto(ctx, direction, expansion);
+  if (Fused(ctx)) Extend(ctx, direction, expansion);
 }
 
-TensorView LoraLinear::Expand(const LayerContext& ctx) const {
-  if (w->expanded()) return w->Expand(ctx);
-  if (ctx.prefetcher != nullptr) return ctx.prefetcher->Acquire(ctx, *this);
-  const TensorView expansion = w->Expand(ctx);
-  if (Fused(ctx)) Extend(ctx, expansion);
+TensorView LoraLinear::Expand(const LayerContext& ctx, Direction direction) const {
+  if (w->expanded()) return w->Expand(ctx, direction);
+  if (ctx.prefetcher != nullptr) return ctx.prefetcher->Acquire(ctx, *this, direction);
+  const TensorView expansion = w->Expand(ctx, direction);
+  if (Fused(ctx)) Extend(ctx, direction, expansion);
   return expansion;
 }
 
@@ -72,9 +76,9 @@ void LoraLinear::GiveBack(const LayerContext& ctx) const {
 }
 
 void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
-  if (adapters.empty()) return;
-  if (w->codes().w.defined()) return Extend(ctx, {});
-  if (w->expanded() && ctx.fused_lora) Extend(ctx, w->Expand(ctx));
+  if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
+  Extend(ctx, Direction::kForward, w->Expand(ctx, Direction::kForward));
+  if (w->fp8()) Extend(ctx, Direction::kBackward, w->Expand(ctx, Direction::kBackward));
 }
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
@@ -88,11 +92,11 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
-  if (const Fp8Codes& codes = w->codes(); codes.w.defined()) {
+  if (w->fp8()) {
     MultiplyA(ctx, x, s);
-    return MultiplyFp8(ctx, Columns(x_s, 0, K + columns()), columns(), codes.w, y);
+    return MultiplyFp8(ctx, Direction::kForward, Columns(x_s, 0, K + columns()), columns(), y);
   }
-  const TensorView expansion = Expand(ctx);
+  const TensorView expansion = Expand(ctx, Direction::kForward);
   if (Fused(ctx)) {
     const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
     MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
@@ -126,17 +130,17 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
   ArenaScope scope(ctx.arena);
-  if (const Fp8Codes& codes = w->codes(); codes.w.defined()) {
+  if (w->fp8()) {
     // With dropout the adapter's share of dx goes through the mask.
     const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
     MultiplyB(ctx, dy, ds);
     if (!dx.defined()) return;
-    MultiplyFp8(ctx, Columns(dy_ds, 0, N + e), e, Columns(codes.w_t, 0, N + Fp8Extension(e)), dx);
+    MultiplyFp8(ctx, Direction::kBackward, Columns(dy_ds, 0, N + e), e, dx);
     if (e == 0) AddAdapterInputGradient(ctx, ds, dx);
     return;
   }
   if (Fused(ctx)) {
-    const TensorView expansion = Expand(ctx);
+    const TensorView expansion = Expand(ctx, Direction::kBackward);
     MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
     if (dx.defined()) {
       MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx, .alpha = output_scale});
@@ -145,7 +149,7 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
   }
   if (dx.defined()) {
     ArenaScope expansion_scope(ctx.arena);
-    const TensorView w_rows = Columns(Expand(ctx).Slice(0, 0, N), 0, K);
+    const TensorView w_rows = Columns(Expand(ctx, Direction::kBackward).Slice(0, 0, N), 0, K);
     MatMul(ctx, {.a = dy, .b = w_rows, .d = dx, .alpha = output_scale});
     GiveBack(ctx);
   }
@@ -179,20 +183,22 @@ void LoraLinear::MultiplyB(const LayerContext& ctx, const TensorView& dy,
   }
 }
 
-void LoraLinear::MultiplyFp8(const LayerContext& ctx, const TensorView& x, int64_t e,
-                             const TensorView& codes, const TensorView& y) const {
+void LoraLinear::MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x,
+                             int64_t e, const TensorView& y) const {
   ArenaScope scope(ctx.arena);
-  const int64_t M = x.dim(0), K = x.dim(1) - e;
-  const TensorView q = ctx.arena->NewScratch(DType::kF8E4M3, {M, K + Fp8Extension(e)});
+  const int64_t M = x.dim(0), columns = x.dim(1) - e + Fp8Extension(e);
+  const TensorView q =
+      Columns(ctx.arena->NewScratch(DType::kF8E4M3, {M, Fp8RowStride(columns)}), 0, columns);
   const TensorView q_scale = ctx.arena->NewScratch(DType::kF32, {M});
   Fp8Quantize(ctx.exec, {.x = x, .e = e, .q = q, .scale = q_scale});
   MatMul(ctx, {.a = q,
-               .b = codes,
+               .b = Columns(Expand(ctx, direction), 0, columns),
                .d = y,
                .trans_b = true,
                .alpha = output_scale,
                .a_scale = q_scale,
-               .b_scale = w->codes().scale.Slice(0, 0, codes.dim(0))});
+               .b_scale = w->scale().Slice(0, 0, y.dim(1))});
+  GiveBack(ctx);
 }
 
 void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,

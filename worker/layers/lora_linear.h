@@ -6,7 +6,7 @@
 // Rows are extended by E = extension() columns: behind x stands s = dropout(x) A^T, behind dy
 // stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
 // [dy|ds] [W;A]; ctx.fused_lora, without dropout), or separate small ones. Equal results up to
-// rounding, the same rows either way. Products with W may be of 8-bit floats (codes of w,
+// rounding, the same rows either way. Products with W may be of 8-bit floats (FrozenMatrix,
 // kernels/fp8): rows are quantised just before, and the adapter rides along.
 #pragma once
 
@@ -57,8 +57,9 @@ struct LoraLinear {
                           const TensorView& s) const;
 
   // W and, where base and adapter are one product, the adapter, into memory for an expansion.
-  void FillExpansion(const LayerContext& ctx, const TensorView& expansion) const;
-  // Puts the adapter into the lasting expansion, if there is one. After every change of A or B.
+  void FillExpansion(const LayerContext& ctx, Direction direction,
+                     const TensorView& expansion) const;
+  // Puts the adapter into the lasting expansions, if there are any. After every change of A or B.
   void RefreshExpansion(const LayerContext& ctx) const;
 
  private:
@@ -71,14 +72,15 @@ struct LoraLinear {
   // s = x A^T and ds = scale * dy B, each part by itself.
   void MultiplyA(const LayerContext& ctx, const TensorView& x, const TensorView& s) const;
   void MultiplyB(const LayerContext& ctx, const TensorView& dy, const TensorView& ds) const;
-  // y = output_scale * x codes^T in 8 bits. The last e columns of x are the adapter's.
-  void MultiplyFp8(const LayerContext& ctx, const TensorView& x, int64_t e, const TensorView& codes,
+  // y = output_scale * x W^T, or backward x W, in 8 bits. The last e columns of x are the
+  // adapter's.
+  void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
                    const TensorView& y) const;
   // The expansion with W and, if `Fused`, the adapter; given back when its products are in the
   // stream.
-  TensorView Expand(const LayerContext& ctx) const;
+  TensorView Expand(const LayerContext& ctx, Direction direction) const;
   void GiveBack(const LayerContext& ctx) const;
-  void Extend(const LayerContext& ctx, const TensorView& expansion) const;
+  void Extend(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;
 };
 
 }  // namespace attune

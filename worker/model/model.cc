@@ -192,7 +192,9 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     if (!options.prefetch) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
       if (matrix->expanded()) continue;
-      prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx).bytes());
+      for (Direction direction : {Direction::kForward, Direction::kBackward}) {
+        prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx, direction).bytes());
+      }
     }
   }
   head_ = {.norm = dense({C}),

@@ -119,7 +119,7 @@ TEST_P(EngineCuda, Fp8GivesWhatTheCpuGives) {
   const Outcome cpu = Steps(golden, 2, 1e-3);
   golden.options.device = DeviceKind::kCuda;
   const double tolerance = std::max(0.05, 0.7 * GradientError(cpu, full));
-  ExpectClose(Steps(golden, 2, 1e-3), cpu, 2e-3, tolerance, "fp8");
+  ExpectClose(Steps(golden, 2, 1e-3), cpu, 5e-3, tolerance, "fp8");
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));

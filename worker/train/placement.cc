@@ -128,7 +128,6 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
   const int64_t L = options.model.num_layers;
   for (const bool resident : {true, false}) {
     if (resident && !IsNf4(options)) continue;
-    if (!resident && IsNf4(options) && IsFp8(options)) continue;
     for (const int64_t streams : Steps(L)) {
       for (const int64_t on_host : Steps(L)) {
         for (const int64_t rebuilt : Steps(L - on_host)) {
@@ -162,10 +161,13 @@ int64_t HostBytes(const EngineOptions& options) {
 
 std::string Describe(const EngineOptions& options) {
   const ActivationPolicy& a = options.activations;
-  std::string text = IsFp8(options)     ? "weights in 8-bit floats, both ways"
-                     : !IsNf4(options)  ? "weights dense"
-                     : options.resident ? "weights expanded to bf16"
-                                        : "weights in NF4, expanded as they are used";
+  const char* form = IsFp8(options) ? "8-bit floats" : "bf16";
+  std::string text = absl::StrCat("weights expanded to ", form);
+  if (IsNf4(options) && !options.resident) {
+    text = absl::StrCat("weights in NF4, expanded to ", form, " as they are used");
+  } else if (!IsNf4(options) && !IsFp8(options)) {
+    text = "weights dense";
+  }
   const auto add = [&](int64_t layers, const char* what) {
     if (layers > 0) {
       absl::StrAppend(&text, "; ", layers, " of ", options.model.num_layers, " layers ", what);
@@ -299,7 +301,8 @@ double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates&
   double backward =
       products + 2.5 * attention / rates.attention_backward_flops_per_s + moved * traffic.backward;
   if (IsNf4(options) && !options.resident) {
-    const double expand = 2.516 * parameters / (0.7 * rates.memory_bytes_per_s);
+    const double written = IsFp8(options) ? 1 : 2;  // bytes of a value
+    const double expand = (0.516 + written) * parameters / (0.7 * rates.memory_bytes_per_s);
     forward += expand;
     backward += expand;
   }
