@@ -193,13 +193,20 @@ struct CodeTable {
     }
   }
 
+  // Byte i is the byte of b:a that nibble i of `places` names; where the nibble has its upper bit,
+  // the sign of that byte, spread. (__byte_perm does not look at the upper bit.)
+  __device__ static uint32_t Permute(uint32_t a, uint32_t b, uint32_t places) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(places));
+    return out;
+  }
   // Of the four nibbles of 16 bits, the lowest first.
   __device__ uint32_t Four(uint32_t nibbles) const {
     const uint32_t place = nibbles & 0x7777u;
-    const uint32_t low = __byte_perm(words[0], words[1], place);
-    const uint32_t high = __byte_perm(words[2], words[3], place);
-    // 0xff where the nibble has its upper bit (the byte's sign is spread), else 0x80.
-    const uint32_t spread = __byte_perm(0x80808080u, 0x80808080u, nibbles & 0xffffu);
+    const uint32_t low = Permute(words[0], words[1], place);
+    const uint32_t high = Permute(words[2], words[3], place);
+    // 0xff where the nibble has its upper bit, else 0x80.
+    const uint32_t spread = Permute(0x80808080u, 0x80808080u, nibbles);
     const uint32_t mask = (spread & 0x7f7f7f7fu) | (spread & 0x01010101u) << 7;
     return (low & ~mask) | (high & mask);
   }
