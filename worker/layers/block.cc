@@ -344,13 +344,15 @@ QkvHeads TransformerBlock::ForwardHeads(const LayerContext& ctx, const PackBatch
   return heads;
 }
 
-// The weights stay expanded over the tiles.
 template <typename F>
-void TransformerBlock::ForEachTile(const LayerContext& outer, int64_t T, const F& f) const {
+void TransformerBlock::ForEachTile(const LayerContext& outer, int64_t T,
+                                   std::initializer_list<Use> uses, const F& f) const {
   if (mlp_tile <= 0 || T <= mlp_tile) return f(outer, 0, T);
   ArenaScope scope(outer.arena);
   LayerContext ctx = outer;
-  const HeldExpansion of_gate_up(gate_up, &ctx), of_down(down, &ctx);
+  HeldExpansion held[kMaxUses];
+  size_t count = 0;
+  for (const Use& use : uses) use.linear->Hold(use.direction, &held[count++], &ctx);
   for (int64_t begin = 0; begin < T; begin += mlp_tile) {
     const int64_t end = std::min(begin + mlp_tile, T);
     if (ctx.exec.plan && begin > 0 && end < T) continue;  // takes what the first takes
@@ -362,9 +364,11 @@ void TransformerBlock::ForEachTile(const LayerContext& outer, int64_t T, const F
 // out: in a, the attention's share; out what the MLP adds to x2 = x1 + a.
 void TransformerBlock::ForwardMlp(const LayerContext& outer, const TensorView& out,
                                   const SavedBlock& saved) const {
-  ForEachTile(outer, out.dim(0), [&](const LayerContext& ctx, int64_t begin, int64_t end) {
-    ForwardMlpTile(ctx, out.Slice(0, begin, end), MlpRows(saved, begin, end));
-  });
+  constexpr Direction kForward = Direction::kForward;
+  ForEachTile(outer, out.dim(0), {{&gate_up, kForward}, {&down, kForward}},
+              [&](const LayerContext& ctx, int64_t begin, int64_t end) {
+                ForwardMlpTile(ctx, out.Slice(0, begin, end), MlpRows(saved, begin, end));
+              });
 }
 
 void TransformerBlock::ForwardMlpTile(const LayerContext& ctx, const TensorView& out,
@@ -424,9 +428,13 @@ TensorView TransformerBlock::OutputGradient(const LayerContext& ctx, const Tenso
 // dx: gradient of x2 + delta' -> gradient of x2 = x1 + a.
 void TransformerBlock::BackwardMlp(const LayerContext& outer, const SavedBlock& saved,
                                    const TensorView& dx) const {
-  ForEachTile(outer, dx.dim(0), [&](const LayerContext& ctx, int64_t begin, int64_t end) {
+  const auto tile = [&](const LayerContext& ctx, int64_t begin, int64_t end) {
     BackwardMlpTile(ctx, MlpRows(saved, begin, end), dx.Slice(0, begin, end));
-  });
+  };
+  const Use rebuild{&gate_up, Direction::kForward};
+  const Use back[] = {{&gate_up, Direction::kBackward}, {&down, Direction::kBackward}};
+  if (saved.gate_up.defined()) return ForEachTile(outer, dx.dim(0), {back[0], back[1]}, tile);
+  ForEachTile(outer, dx.dim(0), {rebuild, back[0], back[1]}, tile);
 }
 
 void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved,

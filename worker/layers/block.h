@@ -151,9 +151,17 @@ struct TransformerBlock {
   void ForwardMlp(const LayerContext& ctx, const TensorView& out, const SavedBlock& saved) const;
   void ForwardMlpTile(const LayerContext& ctx, const TensorView& out,
                       const SavedBlock& saved) const;
-  // Calls f(ctx, begin, end) for the tiles of T rows, with a context for each.
+  // A product of the MLP.
+  struct Use {
+    const LoraLinear* linear;
+    Direction direction;
+  };
+  static constexpr size_t kMaxUses = 3;
+  // Calls f(ctx, begin, end) for the tiles of T rows, with a context for each. The weights of
+  // `uses` stay expanded over the tiles.
   template <typename F>
-  void ForEachTile(const LayerContext& ctx, int64_t tokens, const F& f) const;
+  void ForEachTile(const LayerContext& ctx, int64_t tokens, std::initializer_list<Use> uses,
+                   const F& f) const;
   // y = norm(x) for a norm of the stream or, without delta, behind attention or MLP.
   void Normalise(const LayerContext& ctx, const TensorView& x, const TensorView& delta,
                  const TensorView& sum, const TensorView& w, const TensorView& y,

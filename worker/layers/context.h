@@ -21,7 +21,7 @@ struct DropoutStream {
 };
 
 class WeightPrefetcher;
-class HeldExpansion;
+struct HeldExpansion;
 
 struct LayerContext {
   Exec exec;

@@ -6,7 +6,8 @@
 // Rows are extended by E = extension() columns: behind x stands s = dropout(x) A^T, behind dy
 // stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
 // [dy|ds] [W;A]; ctx.fused_lora, without dropout), or separate small ones. Equal results up to
-// rounding, the same rows either way.
+// rounding, the same rows either way. Products with W may be of 8-bit floats (FrozenMatrix,
+// kernels/fp8): rows are quantised just before, and the adapter rides along.
 #pragma once
 
 #include <vector>
@@ -31,10 +32,22 @@ struct LoraPart {
   TensorView db;  // (N_p, r)
 };
 
+struct LoraLinear;
+
+// The expansion of a weight, made once for all products with a context: those of the tiles of a
+// pack. A list; LayerContext has the last.
+struct HeldExpansion {
+  const LoraLinear* linear = nullptr;
+  Direction direction = Direction::kForward;
+  TensorView expansion;
+  const HeldExpansion* outer = nullptr;
+};
+
 struct LoraLinear {
   const FrozenMatrix* w = nullptr;
   std::vector<LoraPart> adapters;
-  TensorView da;  // (parts * r, K): da of all parts, which lie one behind the other
+  TensorView a;   // (parts * r, K): a of all parts, which lie one behind the other
+  TensorView da;  // (parts * r, K): likewise
   int64_t r = 0;
   double scale = 0;
   double output_scale = 1;
@@ -42,6 +55,8 @@ struct LoraLinear {
 
   // E; 0 without adapters.
   int64_t extension() const;
+  // Those of the E that are used: parts * r.
+  int64_t columns() const { return static_cast<int64_t>(adapters.size()) * r; }
 
   // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x.
   void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
@@ -52,45 +67,37 @@ struct LoraLinear {
   void BackwardParameters(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
                           const TensorView& s) const;
 
+  // Expands the weight for all products with *ctx from now on, in scratch of the caller's
+  // ArenaScope; *held outlives their use. Nothing where there is a lasting expansion, or the
+  // prefetcher, which expands beside the products.
+  void Hold(Direction direction, HeldExpansion* held, LayerContext* ctx) const;
+
   // W and, where base and adapter are one product, the adapter, into memory for an expansion.
-  void FillExpansion(const LayerContext& ctx, const TensorView& expansion) const;
-  // Puts the adapter into the lasting expansion, if there is one. After every change of A or B.
+  void FillExpansion(const LayerContext& ctx, Direction direction,
+                     const TensorView& expansion) const;
+  // Puts the adapter into the lasting expansions, if there are any. After every change of A or B.
   void RefreshExpansion(const LayerContext& ctx) const;
 
  private:
-  friend class HeldExpansion;
   // y without the bias.
   void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
   // What BackwardInput leaves for dropout's share of dx.
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;
   bool Fused(const LayerContext& ctx) const;
+  // s = x A^T and ds = scale * dy B, each part by itself.
+  void MultiplyA(const LayerContext& ctx, const TensorView& x, const TensorView& s) const;
+  void MultiplyB(const LayerContext& ctx, const TensorView& dy, const TensorView& ds) const;
+  // y = output_scale * x W^T, or backward x W, in 8 bits. The last e columns of x are the
+  // adapter's.
+  void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
+                   const TensorView& y) const;
   // The expansion with W and, if `Fused`, the adapter; given back when its products are in the
   // stream.
-  TensorView Expand(const LayerContext& ctx) const;
+  TensorView Expand(const LayerContext& ctx, Direction direction) const;
   void GiveBack(const LayerContext& ctx) const;
-  void Extend(const LayerContext& ctx, const TensorView& expansion) const;
-};
-
-// Expands the weight of `linear` once for all products with `ctx` in a scope: those of the tiles of
-// a pack. The expansion is in scratch of the caller's ArenaScope, or one of the prefetcher's two
-// buffers.
-class HeldExpansion {
- public:
-  HeldExpansion(const LoraLinear& linear, LayerContext* ctx);
-  ~HeldExpansion();
-  HeldExpansion(const HeldExpansion&) = delete;
-  HeldExpansion& operator=(const HeldExpansion&) = delete;
-
-  // Of `linear`, if `ctx` has it; else null.
-  static const HeldExpansion* Find(const LayerContext& ctx, const LoraLinear& linear);
-  const TensorView& expansion() const { return expansion_; }
-
- private:
-  const LoraLinear& linear_;
-  const LayerContext ctx_;  // without this one
-  const HeldExpansion* outer_;
-  TensorView expansion_;
+  const HeldExpansion* Held(const LayerContext& ctx, Direction direction) const;
+  void Extend(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;
 };
 
 }  // namespace attune

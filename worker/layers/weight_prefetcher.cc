@@ -15,8 +15,8 @@ void WeightPrefetcher::BeginPass(const LayerContext& ctx, int64_t bytes) {
 }
 
 TensorView WeightPrefetcher::ExpansionIn(const LayerContext& ctx, const Buffer& buffer,
-                                         const LoraLinear& linear) const {
-  TensorView out = linear.w->ExpansionShape(ctx);
+                                         const Use& use) const {
+  TensorView out = use.linear->w->ExpansionShape(ctx, use.direction);
   CHECK(out.bytes() <= buffer.memory.bytes());
   out.data = buffer.memory.data;
   return out;
@@ -28,35 +28,30 @@ void WeightPrefetcher::Fill(const LayerContext& ctx, int64_t position) {
   side.exec.stream = stream_;
   side.exec.trace = nullptr;
   buffer.used.MakeWait(side.exec);
-  order_[position]->FillExpansion(side, ExpansionIn(ctx, buffer, *order_[position]));
+  const Use& use = order_[position];
+  use.linear->FillExpansion(side, use.direction, ExpansionIn(ctx, buffer, use));
   buffer.filled.Record(side.exec);
   filled_ = position + 1;
 }
 
-TensorView WeightPrefetcher::Acquire(const LayerContext& ctx, const LoraLinear& linear) {
-  const bool guessed =
-      position_ < static_cast<int64_t>(order_.size()) && order_[position_] == &linear;
+TensorView WeightPrefetcher::Acquire(const LayerContext& ctx, const LoraLinear& linear,
+                                     Direction direction) {
+  const Use use{&linear, direction};
+  const bool guessed = position_ < static_cast<int64_t>(order_.size()) && order_[position_] == use;
   if (!guessed) {
     order_.resize(position_);
-    order_.push_back(&linear);
+    order_.push_back(use);
   }
-  Buffer& buffer = buffers_[position_ % 2];
-  CHECK(buffer.holder == nullptr);
   if (!guessed || filled_ <= position_) Fill(ctx, position_);
-  buffer.holder = &linear;
+  const Buffer& buffer = buffers_[position_ % 2];
   buffer.filled.MakeWait(ctx.exec);
   ++position_;
-  const bool other_is_free = buffers_[position_ % 2].holder == nullptr;
-  if (position_ < static_cast<int64_t>(order_.size()) && other_is_free) Fill(ctx, position_);
-  return ExpansionIn(ctx, buffer, linear);
+  if (position_ < static_cast<int64_t>(order_.size())) Fill(ctx, position_);
+  return ExpansionIn(ctx, buffer, use);
 }
 
-void WeightPrefetcher::Release(const LayerContext& ctx, const LoraLinear& linear) {
-  for (Buffer& buffer : buffers_) {
-    if (buffer.holder != &linear) continue;
-    buffer.holder = nullptr;
-    buffer.used.Record(ctx.exec);
-  }
+void WeightPrefetcher::Release(const LayerContext& ctx) {
+  buffers_[(position_ + 1) % 2].used.Record(ctx.exec);
 }
 
 }  // namespace attune

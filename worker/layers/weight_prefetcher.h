@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "worker/layers/context.h"
+#include "worker/layers/frozen_matrix.h"
 #include "worker/memory/device.h"
 
 namespace attune {
@@ -22,26 +23,28 @@ class WeightPrefetcher {
   // a pass; they are the caller's to release.
   void BeginPass(const LayerContext& ctx, int64_t bytes);
 
-  // The expansion of `linear`, valid until Release. Two at a time at most; while there are two,
-  // nothing is expanded ahead.
-  TensorView Acquire(const LayerContext& ctx, const LoraLinear& linear);
-  void Release(const LayerContext& ctx, const LoraLinear& linear);
+  // The expansion of `linear`, valid until Release. One at a time.
+  TensorView Acquire(const LayerContext& ctx, const LoraLinear& linear, Direction direction);
+  void Release(const LayerContext& ctx);
 
  private:
   struct Buffer {
     TensorView memory;
-    const LoraLinear* holder = nullptr;  // from Acquire to Release
-    StreamEvent used;                    // by products
-    StreamEvent filled;                  // by the expansion
+    StreamEvent used;    // by products
+    StreamEvent filled;  // by the expansion
   };
 
   void Fill(const LayerContext& ctx, int64_t position);
-  TensorView ExpansionIn(const LayerContext& ctx, const Buffer& buffer,
-                         const LoraLinear& linear) const;
+  struct Use {
+    const LoraLinear* linear;
+    Direction direction;
+    bool operator==(const Use&) const = default;
+  };
+  TensorView ExpansionIn(const LayerContext& ctx, const Buffer& buffer, const Use& use) const;
 
   Buffer buffers_[2];
   void* stream_ = nullptr;
-  std::vector<const LoraLinear*> order_;
+  std::vector<Use> order_;
   int64_t position_ = 0;  // of the next Acquire in order_
   int64_t filled_ = 0;    // positions before it have been filled
 };

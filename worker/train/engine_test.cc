@@ -310,5 +310,44 @@ TEST_P(FusedTest, OneProductGivesWhatSeparateOnesGive) {
 INSTANTIATE_TEST_SUITE_P(Cases, FusedTest, testing::Values("dense", "nf4"));
 INSTANTIATE_TEST_SUITE_P(Families, FusedTest, testing::ValuesIn(kFamilyCases));
 
+// Products of 8-bit floats give nearly what those of f32 give, with dropout too.
+class Fp8EngineTest : public testing::TestWithParam<const char*> {};
+
+TEST_P(Fp8EngineTest, IsNearFullPrecision) {
+  for (const double dropout : {0.0, 0.2}) {
+    GoldenCase golden = LoadGoldenCase(kGolden + GetParam(), DType::kF32);
+    golden.options.spec.mutable_lora()->set_dropout(dropout);
+    const StepOutcome<float> full = OneStep(golden);
+    // A model whose scores are sharp makes much of any rounding.
+    GoldenCase half = LoadGoldenCase(kGolden + GetParam(), DType::kBF16);
+    half.options.spec.mutable_lora()->set_dropout(dropout);
+    const double rounding = GradientError(OneStep(half), full);
+    golden.options.spec.mutable_quantization()->set_fp8_products(true);
+    const StepOutcome<float> fp8 = OneStep(golden);
+    EXPECT_NE(fp8.loss, full.loss);
+    EXPECT_NEAR(fp8.loss, full.loss, 0.02 * full.loss);
+    EXPECT_LT(GradientError(fp8, full), std::max(0.2, 16 * rounding)) << "dropout " << dropout;
+  }
+}
+
+// Rows are quantised each by itself, so tiles and layers that are made again change nothing but the
+// roundings of products, which flip a code here and there.
+TEST_P(Fp8EngineTest, TilesAndRebuiltLayersChangeLittle) {
+  GoldenCase golden = LoadGoldenCase(kGolden + GetParam(), DType::kF32);
+  const StepOutcome<float> full = OneStep(golden);
+  golden.options.spec.mutable_quantization()->set_fp8_products(true);
+  const StepOutcome<float> whole = OneStep(golden);
+  golden.options.activations = MostSparing(golden);
+  for (const bool prefetch : {false, true}) {
+    golden.options.prefetch = prefetch;
+    const StepOutcome<float> sparing = OneStep(golden);
+    EXPECT_NEAR(sparing.loss, whole.loss, 1e-3 * whole.loss);
+    EXPECT_LT(GradientError(sparing, whole), 0.5 * GradientError(whole, full)) << prefetch;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, Fp8EngineTest, testing::Values("dense", "nf4"));
+INSTANTIATE_TEST_SUITE_P(Families, Fp8EngineTest, testing::ValuesIn(kFamilyCases));
+
 }  // namespace
 }  // namespace attune

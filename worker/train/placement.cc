@@ -69,6 +69,10 @@ double LinearParameters(const ModelConfig& c) {
   return sum;
 }
 
+bool IsFp8(const EngineOptions& options) {
+  return options.spec.quantization().fp8_products();
+}
+
 bool IsNf4(const EngineOptions& options) {
   return options.spec.quantization().weights() == v1::WEIGHT_FORMAT_NF4;
 }
@@ -155,13 +159,13 @@ Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mea
   const double T = static_cast<double>(out.tokens), C = static_cast<double>(c.hidden_size);
   const double F = static_cast<double>(c.intermediate_size), V = static_cast<double>(c.vocab_size);
   const double q = static_cast<double>(c.q_size()), qkv = q + 2 * static_cast<double>(c.kv_size());
-  const auto product = [&](double parameters) {
-    return 2 * T * parameters / rates.product_flops_per_s;
-  };
+  const double flops_per_s =
+      IsFp8(options) ? rates.fp8_product_flops_per_s : rates.product_flops_per_s;
+  const auto product = [&](double parameters) { return 2 * T * parameters / flops_per_s; };
   const auto move = [&](double columns) { return 2 * T * columns / rates.memory_bytes_per_s; };
-  // Packed and expanded bytes of NF4.
+  const double written = IsFp8(options) ? 1 : 2;  // bytes of a value
   const auto expand = [&](double parameters) {
-    return IsNf4(options) ? 2.516 * parameters / (0.7 * rates.memory_bytes_per_s) : 0;
+    return IsNf4(options) ? (0.516 + written) * parameters / (0.7 * rates.memory_bytes_per_s) : 0;
   };
   const double parameters = LinearParameters(c);
   const double pairs = 2 * T * (mean_context + rates.attention_extra_context) * q;
@@ -176,7 +180,7 @@ Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mea
   out.projections = product((qkv + q) * C) + move(7 * C + 3 * qkv + q);
   out.projections_expand = expand((qkv + q) * C);
   out.mlp_tile = 0.4 * rates.layer_s;
-  out.head = 2 * product(C * V) + 3 * move(V);
+  out.head = 4 * T * C * V / rates.product_flops_per_s + 3 * move(V);
   out.head_table = 2 * 2 * C * V / rates.memory_bytes_per_s * 0.3;
   out.row_bytes = 2 * V;
   // Read by single rows: slower than a copy.
@@ -306,9 +310,13 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
 
 std::string Describe(const EngineOptions& options) {
   const ActivationPolicy& a = options.activations;
-  std::string text = !IsNf4(options)    ? "weights dense"
-                     : options.resident ? "weights expanded to bf16"
-                                        : "weights in NF4, expanded as they are used";
+  const char* form = IsFp8(options) ? "8-bit floats" : "bf16";
+  std::string text = absl::StrCat("weights expanded to ", form);
+  if (IsNf4(options) && !options.resident) {
+    text = absl::StrCat("weights in NF4, expanded to ", form, " as they are used");
+  } else if (!IsNf4(options) && !IsFp8(options)) {
+    text = "weights dense";
+  }
   const auto add = [&](int64_t layers, const char* what) {
     if (layers > 0) {
       absl::StrAppend(&text, "; ", layers, " of ", options.model.num_layers, " layers ", what);
@@ -434,6 +442,7 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 DeviceRates RatesOf(const std::string& device_name) {
   const bool h200 = absl::StrContains(device_name, "H200");
   return {.product_flops_per_s = 710e12,
+          .fp8_product_flops_per_s = 1200e12,
           .attention_forward_flops_per_s = 653e12,
           .attention_backward_flops_per_s = 482e12,
           .attention_extra_context = 1170,
