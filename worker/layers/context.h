@@ -19,6 +19,7 @@ struct DropoutStream {
   TensorView step_pack;  // (2) i32 on the device
 };
 
+class Communicator;
 class WeightPrefetcher;
 
 struct LayerContext {
@@ -30,6 +31,10 @@ struct LayerContext {
   double neftune_noise_alpha = 0;
   // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
   bool fused_lora = false;
+  // The ranks that share the frozen weights, if they do, and where a weight's shards are gathered
+  // (undefined: in scratch).
+  Communicator* weight_ranks = nullptr;
+  TensorView gather_memory;
   WeightPrefetcher* prefetcher = nullptr;  // null: weights are expanded when they are used
 
   // Statistics, losses and master weights: f64 for f64, else f32.

@@ -107,6 +107,7 @@ struct Candidate {
 
 void Apply(const Candidate& candidate, EngineOptions* options) {
   options->resident = candidate.resident;
+  options->prefetch = options->shards > 1;  // shards are gathered one weight ahead
   options->embedding_on_host = candidate.embedding_on_host;
   options->activations = candidate.activations;
   options->logits_bytes = candidate.logits_bytes;
@@ -127,7 +128,7 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
   std::vector<Candidate> out;
   const int64_t L = options.model.num_layers;
   for (const bool resident : {true, false}) {
-    if (resident && !IsNf4(options)) continue;
+    if (resident && (!IsNf4(options) || options.shards > 1)) continue;
     for (const int64_t streams : Steps(L)) {
       for (const int64_t on_host : Steps(L)) {
         for (const int64_t rebuilt : Steps(L - on_host)) {
@@ -173,6 +174,7 @@ std::string Describe(const EngineOptions& options) {
       absl::StrAppend(&text, "; ", layers, " of ", options.model.num_layers, " layers ", what);
     }
   };
+  if (options.shards > 1) absl::StrAppend(&text, ", in ", options.shards, " shards");
   if (options.embedding_on_host) absl::StrAppend(&text, "; embeddings in host memory");
   add(a.streams_on_host, "send their inputs and attention to host memory");
   add(a.gate_ups_on_host, "send gate and up to host memory");
@@ -218,7 +220,7 @@ double KeptBytes(const EngineOptions& options) {
   const ActivationPolicy& a = options.activations;
   const double L = static_cast<double>(options.model.num_layers);
   const GroupBytes bytes = GroupsOf(options);
-  const double bits = !IsNf4(options) || options.resident ? 16 : 4;
+  const double bits = !IsNf4(options) || options.resident ? 16 : 4.0 / options.shards;
   return L * LinearParameters(options.model) * bits / 8 +
          bytes.stream * (L - static_cast<double>(a.streams_on_host)) +
          bytes.gate_up * (L - static_cast<double>(a.gate_ups_on_host + a.gate_ups_rebuilt));
