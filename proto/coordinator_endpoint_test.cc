@@ -36,8 +36,7 @@ TEST_F(CoordinatorEndpointTest, PrefersTheSocketAndFindsTheToken) {
 
 TEST_F(CoordinatorEndpointTest, AGivenAddressNeedsNoEndpointFile) {
   Write("token", "abc");
-  const auto found =
-      FindCoordinator({.address = "127.0.0.1:1", .data_directory = directory_});
+  const auto found = FindCoordinator({.address = "127.0.0.1:1", .data_directory = directory_});
   ASSERT_TRUE(found.ok());
   EXPECT_EQ(found->address, "127.0.0.1:1");
   EXPECT_EQ(found->token, "abc");
@@ -52,8 +51,8 @@ TEST_F(CoordinatorEndpointTest, SaysWhatToDo) {
   EXPECT_THAT(std::string(none.status().message()), HasSubstr("Start attuned"));
   for (const char* text : {"", "{}", "{\"addresses\": []}", "{\"addresses\": [1]}", "[1"}) {
     Write("endpoint", text);
-    EXPECT_TRUE(absl::IsFailedPrecondition(
-        FindCoordinator({.data_directory = directory_}).status()))
+    EXPECT_TRUE(
+        absl::IsFailedPrecondition(FindCoordinator({.data_directory = directory_}).status()))
         << text;
   }
   EXPECT_TRUE(absl::IsFailedPrecondition(

@@ -119,6 +119,8 @@ void DefaultService(JobSpec* spec) {
   }
   Default(spec->mutable_parallelism(), &ParallelismSpec::has_data, &ParallelismSpec::set_data,
           resources->devices());
+  Default(spec->mutable_parallelism(), &ParallelismSpec::has_shard_weights,
+          &ParallelismSpec::set_shard_weights, false);
   RetrySpec* retry = spec->mutable_retry();
   Default(retry, &RetrySpec::has_max_restarts, &RetrySpec::set_max_restarts, 3);
   Default(retry, &RetrySpec::has_stall_timeout_s, &RetrySpec::set_stall_timeout_s, 600.0);
@@ -155,6 +157,8 @@ void ApplyDefaults(absl::string_view default_name, JobSpec* spec) {
   if (!spec->quantization().has_double_quantization()) {
     spec->mutable_quantization()->set_double_quantization(true);
   }
+  Default(spec->mutable_quantization(), &v1::QuantizationSpec::has_fp8_products,
+          &v1::QuantizationSpec::set_fp8_products, false);
   DefaultOptimizer(spec->mutable_optimizer());
   if (spec->precision() == v1::PRECISION_UNSPECIFIED) spec->set_precision(v1::PRECISION_AUTO);
   DefaultRun(spec);

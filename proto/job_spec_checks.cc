@@ -251,6 +251,11 @@ void CheckService(const JobSpec& spec, Checker* check) {
                              spec.resources().devices(),
                              "; data parallelism over all devices is what there is"));
   }
+  if (spec.parallelism().shard_weights() &&
+      spec.quantization().weights() != v1::WEIGHT_FORMAT_NF4) {
+    check->Fail("parallelism.shard_weights",
+                "needs quantization.weights: nf4: what is shared out is the packed weights");
+  }
   check->Range("retry.max_restarts", spec.retry().max_restarts(), 0, 1000000);
   check->Range("retry.stall_timeout_s", spec.retry().stall_timeout_s(), 5, 1e6);
 }

@@ -195,6 +195,8 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
       {"checkpoints: {keep: 0}", "checkpoints.keep"},
       {"resources: {devices: 0}", "resources.devices"},
       {"parallelism: {data: 3}", "parallelism.data: is 3, but resources.devices is 1"},
+      {"parallelism: {shard_weights: true}\nquantization: {weights: none}",
+       "parallelism.shard_weights: needs quantization.weights: nf4"},
       {"retry: {stall_timeout_s: 1}", "retry.stall_timeout_s"},
       {"priority: 5000", "priority"},
       {"name: Has Space", "name: must be"},

@@ -41,6 +41,9 @@ struct Flags {
   double roof_s = 0, memory_gib = 0, host_gib = 0;
   bool embedding_on_host = false;
   bool profile = false, log_normal = false;
+  int device = 0, rank = 0, ranks = 1;
+  std::string rendezvous;
+  bool share_weights = false;
   std::string json, label;
 };
 
@@ -186,6 +189,8 @@ EngineOptions OptionsOf(const Flags& flags) {
                         .fused_lora = !flags.separate,
                         .resident = flags.resident,
                         .prefetch = flags.prefetch,
+                        .shards = flags.share_weights ? flags.ranks : 1,
+                        .shard = flags.share_weights ? flags.rank : 0,
                         .embedding_on_host = flags.embedding_on_host,
                         .activations = flags.policy,
                         .logits_bytes = flags.logits_mib << 20,
@@ -267,6 +272,12 @@ absl::StatusOr<v1::MemoryEstimate> PlanOf(const Flags& flags, const RandomWeight
   return Engine::Plan(*options, weights);
 }
 
+absl::StatusOr<std::unique_ptr<Communicator>> Join(const Flags& flags) {
+  if (flags.ranks == 1) return NewSelfCommunicator();
+  const std::unique_ptr<RendezvousStore> store = NewDirectoryStore(flags.rendezvous);
+  return NewNcclCommunicator({.rank = flags.rank, .size = flags.ranks}, store.get());
+}
+
 absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) {
   EngineOptions options = OptionsOf(flags);
   absl::StatusOr<v1::MemoryEstimate> plan = PlanOf(flags, weights, &options);
@@ -283,8 +294,9 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
   if (!engine.ok()) return engine.status();
   Synchronize((*engine)->context().exec);
   out.load_s = Seconds(start);
-  std::unique_ptr<Communicator> self = NewSelfCommunicator();
-  std::mt19937_64 rng(1);
+  absl::StatusOr<std::unique_ptr<Communicator>> comm = Join(flags);
+  if (!comm.ok()) return comm.status();
+  std::mt19937_64 rng(1 + flags.rank);
   std::vector<double> times, flops;
   const auto step = [&](int64_t i) -> absl::Status {
     std::vector<Pack> packs;
@@ -293,17 +305,17 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
     const int64_t micro = flags.batch * flags.sequence / flags.micro_tokens;
     for (int64_t k = 0; k < micro; ++k) {
       packs.push_back(RandomPack(flags, options.model.vocab_size, &rng));
-      input.trained_tokens += packs.back().trained_tokens;
+      input.trained_tokens += flags.ranks * packs.back().trained_tokens;
     }
     for (int64_t k = 0; k < micro; ++k) refs.push_back({&packs[k], k});
     const Clock::time_point begin = Clock::now();
-    auto result = (*engine)->TrainStep(input, refs, self.get(), [] {});
+    auto result = (*engine)->TrainStep(input, refs, comm->get(), [] {});
     if (!result.ok()) return result.status();
     times.push_back(Seconds(begin));
     flops.push_back(StepFlops(options.model, packs));
     out.loss = result->loss;
     out.grad_norm = result->grad_norm;
-    return absl::OkStatus();
+    return (*comm)->Wait();
   };
   for (int64_t i = 0; i < flags.warm_up + flags.steps; ++i) {
     if (absl::Status s = step(i); !s.ok()) return s;
@@ -523,12 +535,18 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
       t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
   std::printf(", predicted %.0f tok/s, %.1f TFLOP/s", t.predicted_tokens_per_s, t.tflops);
   if (flags.log_normal) std::printf(", log-normal lengths");
+  if (flags.ranks > 1) {
+    std::printf(", each of %d ranks%s", flags.ranks,
+                flags.share_weights ? " that share the weights" : "");
+  }
   if (!t.placement.empty()) std::printf(", placed: %s", t.placement.c_str());
   if (roof > 0) std::printf(", %.1f %% of the frozen roof %.0f", 100 * t.tokens_per_s / roof, roof);
   std::printf("\n");
   std::fflush(stdout);
   if (flags.json.empty()) return;
   const Json row = {{"label", flags.label},
+                    {"ranks", flags.ranks},
+                    {"share_weights", flags.share_weights},
                     {"model", flags.model},
                     {"weights", WeightsName(flags)},
                     {"r", flags.r},
@@ -593,12 +611,17 @@ int Main(int argc, char** argv) {
   app.add_option("--memory-gib", flags.memory_gib,
                  "Choose the placement, within this much device memory");
   app.add_option("--host-gib", flags.host_gib, "And this much pinned host memory [half of all]");
+  app.add_option("--device", flags.device, "Which GPU");
+  app.add_option("--ranks", flags.ranks, "Processes that train together, each on its batch");
+  app.add_option("--my-rank", flags.rank, "Which of them this is; 0 prints");
+  app.add_option("--rendezvous", flags.rendezvous, "A new directory that all of them see");
+  app.add_flag("--share-weights", flags.share_weights, "Each has its share of the NF4 weights");
   app.add_flag("--profile", flags.profile, "Time every op of one more step");
   app.add_option("--json", flags.json, "Append a row to this file");
   app.add_option("--label", flags.label, "Of the row");
   CLI11_PARSE(app, argc, argv);
   if (flags.micro_tokens == 0) flags.micro_tokens = flags.batch * flags.sequence;
-  if (absl::Status s = OpenDevice(DeviceKind::kCuda, 0); !s.ok()) {
+  if (absl::Status s = OpenDevice(DeviceKind::kCuda, flags.device); !s.ok()) {
     std::fprintf(stderr, "train_bench: %s\n", s.ToString().c_str());
     return 1;
   }
@@ -614,7 +637,7 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr, "train_bench: %s\n", times.status().ToString().c_str());
     return 1;
   }
-  Report(flags, *times, roof);
+  if (flags.rank == 0) Report(flags, *times, roof);
   return 0;
 }
 

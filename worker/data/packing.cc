@@ -113,4 +113,13 @@ Pack BuildPack(const Dataset& dataset, absl::Span<const int64_t> examples, int64
   return pack;
 }
 
+Pack IdlePack(int64_t pack_tokens) {
+  const size_t T = static_cast<size_t>(pack_tokens);
+  return {.ids = std::vector<int32_t>(T, 0),
+          .targets = std::vector<int32_t>(T, -1),
+          .positions = std::vector<int32_t>(T, 0),
+          .q_begin = {0, 1},
+          .num_segments = 1};
+}
+
 }  // namespace attune

@@ -45,4 +45,7 @@ absl::StatusOr<std::vector<std::vector<int64_t>>> FormPacks(absl::Span<const int
 // Fills one pack of T tokens with these examples, in this order.
 Pack BuildPack(const Dataset& dataset, absl::Span<const int64_t> examples, int64_t pack_tokens);
 
+// A pack of T tokens in which nothing is trained: what a rank runs to be there for the others.
+Pack IdlePack(int64_t pack_tokens);
+
 }  // namespace attune

@@ -20,6 +20,7 @@ struct DropoutStream {
   int64_t first_row = 0;  // of what a layer is given, in the pack
 };
 
+class Communicator;
 class WeightPrefetcher;
 struct HeldExpansion;
 
@@ -32,6 +33,10 @@ struct LayerContext {
   double neftune_noise_alpha = 0;
   // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
   bool fused_lora = false;
+  // The ranks that share the frozen weights, if they do, and where a weight's shards are gathered
+  // (undefined: in scratch).
+  Communicator* weight_ranks = nullptr;
+  TensorView gather_memory;
   WeightPrefetcher* prefetcher = nullptr;  // null: weights are expanded when they are used
   const HeldExpansion* held = nullptr;     // the last of those that are held (see LoraLinear)
 

@@ -5,6 +5,7 @@
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/fp8/fp8.h"
 #include "kernels/nf4/nf4.h"
+#include "worker/shard/communicator.h"
 
 namespace attune {
 
@@ -53,9 +54,40 @@ void FrozenMatrix::PlaceParts(const LayerContext& ctx, ArenaEnd end) {
     if (part.dense) {
       part.values = ctx.arena->New(end, c, ctx.dtype, {part.rows, in_});
     } else {
-      part.nf4 = NewNf4(ctx, end, ShapesOf(part));
+      Nf4Weight shapes = ShapesOf(part);
+      if (Sharded()) shapes.packed = TensorView(nullptr, DType::kU8, {ShardBytes(part)});
+      part.nf4 = NewNf4(ctx, end, shapes);
     }
   }
+}
+
+int64_t FrozenMatrix::ShardBytes(const Part& part) const {
+  constexpr int64_t kAlignment = 256;
+  const int64_t bytes = Nf4PackedBytes(part.rows * in_), n = options_.shards * kAlignment;
+  return (bytes + n - 1) / n * kAlignment;
+}
+
+int64_t FrozenMatrix::GatherBytes() const {
+  int64_t bytes = 0;
+  for (const Part& part : parts_) {
+    if (Sharded() && !part.dense) bytes = std::max(bytes, options_.shards * ShardBytes(part));
+  }
+  return bytes;
+}
+
+Nf4Weight FrozenMatrix::Gather(const LayerContext& ctx, const Part& part) const {
+  if (!Sharded()) return part.nf4;
+  const int64_t bytes = options_.shards * ShardBytes(part);
+  const TensorView memory = ctx.gather_memory.defined()
+                                ? ctx.gather_memory.Slice(0, 0, bytes)
+                                : ctx.arena->NewScratch(DType::kU8, {bytes});
+  Nf4Weight whole = part.nf4;
+  whole.packed = memory;
+  if (ctx.exec.plan) return whole;
+  CHECK(ctx.weight_ranks != nullptr);
+  // A peer that is lost leaves rubbish here; the step's own reduction then fails, and says so.
+  ctx.weight_ranks->AllGather(ctx.exec, part.nf4.packed, memory).IgnoreError();
+  return whole;
 }
 
 Nf4Weight FrozenMatrix::ShapesOf(const Part& part) const {
@@ -76,19 +108,13 @@ TensorView FrozenMatrix::RowsOf(const TensorView& expansion, const Part& part) c
 }
 
 void FrozenMatrix::BeginLoad(const LayerContext& ctx) {
-  if (options_.fp8 && expanded()) PlaceParts(ctx, ArenaEnd::kTop);
+  if (!options_.fp8) return;
+  Fill(ctx.exec, {.x = scale_, .value = 0});
+  if (expanded()) PlaceParts(ctx, ArenaEnd::kTop);
 }
 
 void FrozenMatrix::EndLoad(const LayerContext& ctx) {
-  if (!options_.fp8) return;
-  Fill(ctx.exec, {.x = scale_, .value = 0});
-  for (const Part& part : parts_) {
-    ArenaScope scope(ctx.arena);
-    const TensorView w = part.dense ? part.values : ctx.Scratch({part.rows, in_});
-    if (!part.dense) Dequantize(ctx, part.nf4, w);
-    Fp8WeightScale(ctx.exec, {.w = w, .scale = scale_});
-  }
-  if (!expanded()) return;
+  if (!options_.fp8 || !expanded()) return;
   for (Direction direction : {Direction::kForward, Direction::kBackward}) {
     EncodeInto(ctx, direction, lasting_[static_cast<int>(direction)]);
   }
@@ -98,37 +124,67 @@ void FrozenMatrix::EndLoad(const LayerContext& ctx) {
 void FrozenMatrix::Load(const LayerContext& ctx, int index, const TensorView& w) {
   const Part& part = parts_[index];
   CHECK(w.dim(0) == part.rows && w.dim(1) == in_);
-  const bool to_parts = !expanded() || options_.fp8;
   if (part.dense) {
-    return Copy(ctx.exec, {.x = w, .y = to_parts ? part.values : RowsOf(lasting_[0], part)});
+    const TensorView to = FromParts() ? part.values : RowsOf(lasting_[0], part);
+    Copy(ctx.exec, {.x = w, .y = to});
+    if (options_.fp8) Fp8WeightScale(ctx.exec, {.w = to, .scale = scale_});
+    return;
   }
   ArenaScope scope(ctx.arena);
-  TensorView source = w;
-  if (w.dtype != DType::kF32 && w.dtype != DType::kBF16) {
-    source = ctx.arena->NewScratch(DType::kF32, {w.dim(0), w.dim(1)});
-    Copy(ctx.exec, {.x = w, .y = source});
+  const Nf4Weight whole = RoomToLoad(ctx, part, ShapesOf(part));
+  {
+    ArenaScope source_scope(ctx.arena);
+    TensorView source = w;
+    if (w.dtype != DType::kF32 && w.dtype != DType::kBF16) {
+      source = ctx.arena->NewScratch(DType::kF32, {w.dim(0), w.dim(1)});
+      Copy(ctx.exec, {.x = w, .y = source});
+    }
+    Quantize(ctx, source, whole);
   }
-  if (to_parts) return Quantize(ctx, source, part.nf4);
-  const Nf4Weight quantized = NewNf4(ctx, ArenaEnd::kTop, ShapesOf(part));
-  Quantize(ctx, source, quantized);
-  Dequantize(ctx, quantized, RowsOf(lasting_[0], part));
+  Keep(ctx, part, whole);
 }
 
 void FrozenMatrix::Load(const LayerContext& ctx, int index, const Nf4Weight& w) {
   const Part& part = parts_[index];
   ArenaScope scope(ctx.arena);
-  const bool to_parts = !expanded() || options_.fp8;
-  const Nf4Weight to = to_parts ? part.nf4 : NewNf4(ctx, ArenaEnd::kTop, w);
+  const Nf4Weight whole = RoomToLoad(ctx, part, w);
   const auto upload = [&](const TensorView& from, const TensorView& view) {
     CHECK(from.dtype == view.dtype && from.SameShape(view));
     if (from.defined()) CopyToDevice(ctx.exec, from.data, view);
   };
-  upload(w.packed, to.packed);
-  upload(w.absmax, to.absmax);
-  upload(w.codes, to.codes);
-  upload(w.absmax2, to.absmax2);
-  upload(w.offset, to.offset);
-  if (!to_parts) Dequantize(ctx, to, RowsOf(lasting_[0], part));
+  upload(w.packed, whole.packed);
+  upload(w.absmax, whole.absmax);
+  upload(w.codes, whole.codes);
+  upload(w.absmax2, whole.absmax2);
+  upload(w.offset, whole.offset);
+  Keep(ctx, part, whole);
+}
+
+Nf4Weight FrozenMatrix::RoomToLoad(const LayerContext& ctx, const Part& part,
+                                   const Nf4Weight& shapes) const {
+  return FromParts() && !Sharded() ? part.nf4 : NewNf4(ctx, ArenaEnd::kTop, shapes);
+}
+
+void FrozenMatrix::Keep(const LayerContext& ctx, const Part& part, const Nf4Weight& whole) const {
+  if (!FromParts()) return Dequantize(ctx, whole, RowsOf(lasting_[0], part));
+  if (options_.fp8) {
+    ArenaScope scope(ctx.arena);
+    const TensorView w = ctx.Scratch({part.rows, in_});
+    Dequantize(ctx, whole, w);
+    Fp8WeightScale(ctx.exec, {.w = w, .scale = scale_});
+  }
+  if (!Sharded()) return;
+  const int64_t bytes = ShardBytes(part), size = whole.packed.dim(0);
+  const int64_t begin = std::min(options_.shard * bytes, size), end = std::min(begin + bytes, size);
+  Copy(ctx.exec,
+       {.x = whole.packed.Slice(0, begin, end), .y = part.nf4.packed.Slice(0, 0, end - begin)});
+  const auto keep = [&](const TensorView& from, const TensorView& to) {
+    if (from.defined()) Copy(ctx.exec, {.x = from, .y = to});
+  };
+  keep(whole.absmax, part.nf4.absmax);
+  keep(whole.codes, part.nf4.codes);
+  keep(whole.absmax2, part.nf4.absmax2);
+  keep(whole.offset, part.nf4.offset);
 }
 
 void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w,
@@ -166,11 +222,12 @@ void FrozenMatrix::ExpandInto(const LayerContext& ctx, Direction direction,
   CHECK(!expanded() && expansion.SameShape(ExpansionShape(ctx, direction)));
   if (options_.fp8) return EncodeInto(ctx, direction, expansion);
   for (const Part& part : parts_) {
+    ArenaScope scope(ctx.arena);
     const TensorView rows = RowsOf(expansion, part);
     if (part.dense) {
       Copy(ctx.exec, {.x = part.values, .y = rows});
     } else {
-      Dequantize(ctx, part.nf4, rows);
+      Dequantize(ctx, Gather(ctx, part), rows);
     }
   }
 }
@@ -187,11 +244,13 @@ void FrozenMatrix::EncodeInto(const LayerContext& ctx, Direction direction,
                         {.w = part.values, .scale = scale_, .q = to, .transposed = transposed});
       continue;
     }
-    Nf4ToFp8(ctx.exec, {.packed = part.nf4.packed,
-                        .codes = part.nf4.codes,
-                        .absmax2 = part.nf4.absmax2,
-                        .offset = part.nf4.offset,
-                        .absmax = part.nf4.absmax,
+    ArenaScope scope(ctx.arena);
+    const Nf4Weight w = Gather(ctx, part);
+    Nf4ToFp8(ctx.exec, {.packed = w.packed,
+                        .codes = w.codes,
+                        .absmax2 = w.absmax2,
+                        .offset = w.offset,
+                        .absmax = w.absmax,
                         .scale = scale_,
                         .q = to,
                         .transposed = transposed});

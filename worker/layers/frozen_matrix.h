@@ -26,6 +26,11 @@ struct FrozenMatrixOptions {
   bool resident = false;
   int64_t extension = 0;  // E, or with fp8 Fp8Extension of the adapter's columns
   bool fp8 = false;       // products of 8-bit floats
+  // NF4 that is not kept expanded: this rank has the `shard`-th of `shards` equal pieces of each
+  // matrix's nibbles (block statistics, 3 % of the bytes, are everywhere); the others' come through
+  // LayerContext::weight_ranks with each expansion.
+  int shards = 1;
+  int shard = 0;
 };
 
 // What an expansion is for: y = x W^T, or dx = dy W.
@@ -60,8 +65,8 @@ class FrozenMatrix {
   int64_t row_begin(int part) const { return parts_[part].row_begin; }
   int64_t part_rows(int part) const { return parts_[part].rows; }
 
-  // Around the Loads of all parts, in an ArenaScope of their own: a matrix that is kept in another
-  // form takes room for what it is made from, and is made from it.
+  // Around the Loads of all parts, in an ArenaScope of their own: a matrix whose lasting form is
+  // made from all of them takes room for them meanwhile.
   void BeginLoad(const LayerContext& ctx);
   void EndLoad(const LayerContext& ctx);
   // Fills part `part` from w (part_rows, K), f64, f32 or bf16 on the device; quantises.
@@ -80,6 +85,9 @@ class FrozenMatrix {
   void ExpandInto(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;
   TensorView ExpansionShape(const LayerContext& ctx, Direction direction) const;  // without memory
 
+  // Of the memory in which an expansion gathers its shards; 0 without.
+  int64_t GatherBytes() const;
+
   bool fp8() const { return options_.fp8; }
   const TensorView& scale() const { return scale_; }  // of codes: (max(N, K)) f32, all the same
 
@@ -93,7 +101,19 @@ class FrozenMatrix {
     TensorView values;  // (rows, K)
   };
 
+  // Part p's NF4 when it is whole, and of its nibbles the bytes of a shard.
   Nf4Weight ShapesOf(const Part& part) const;
+  int64_t ShardBytes(const Part& part) const;
+  // Whole, out of all shards.
+  Nf4Weight Gather(const LayerContext& ctx, const Part& part) const;
+  // Where a part's NF4 is put while it is loaded: its own room, if that is for all of it, or
+  // scratch.
+  Nf4Weight RoomToLoad(const LayerContext& ctx, const Part& part, const Nf4Weight& shapes) const;
+  // Puts it where it belongs.
+  void Keep(const LayerContext& ctx, const Part& part, const Nf4Weight& whole) const;
+  // The lasting form is made from the parts, not they from it.
+  bool FromParts() const { return !expanded() || options_.fp8; }
+  bool Sharded() const { return options_.shards > 1 && !expanded(); }
   static Nf4Weight NewNf4(const LayerContext& ctx, ArenaEnd end, const Nf4Weight& shapes);
   void Quantize(const LayerContext& ctx, const TensorView& w, const Nf4Weight& to) const;
   // Room for what the expansions are made from.

@@ -4,11 +4,15 @@
 
 namespace attune {
 
-void WeightPrefetcher::BeginPass(const LayerContext& ctx, int64_t bytes) {
+void WeightPrefetcher::BeginPass(const LayerContext& ctx, int64_t bytes, int64_t gather_bytes) {
   if (stream_ == nullptr && !ctx.exec.plan) stream_ = NewStream(ctx.exec.device);
   for (Buffer& buffer : buffers_) {
     buffer.memory = ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kWorkspace, bytes);
     buffer.used.Record(ctx.exec);  // whatever was in this memory, and the adapters' update
+  }
+  gather_memory_ = {};
+  if (gather_bytes > 0) {
+    gather_memory_ = ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kWorkspace, gather_bytes);
   }
   position_ = 0;
   filled_ = 0;
@@ -27,6 +31,7 @@ void WeightPrefetcher::Fill(const LayerContext& ctx, int64_t position) {
   LayerContext side = ctx;
   side.exec.stream = stream_;
   side.exec.trace = nullptr;
+  side.gather_memory = gather_memory_;
   buffer.used.MakeWait(side.exec);
   const Use& use = order_[position];
   use.linear->FillExpansion(side, use.direction, ExpansionIn(ctx, buffer, use));

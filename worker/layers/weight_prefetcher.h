@@ -19,9 +19,9 @@ struct LoraLinear;
 
 class WeightPrefetcher {
  public:
-  // Takes the buffers, of `bytes` bytes each, from the arena's bottom. Before the first Acquire of
-  // a pass; they are the caller's to release.
-  void BeginPass(const LayerContext& ctx, int64_t bytes);
+  // Takes the buffers, of `bytes` bytes each, and `gather_bytes` for shards from the arena's
+  // bottom. Before the first Acquire of a pass; they are the caller's to release.
+  void BeginPass(const LayerContext& ctx, int64_t bytes, int64_t gather_bytes);
 
   // The expansion of `linear`, valid until Release. One at a time.
   TensorView Acquire(const LayerContext& ctx, const LoraLinear& linear, Direction direction);
@@ -43,6 +43,7 @@ class WeightPrefetcher {
   TensorView ExpansionIn(const LayerContext& ctx, const Buffer& buffer, const Use& use) const;
 
   Buffer buffers_[2];
+  TensorView gather_memory_;  // one is enough: it is filled and read in the stream's order
   void* stream_ = nullptr;
   std::vector<Use> order_;
   int64_t position_ = 0;  // of the next Acquire in order_

@@ -195,7 +195,9 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
       FrozenMatrixOptions matrix_options{.storage = options.storage,
                                          .resident = options.resident,
                                          .extension = ctx.fused_lora ? linear.extension() : 0,
-                                         .fp8 = options.fp8};
+                                         .fp8 = options.fp8,
+                                         .shards = options.shards,
+                                         .shard = options.shard};
       if (options.fp8) matrix_options.extension = Fp8Extension(linear.columns());
       return FrozenMatrix(ctx, matrix_options, parts, in);
     };
@@ -216,6 +218,7 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     if (!options.prefetch) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
       if (matrix->expanded()) continue;
+      gather_bytes_ = std::max(gather_bytes_, matrix->GatherBytes());
       for (Direction direction : {Direction::kForward, Direction::kBackward}) {
         prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx, direction).bytes());
       }
@@ -447,7 +450,7 @@ LayerContext Model::BeginPass(const LayerContext& ctx) const {
   RefreshExpansions(ctx);
   LayerContext pass = ctx;
   if (prefetch_bytes_ > 0) {
-    prefetcher_.BeginPass(ctx, prefetch_bytes_);
+    prefetcher_.BeginPass(ctx, prefetch_bytes_, gather_bytes_);
     pass.prefetcher = &prefetcher_;
   }
   return pass;

@@ -59,6 +59,8 @@ struct ModelOptions {
   bool resident = false;  // see FrozenMatrixOptions
   bool prefetch = false;  // expand NF4 weights one ahead, in two buffers
   bool fp8 = false;       // products of 8-bit floats with the frozen linear weights
+  int shards = 1;         // ranks that share the NF4 weights (see FrozenMatrixOptions)
+  int shard = 0;
   // Keep the table of token embeddings in pinned host memory: the device reads the rows of a pack
   // from there. Not where the head is the same table.
   bool embedding_on_host = false;
@@ -155,6 +157,7 @@ class Model {
   // State of a pass and caches, not of the model.
   mutable TravellingBuffers streams_, gate_ups_;
   mutable WeightPrefetcher prefetcher_;
+  int64_t gather_bytes_ = 0;    // of a prefetch
   int64_t prefetch_bytes_ = 0;  // of a buffer; 0: weights are expanded when they are used
   mutable int64_t expanded_version_ = -1;
 };

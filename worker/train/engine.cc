@@ -52,6 +52,8 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
                                                 .resident = options.resident,
                                                 .prefetch = options.prefetch,
                                                 .fp8 = options.spec.quantization().fp8_products(),
+                                                .shards = options.shards,
+                                                .shard = options.shard,
                                                 .embedding_on_host = options.embedding_on_host,
                                                 .activations = options.activations,
                                                 .logits_bytes = options.logits_bytes},
@@ -134,6 +136,7 @@ absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
   Fill(ctx_.exec, {.x = adapters_->grad_with_tail(), .value = 0});
   Upload(ctx_.exec, {1.0 / static_cast<double>(input.trained_tokens)}, grad_scale_);
   LayerContext train = ctx_;
+  train.weight_ranks = comm;
   train.dropout.p = options_.spec.lora().dropout();
   for (const PackRef& ref : packs) {
     const int32_t step_pack[] = {static_cast<int32_t>(input.step), static_cast<int32_t>(ref.index)};
@@ -176,9 +179,11 @@ absl::StatusOr<EvaluationResult> Engine::Evaluate(absl::Span<const PackRef> pack
                                                   const std::function<void()>& progress) {
   arena_.BeginPhase("evaluate");
   Fill(ctx_.exec, {.x = evaluation_, .value = 0});
+  LayerContext evaluate = ctx_;
+  evaluate.weight_ranks = comm;
   for (const PackRef& ref : packs) {
     const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
-    method_->Evaluate(ctx_, *model_, batch,
+    method_->Evaluate(evaluate, *model_, batch,
                       {.loss = evaluation_.Slice(0, 0, 1), .correct = evaluation_.Slice(0, 1, 2)});
     progress();
   }

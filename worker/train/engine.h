@@ -29,6 +29,8 @@ struct EngineOptions {
   bool fused_lora = false;
   bool resident = false;  // NF4 values kept expanded
   bool prefetch = false;  // else: expanded one ahead
+  int shards = 1;         // ranks that share the NF4 weights, and which of them this is
+  int shard = 0;
   bool embedding_on_host = false;
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
@@ -76,7 +78,8 @@ class Engine {
                                                         int64_t arena_bytes,
                                                         const std::function<void()>& progress);
 
-  // One optimiser step over this rank's packs and, through `comm`, those of the others.
+  // One optimiser step over this rank's packs and, through `comm`, those of the others. Ranks that
+  // share weights need each other in every pass: as many packs each.
   absl::StatusOr<StepResult> TrainStep(const StepInput& input, absl::Span<const PackRef> packs,
                                        Communicator* comm, const std::function<void()>& progress);
 

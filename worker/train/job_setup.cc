@@ -633,6 +633,11 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
   job->engine.device = KindOf(assignment.device());
   job->engine.spec = *spec;
+  if (spec->parallelism().shard_weights()) {
+    const bool plans_only = assignment.kind() == v1::LEASE_KIND_VALIDATE;
+    job->engine.shards = plans_only ? spec->parallelism().data() : assignment.world_size();
+    job->engine.shard = assignment.rank();
+  }
   if (absl::Status s = CheckFp8Products(*job); !s.ok()) return s;
   absl::StatusOr<v1::MemoryEstimate> memory = PlanMemory(job.get());
   if (!memory.ok()) return memory.status();

@@ -234,6 +234,7 @@ double SecondsOf(const Costs& costs, const Candidate& choice) {
 
 void Apply(const Candidate& candidate, EngineOptions* options) {
   options->resident = candidate.resident;
+  options->prefetch = options->shards > 1;  // shards are gathered one weight ahead
   options->embedding_on_host = candidate.embedding_on_host;
   options->activations = candidate.activations;
   options->logits_bytes = candidate.logits_bytes;
@@ -286,10 +287,10 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
   for (const ActivationPolicy& policy : Policies(L)) {
     Candidate candidate{.activations = policy, .footprint = FootprintOf(policy, L, sizes)};
     for (const bool resident : {true, false}) {
-      if (resident && !nf4) continue;
+      if (resident && (!nf4 || options.shards > 1)) continue;
       candidate.resident = resident;
       for (const int64_t tile : {0, 8192, 2048}) {
-        if (tile >= T) continue;
+        if (tile >= T || (tile > 0 && options.shards > 1)) continue;  // each would gather again
         candidate.activations.mlp_tile = tile;
         for (const int64_t logits_mib : {512, 128, 32}) {
           candidate.logits_bytes = logits_mib << 20;
@@ -322,6 +323,7 @@ std::string Describe(const EngineOptions& options) {
       absl::StrAppend(&text, "; ", layers, " of ", options.model.num_layers, " layers ", what);
     }
   };
+  if (options.shards > 1) absl::StrAppend(&text, ", in ", options.shards, " shards");
   if (options.embedding_on_host) absl::StrAppend(&text, "; embeddings in host memory");
   add(a.layers_rebuilt, "keep their inputs alone");
   add(a.projections_rebuilt, "keep their inputs and what attention gave");
@@ -386,7 +388,7 @@ absl::StatusOr<Planned> TakeFirstThatFits(const PlacementLimits& limits, const D
   const ModelConfig& c = options->model;
   const int64_t T = options->spec.batch().micro_batch_tokens();
   const auto least = [&](const Candidate& candidate) {
-    const double bits = !IsNf4(*options) || candidate.resident ? 16 : 4;
+    const double bits = !IsNf4(*options) || candidate.resident ? 16 : 4.0 / options->shards;
     const double linears = static_cast<double>(c.num_layers) * LinearParameters(c) * bits / 8;
     const int64_t head = 2 * c.vocab_size * c.hidden_size;
     const int64_t table = candidate.embedding_on_host ? 0 : EmbeddingBytes(*options);

@@ -86,7 +86,16 @@ class TrainingRun {
       for (int64_t k : (*packs)[i]) examples.push_back(set.examples[k]);
       evaluation_packs_.push_back(BuildPack(*set.dataset, examples, T));
     }
+    while (evaluation_packs_.size() < PassesOf(packs->size())) {
+      evaluation_packs_.push_back(IdlePack(T));
+    }
     return absl::OkStatus();
+  }
+
+  // How many packs each rank runs of so many: ranks that share weights need each other in all.
+  size_t PassesOf(size_t packs) const {
+    const size_t ranks = comm_->size();
+    return spec().parallelism().shard_weights() ? (packs + ranks - 1) / ranks : 0;
   }
 
   TrainerOutcome Step() {
@@ -185,7 +194,7 @@ class TrainingRun {
   absl::Status BuildPacks(std::vector<Pack>* packs, std::vector<PackRef>* mine, StepInput* input,
                           v1::StepMetrics* metrics) {
     const PreparedJob::Range range = job_->PacksOfStep(state_.step);
-    packs->reserve(range.count);
+    packs->reserve(range.count + 1);
     int64_t tokens = 0;
     for (int64_t i = 0; i < range.count; ++i) {
       absl::StatusOr<PackStream::Entry> entry = stream_.At(range.first + i);
@@ -199,6 +208,10 @@ class TrainingRun {
       if (i % comm_->size() == comm_->rank()) mine->push_back({&pack, i});
     }
     metrics->set_tokens(tokens);
+    if (mine->size() < PassesOf(range.count)) {
+      packs->push_back(IdlePack(spec().batch().micro_batch_tokens()));
+      mine->push_back({&packs->back(), range.count});
+    }
     return absl::OkStatus();
   }
 
