@@ -12,7 +12,9 @@ namespace {
 // of k. The registers are named by their size: a vector type that is wider than the machine's goes
 // through memory.
 template <int kBytes>
-constexpr int kTileRows = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 2;
+constexpr int kTileRows = kBytes == 64   ? 12
+                          : kBytes == 32 ? 6
+                                         : 2;
 
 template <int kBytes, int kRows, typename A>
 ATTUNE_INLINE void Tile(const GemmBlockArgs<A>& g, int64_t row, int64_t column) {
