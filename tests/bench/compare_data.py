@@ -59,8 +59,8 @@ def pss_kib(pid):
 
 
 def measure(command, **options):
-    """Output, seconds, and the worst proportional set size in MiB."""
-    begin = time.perf_counter()
+    """Output, seconds, CPU seconds, and the worst proportional set size in MiB."""
+    begin, before = time.perf_counter(), os.times()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True,
                                **options)
     worst, done = [0], threading.Event()
@@ -73,12 +73,14 @@ def measure(command, **options):
     watcher.start()
     output = process.stdout.read()
     code = process.wait()
-    seconds = time.perf_counter() - begin
+    seconds, after = time.perf_counter() - begin, os.times()
+    cpu = (after.children_user - before.children_user +
+           after.children_system - before.children_system)
     done.set()
     watcher.join()
     if code != 0:
         sys.exit(f"{command[0]} failed ({code})")
-    return output, seconds, worst[0] / 1024
+    return output, seconds, cpu, worst[0] / 1024
 
 
 def reference(file, tokenizer_directory, cache):
@@ -118,17 +120,18 @@ def main():
         (directory / "job.yaml").write_text(
             "model: {source: {path: model}}\ndatasets: [{source: {path: text.jsonl}}]\n"
             f"batch: {{micro_batch_tokens: {T}, micro_batches: 1}}\nschedule: {{steps: 10}}\n")
-        text, ours, our_mib = measure([args.bin / "attune-trainer", "inspect", "--spec",
+        text, ours, our_cpu, our_mib = measure([args.bin / "attune-trainer", "inspect", "--spec",
                                        directory / "job.yaml", "--threads", 2, "--samples", 0])
         found = re.search(r"([\d,]+) tokens", text)
-        line, theirs, their_mib = measure([sys.executable, __file__, "--model", args.model,
+        line, theirs, their_cpu, their_mib = measure([sys.executable, __file__, "--model", args.model,
                                            "--reference", directory / "text.jsonl",
                                            directory / "cache"],
                                           env=dict(os.environ, TOKENIZERS_PARALLELISM="false"))
         counts = json.loads(line.splitlines()[-1])
-        print(f"{args.mib} MiB of JSONL: attune {ours:.1f} s, {args.mib / ours:.1f} MiB/s, "
-              f"{our_mib:.0f} MiB of memory; datasets + tokenizers {theirs:.1f} s, "
-              f"{args.mib / theirs:.1f} MiB/s, {their_mib:.0f} MiB: {theirs / ours:.2f}x; "
+        print(f"{args.mib} MiB of JSONL: attune {ours:.1f} s ({our_cpu:.1f} of CPU), "
+              f"{args.mib / ours:.1f} MiB/s, {our_mib:.0f} MiB of memory; datasets + tokenizers "
+              f"{theirs:.1f} s ({their_cpu:.1f} of CPU), {args.mib / theirs:.1f} MiB/s, "
+              f"{their_mib:.0f} MiB: {theirs / ours:.2f}x; "
               f"{found.group(1) if found else '?'} tokens beside {counts['tokens']}")
     finally:
         shutil.rmtree(directory)
