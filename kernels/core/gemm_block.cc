@@ -8,70 +8,94 @@
 namespace attune {
 namespace {
 
-template <typename A>
-struct Vector {
-  // Bytes of one AVX-512 register; narrower machines use two or four.
-  typedef A Type __attribute__((vector_size(64), aligned(8)));
-  static constexpr int kSize = 64 / sizeof(A);
-};
+// A tile of C is kRows by 64 bytes of columns, as many registers as those take, held over the whole
+// of k. The registers are named by their size: a vector type that is wider than the machine's goes
+// through memory.
+template <int kBytes>
+constexpr int kTileRows = kBytes == 64   ? 12
+                          : kBytes == 32 ? 6
+                                         : 2;
 
-// kRows rows of C by one vector of columns, held in registers over the whole of k.
-template <int kRows, typename A>
+template <int kBytes, int kRows, typename A>
 ATTUNE_INLINE void Tile(const GemmBlockArgs<A>& g, int64_t row, int64_t column) {
-  using V = typename Vector<A>::Type;
+  typedef A V __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
+  constexpr int kVectors = 64 / kBytes, kSize = kBytes / sizeof(A);
   const A* a = g.a + row * g.a_row;
   const A* b = g.b + column;
   A* c = g.c + row * g.c_row + column;
-  V sum[kRows];
+  V sum[kRows][kVectors];
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    if (g.accumulate) {
-      std::memcpy(&sum[r], c + r * g.c_row, sizeof(V));
-    } else {
-      sum[r] = V{};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = g.accumulate ? *reinterpret_cast<const V*>(c + r * g.c_row + v * kSize) : V{};
     }
   }
   for (int64_t i = 0; i < g.k; ++i) {
-    V line;
-    std::memcpy(&line, b + i * g.b_row, sizeof(V));
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r] += line * a[r * g.a_row + i * g.a_column];
+    V line[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      line[v] = *reinterpret_cast<const V*>(b + i * g.b_row + v * kSize);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const A value = a[r * g.a_row + i * g.a_column];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += line[v] * value;
+    }
   }
-  for (int r = 0; r < kRows; ++r) std::memcpy(c + r * g.c_row, &sum[r], sizeof(V));
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      *reinterpret_cast<V*>(c + r * g.c_row + v * kSize) = sum[r][v];
+    }
+  }
 }
+
+// Rows from `row` on, in tiles of kRows and then of half as many.
+template <int kBytes, int kRows, typename A>
+ATTUNE_INLINE void Rows(const GemmBlockArgs<A>& g, int64_t row, int64_t column) {
+  for (; row + kRows <= g.m; row += kRows) Tile<kBytes, kRows>(g, row, column);
+  if constexpr (kRows > 1) Rows<kBytes, kRows / 2>(g, row, column);
+}
+
+template <int kBytes, typename A>
+ATTUNE_INLINE void Product(const GemmBlockArgs<A>& g) {
+  for (int64_t column = 0; column < g.n; column += 64 / sizeof(A)) {
+    Rows<kBytes, kTileRows<kBytes>>(g, 0, column);
+  }
+}
+
+#ifdef ATTUNE_HAS_CLONES
+template <typename A>
+__attribute__((target("arch=x86-64-v4"))) void RunV4(const GemmBlockArgs<A>& args) {
+  Product<64>(args);
+}
+template <typename A>
+__attribute__((target("arch=x86-64-v3"))) void RunV3(const GemmBlockArgs<A>& args) {
+  Product<32>(args);
+}
+#endif
 
 template <typename A>
-ATTUNE_INLINE void Product(const GemmBlockArgs<A>& g) {
-  constexpr int kRows = 6;
-  for (int64_t column = 0; column < g.n; column += Vector<A>::kSize) {
-    int64_t row = 0;
-    for (; row + kRows <= g.m; row += kRows) Tile<kRows>(g, row, column);
-    if (row + 4 <= g.m) {
-      Tile<4>(g, row, column);
-      row += 4;
-    }
-    if (row + 2 <= g.m) {
-      Tile<2>(g, row, column);
-      row += 2;
-    }
-    if (row < g.m) Tile<1>(g, row, column);
-  }
-}
-
-ATTUNE_CLONES void Run(const GemmBlockArgs<float>& args) {
-  Product(args);
-}
-ATTUNE_CLONES void Run(const GemmBlockArgs<double>& args) {
-  Product(args);
+void Run(const GemmBlockArgs<A>& args) {
+  CHECK(args.n % kGemmPad == 0);
+#ifdef ATTUNE_HAS_CLONES
+  static const bool v4 = __builtin_cpu_supports("x86-64-v4") != 0;
+  static const bool v3 = __builtin_cpu_supports("x86-64-v3") != 0;
+  if (v4) return RunV4(args);
+  if (v3) return RunV3(args);
+#endif
+  Product<16>(args);
 }
 
 }  // namespace
 
 void GemmBlock(const GemmBlockArgs<float>& args) {
-  CHECK(args.n % kGemmPad == 0);
   Run(args);
 }
 void GemmBlock(const GemmBlockArgs<double>& args) {
-  CHECK(args.n % kGemmPad == 0);
   Run(args);
 }
 

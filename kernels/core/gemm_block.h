@@ -3,7 +3,8 @@
 // on small blocks that lie in cache. A has any strides; rows of B and C are padded to multiples of
 // kGemmPad elements, and n counts the padding (B's may hold anything finite; C's is written).
 // Every element of C sums over k in ascending order, so results do not hang on the blocking
-// elsewhere, the number of threads or the instruction set.
+// elsewhere or the number of threads. Where the machine multiplies and adds at once they are
+// rounded once.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,8 @@
 // The binary runs on any x86-64; hot functions are compiled once more for AVX2 and AVX-512 and
 // chosen when the program is loaded (ATTUNE_CLONES). Results do not hang on the choice: no
 // contraction (-ffp-contract=off), and sums run over a fixed number of lanes that are added up in
-// a fixed order, however many registers they fill.
+// a fixed order, however many registers they fill. (GemmBlock does contract, as products in
+// libraries do.)
 //
 // A cloned function is a leaf over rows: no lambdas and no OpenMP regions inside, since those are
 // compiled apart, for the baseline.
@@ -18,6 +19,7 @@
 // The resolvers run before a sanitizer's run time is up.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define ATTUNE_HAS_CLONES
 #define ATTUNE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ATTUNE_CLONES

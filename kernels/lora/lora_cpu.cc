@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/core/dispatch.h"
+#include "kernels/core/parallel.h"
 #include "kernels/lora/lora.h"
 
 namespace attune {
@@ -12,6 +13,7 @@ void Extend(const LoraExtendArgs& a) {
   const int64_t r = a.parts[0].a.dim(0), K = a.parts[0].a.dim(1);
   const int64_t E = a.w.dim(1) - K, N = a.w.dim(0) - E, stride = a.w.stride(0);
   T* w = a.w.As<T>();
+#pragma omp parallel for schedule(static) if (WorthThreads(N * E))
   for (int64_t n = 0; n < N; ++n) std::fill_n(w + n * stride + K, E, T{});
   for (int64_t e = 0; e < E; ++e) std::fill_n(w + (N + e) * stride, K, T{});
   for (size_t i = 0; i < a.parts.size(); ++i) {

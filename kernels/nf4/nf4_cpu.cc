@@ -78,20 +78,35 @@ void Quantize(const Nf4QuantizeArgs& a) {
   }
 }
 
-// The two values of each packed byte.
-std::array<float, 512> MakePairs() {
-  std::array<float, 512> pairs;
-  for (int byte = 0; byte < 256; ++byte) {
-    pairs[2 * byte] = Nf4Values()[byte >> 4];
-    pairs[2 * byte + 1] = Nf4Values()[byte & 15];
-  }
-  return pairs;
-}
-
+// n values from the high half of the first byte on, or from its low half, times absmax.
 template <typename T>
-ATTUNE_CLONES void ScaleValues(const float* values, float absmax, T* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) StoreRounded<T>(values[i] * absmax, &out[i]);
+ATTUNE_CLONES void DecodeBlock(const uint8_t* packed, bool low_half, const float* table,
+                               float absmax, T* out, int64_t n) {
+  alignas(32) float scaled[16];
+  for (int i = 0; i < 16; ++i) scaled[i] = table[i] * absmax;
+  if (low_half && n > 0) {
+    StoreRounded<T>(scaled[*packed++ & 15], out++);
+    --n;
+  }
+  int64_t i = 0;
+#ifdef ATTUNE_HAS_CLONES  // clang has no such shuffle
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef int32_t Ints __attribute__((vector_size(32)));
+  Floats low, high;
+  std::memcpy(&low, scaled, sizeof(low));
+  std::memcpy(&high, scaled + 8, sizeof(high));
+  for (; i + 8 <= n; i += 8) {
+    int32_t w;
+    std::memcpy(&w, packed + i / 2, sizeof(w));
+    const Ints codes = (Ints{w, w, w, w, w, w, w, w} >> Ints{4, 0, 12, 8, 20, 16, 28, 24}) & 15;
+    const Floats values = __builtin_shuffle(low, high, codes);
+    for (int j = 0; j < 8; ++j) StoreRounded<T>(values[j], &out[i + j]);
+  }
+#endif
+  for (; i < n; ++i) {
+    const int byte = packed[i / 2];
+    StoreRounded<T>(scaled[i % 2 == 0 ? byte >> 4 : byte & 15], &out[i]);
+  }
 }
 
 struct Source {
@@ -111,24 +126,14 @@ struct Source {
 
 // Elements [begin, end) of the shard.
 template <typename T>
-void DequantizeRow(const Source& source, const float* pairs, int64_t begin, int64_t end, T* out) {
+void DequantizeRow(const Source& source, int64_t begin, int64_t end, T* out) {
   for (int64_t e = begin; e < end;) {
     const int64_t block = e / kNf4Block;
     const int64_t stop = std::min(end, (block + 1) * kNf4Block);
-    float values[kNf4Block + 2];
-    const int64_t first_byte = e / 2;
-    for (int64_t byte = first_byte; byte < (stop + 1) / 2; ++byte) {
-      std::memcpy(values + 2 * (byte - first_byte), pairs + 2 * source.packed[byte],
-                  2 * sizeof(float));
-    }
-    ScaleValues(values + (e & 1), source.AbsMax(block), out + (e - begin), stop - e);
+    DecodeBlock(source.packed + e / 2, e % 2 != 0, Nf4Values(), source.AbsMax(block),
+                out + (e - begin), stop - e);
     e = stop;
   }
-}
-
-const float* Pairs() {
-  static const std::array<float, 512> pairs = MakePairs();
-  return pairs.data();
 }
 
 template <typename Args>
@@ -149,7 +154,7 @@ void Dequantize(const Nf4DequantizeArgs& a) {
 #pragma omp parallel for schedule(static) if (WorthThreads(N * K))
   for (int64_t n = 0; n < N; ++n) {
     const int64_t begin = a.first_element + n * K;
-    DequantizeRow(source, Pairs(), begin, begin + K, a.out.As<T>() + n * a.out.stride(0));
+    DequantizeRow(source, begin, begin + K, a.out.As<T>() + n * a.out.stride(0));
   }
 }
 
@@ -201,7 +206,7 @@ void Nf4ToFp8Cpu(const Exec& exec, const Nf4ToFp8Args& a) {
     float values[kNf4Block];
     for (int64_t k = 0; k < K; k += kNf4Block) {
       const int64_t count = std::min(kNf4Block, K - k);
-      DequantizeRow(source, Pairs(), n * K + k, n * K + k + count, values);
+      DequantizeRow(source, n * K + k, n * K + k + count, values);
       for (int64_t i = 0; i < count; ++i) {
         const Float8E4M3 code(values[i] * inverse);
         (turned ? q[(k + i) * out.stride(0) + n] : q[n * out.stride(0) + k + i]) = code;

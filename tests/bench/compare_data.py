@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokenising and packing a large JSONL file beside Hugging Face `datasets` + `tokenizers`.
 
-    python3 tests/bench/compare_data.py [--bin build/release/bin] [--mib 1024] [--model DIR]
+    python3 tests/bench/compare_data.py [--bin build/release/bin] [--mib 1024] [--model DIR] [--json FILE]
 
 Needs transformers and datasets. The file holds plain text (seeded, lines of about 1 KB). Ours is
 `attune-trainer inspect`, which also checks every line, looks for duplicates and counts. Theirs loads
@@ -59,8 +59,8 @@ def pss_kib(pid):
 
 
 def measure(command, **options):
-    """Output, seconds, and the worst proportional set size in MiB."""
-    begin = time.perf_counter()
+    """Output, seconds, CPU seconds, and the worst proportional set size in MiB."""
+    begin, before = time.perf_counter(), os.times()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True,
                                **options)
     worst, done = [0], threading.Event()
@@ -73,12 +73,14 @@ def measure(command, **options):
     watcher.start()
     output = process.stdout.read()
     code = process.wait()
-    seconds = time.perf_counter() - begin
+    seconds, after = time.perf_counter() - begin, os.times()
+    cpu = (after.children_user - before.children_user +
+           after.children_system - before.children_system)
     done.set()
     watcher.join()
     if code != 0:
         sys.exit(f"{command[0]} failed ({code})")
-    return output, seconds, worst[0] / 1024
+    return output, seconds, cpu, worst[0] / 1024
 
 
 def reference(file, tokenizer_directory, cache):
@@ -107,6 +109,7 @@ def main():
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--model", type=pathlib.Path,
                         default=HERE.parents[1] / "examples/quickstart/model")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures here, too")
     parser.add_argument("--reference", type=pathlib.Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.reference:
@@ -118,18 +121,27 @@ def main():
         (directory / "job.yaml").write_text(
             "model: {source: {path: model}}\ndatasets: [{source: {path: text.jsonl}}]\n"
             f"batch: {{micro_batch_tokens: {T}, micro_batches: 1}}\nschedule: {{steps: 10}}\n")
-        text, ours, our_mib = measure([args.bin / "attune-trainer", "inspect", "--spec",
+        text, ours, our_cpu, our_mib = measure([args.bin / "attune-trainer", "inspect", "--spec",
                                        directory / "job.yaml", "--threads", 2, "--samples", 0])
         found = re.search(r"([\d,]+) tokens", text)
-        line, theirs, their_mib = measure([sys.executable, __file__, "--model", args.model,
+        if not found:
+            sys.exit(f"no count of tokens in {text!r}")
+        line, theirs, their_cpu, their_mib = measure([sys.executable, __file__, "--model", args.model,
                                            "--reference", directory / "text.jsonl",
                                            directory / "cache"],
                                           env=dict(os.environ, TOKENIZERS_PARALLELISM="false"))
         counts = json.loads(line.splitlines()[-1])
-        print(f"{args.mib} MiB of JSONL: attune {ours:.1f} s, {args.mib / ours:.1f} MiB/s, "
-              f"{our_mib:.0f} MiB of memory; datasets + tokenizers {theirs:.1f} s, "
-              f"{args.mib / theirs:.1f} MiB/s, {their_mib:.0f} MiB: {theirs / ours:.2f}x; "
-              f"{found.group(1) if found else '?'} tokens beside {counts['tokens']}")
+        print(f"{args.mib} MiB of JSONL: attune {ours:.1f} s ({our_cpu:.1f} of CPU), "
+              f"{args.mib / ours:.1f} MiB/s, {our_mib:.0f} MiB of memory; datasets + tokenizers "
+              f"{theirs:.1f} s ({their_cpu:.1f} of CPU), {args.mib / theirs:.1f} MiB/s, "
+              f"{their_mib:.0f} MiB: {theirs / ours:.2f}x; "
+              f"{found.group(1)} tokens beside {counts['tokens']}")
+        if args.json:
+            args.json.write_text(json.dumps([dict(
+                mib=args.mib, attune_s=ours, attune_cpu_s=our_cpu, attune_peak_mib=our_mib,
+                attune_tokens=int(found.group(1).replace(",", "")), datasets_s=theirs,
+                datasets_cpu_s=their_cpu, datasets_peak_mib=their_mib,
+                datasets_tokens=counts["tokens"])], indent=1) + "\n")
     finally:
         shutil.rmtree(directory)
 

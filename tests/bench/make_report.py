@@ -3,11 +3,14 @@
 
     python3 tests/bench/make_report.py
 
-A file holds one session on one GPU:
+A file holds one session on one machine. On a GPU:
   {"gpu": ..., "date": ..., "commit": ..., "note": ...,
    "steps": [rows of train_bench --json], "peers": [{"program", "batch", "sequence", "tokens_per_s",
    "peak_gib", "loss", "grad_norm"}], "kernels": [rows of {"op", "result", "roof"}],
    "parity": what loss_parity --json writes, with losses rounded and the "model" in words}
+On a CPU:
+  {"cpu": ..., "date": ..., "commit": ..., "note": ..., "training": rows of compare_cpu --json,
+   "data": [rows of compare_data --json]}
 Every figure in the page comes from these files; nothing is typed into the page by hand."""
 import json
 import pathlib
@@ -67,6 +70,44 @@ def peer_rows(session):
                f"{p['grad_norm']:.3f}", f"{best['tokens_per_s']:,.0f}" if best else "-",
                f"{best['peak_gib']:.2f}" if best else "-",
                f"{best['tokens_per_s'] / p['tokens_per_s']:.2f}" if best else "-")
+
+
+def cpu_rows(session):
+    for r in session["training"]:
+        ours, theirs = r["attune"], r["reference"]
+        mode = r["mode"]
+        if mode == "lora-bf16" and r["computed_in"] == "f32":
+            mode += ", ours in f32"
+        yield (f"{r['parameters'] / 1e6:.1f}M", mode, r["data"], f"{r['tokens_per_step']:.0f}",
+               f"{ours['tokens_per_s']:,.0f}", f"{theirs['tokens_per_s']:,.0f}",
+               f"{r['faster']:.2f}", f"{r['faster_by_cpu_time']:.2f}", f"{ours['peak_mib']:,.0f}",
+               f"{theirs['peak_mib']:,.0f}", f"{r['of_its_memory']:.2f}",
+               f"{ours['losses'][-1]:.4f}", f"{theirs['losses'][-1]:.4f}")
+
+
+def cpu_part(session):
+    page = ["", "### Training beside Transformers + PEFT (+ bitsandbytes)", "",
+            "`compare_cpu.py`: both in one run, in turns, with all cores; the same weights, adapter "
+            "and documents. full: documents of one",
+            "length, all tokens trained; mixed: lengths between an eighth and all of that, half of "
+            "each a prompt, which the reference pads to the",
+            "batch's longest. Tokens are those of documents. Ratios above 1: attune is faster; "
+            "memory: peak resident set, MiB.", ""]
+    page += table(("model", "mode", "data", "tokens a step", "attune tok/s", "reference tok/s",
+                   "ratio", "by CPU time", "attune MiB", "reference MiB", "of it", "last loss",
+                   "reference's"), cpu_rows(session))
+    if session.get("data"):
+        page += ["", "### Tokenising and packing beside `datasets` + `tokenizers`", "",
+                 "`compare_data.py`: JSONL of plain text, two threads and two processes; memory: the "
+                 "worst sum of proportional set sizes.", ""]
+        page += table(("JSONL MiB", "attune s", "CPU s", "MiB", "datasets s", "CPU s", "MiB",
+                       "ratio", "tokens", "tokens there"),
+                      [(d["mib"], f"{d['attune_s']:.0f}", f"{d['attune_cpu_s']:.0f}",
+                        f"{d['attune_peak_mib']:,.0f}", f"{d['datasets_s']:,.0f}",
+                        f"{d['datasets_cpu_s']:,.0f}", f"{d['datasets_peak_mib']:,.0f}",
+                        f"{d['datasets_s'] / d['attune_s']:.2f}", f"{d['attune_tokens']:,}",
+                        f"{d['datasets_tokens']:,}") for d in session["data"]])
+    return page
 
 
 def plot(session, path):
@@ -154,7 +195,7 @@ def main():
             "GPUs other than sm_90 were not run."]
     for path in sorted(FOLDER.glob("*.json"), reverse=True):
         session = json.loads(path.read_text())
-        page += ["", f"## {session['gpu']}, {session['date']}, commit {session['commit']}"]
+        page += ["", f"## {session.get('gpu') or session['cpu']}, {session['date']}, commit {session['commit']}"]
         if session.get("note"):
             page += ["", session["note"]]
         if session.get("steps"):
@@ -182,6 +223,8 @@ def main():
                 page += ["", f"![Speed over memory](benchmarks/{svg.name})"]
         if session.get("parity"):
             page += parity_part(session["parity"], path.with_name(path.stem + "-losses.svg"))
+        if session.get("training"):
+            page += cpu_part(session)
         if session.get("kernels"):
             page += ["", "### Ops", ""]
             page += table(("op", "result", "of its roof"),

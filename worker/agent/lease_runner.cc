@@ -47,6 +47,17 @@ absl::Status WriteFileDurably(const std::string& path, const std::string& text) 
       absl::StrCat("cannot write ", path, ": ", std::strerror(error)));
 }
 
+// Trainers share cores with each other and with what else the host does: a thread that waits for
+// others of its team sleeps after about a tenth of a millisecond (libgomp's own measure is some
+// milliseconds). The agent's own environment has the last word.
+void LimitSpinning(std::vector<std::string>* environment) {
+  constexpr absl::string_view kName = "GOMP_SPINCOUNT=";
+  for (const std::string& entry : *environment) {
+    if (absl::StartsWith(entry, kName)) return;
+  }
+  environment->push_back(absl::StrCat(kName, 5000));
+}
+
 std::string RandomToken() {
   std::random_device random;
   return absl::StrFormat("%08x%08x%08x%08x", random(), random(), random(), random());
@@ -370,6 +381,7 @@ absl::Status LeaseRunner::StartTrainer(int rank) {
   options.environment = context_->environment;
   options.environment.push_back(
       absl::StrCat("OMP_NUM_THREADS=", std::max(1, assignment.device().threads())));
+  LimitSpinning(&options.environment);
   AddGpu(assignment, &options.environment);
   absl::Status status = WriteFileDurably(options.assignment_file, assignment.SerializeAsString());
   if (!status.ok()) return status;

@@ -71,6 +71,9 @@ class MappedFile {
   std::string path_;
 };
 
+// Lets the memory of a piece of a mapped file go; its pages are read again when they are touched.
+void ForgetPages(absl::Span<const uint8_t> mapped);
+
 // A file that is written piece by piece and appears under its name at Commit. Without Commit
 // the temporary file is removed by the destructor.
 class AtomicFileWriter {

@@ -1,11 +1,16 @@
 #include "worker/model/checkpoint_source.h"
 
 #include <cstring>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "worker/io/json.h"
 
 namespace attune {
+
+void CheckpointWeights::Found(absl::Span<const uint8_t> bytes) const {
+  ForgetPages(std::exchange(found_, bytes));
+}
 
 absl::StatusOr<TensorView> CheckpointWeights::Find(const std::string& name) const {
   absl::StatusOr<TensorInfo> info = checkpoint_.Find(name);
@@ -14,6 +19,7 @@ absl::StatusOr<TensorView> CheckpointWeights::Find(const std::string& name) cons
     return absl::InvalidArgumentError(
         absl::StrCat("tensor ", name, " has ", info->shape.size(), " dimensions"));
   }
+  Found(info->bytes);
   const uint8_t* data = info->bytes.data();
   if (reinterpret_cast<uintptr_t>(data) % DTypeBytes(info->dtype) != 0) {
     aligned_.resize((info->bytes.size() + 7) / 8);
@@ -53,7 +59,10 @@ absl::StatusOr<Nf4Weight> CheckpointWeights::FindNf4(const std::string& name,
                  double_quantization ? "true" : "false", "; the two do not belong together");
   }
   nf4_ = *std::move(tensor);
-  return nf4_.weight();
+  const Nf4Weight weight = nf4_.weight();
+  Found({static_cast<const uint8_t*>(weight.packed.data),
+         static_cast<size_t>(weight.packed.bytes())});
+  return weight;
 }
 
 namespace {

@@ -12,7 +12,7 @@
 namespace attune {
 
 // A checkpoint's tensors. A view is valid until the next Find: a tensor that is not aligned in
-// its file is copied.
+// its file is copied, and the pages of one that is leave memory, so that it never holds the file.
 class CheckpointWeights : public WeightSource {
  public:
   explicit CheckpointWeights(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
@@ -21,7 +21,10 @@ class CheckpointWeights : public WeightSource {
                                     bool double_quantization) const override;
 
  private:
+  void Found(absl::Span<const uint8_t> bytes) const;
+
   Checkpoint checkpoint_;
+  mutable absl::Span<const uint8_t> found_;  // by the last Find
   mutable std::vector<uint64_t> aligned_;
   mutable Nf4Tensor nf4_;
 };

@@ -45,7 +45,7 @@ std::vector<float> Expanded(const Nf4Tensor& tensor, WeightStorage storage, bool
   FrozenMatrix matrix(ctx, {.storage = storage, .resident = resident},
                       {{.rows = tensor.state().rows}}, tensor.state().columns);
   matrix.Load(ctx, 0, tensor.weight());
-  const TensorView out = matrix.Expand(ctx);
+  const TensorView out = matrix.Expand(ctx, Direction::kForward);
   return std::vector<float>(out.As<float>(), out.As<float>() + out.size());
 }
 

@@ -26,7 +26,7 @@ struct EngineOptions {
   DType dtype = DType::kF32;
   bool deterministic = true;
   // Base and adapter as one product; not with dropout.
-  bool fused_lora = false;
+  bool fused_lora = true;
   bool resident = false;  // NF4 values kept expanded
   bool prefetch = false;  // else: expanded one ahead
   int shards = 1;         // ranks that share the NF4 weights, and which of them this is

@@ -298,6 +298,7 @@ class FusedTest : public testing::TestWithParam<const char*> {};
 TEST_P(FusedTest, OneProductGivesWhatSeparateOnesGive) {
   for (const bool resident : {false, true}) {
     GoldenCase golden = LoadGoldenCase(kGolden + GetParam(), DType::kF32);
+    golden.options.fused_lora = false;
     const StepOutcome<float> separate = OneStep(golden);
     golden.options.fused_lora = true;
     golden.options.resident = resident;

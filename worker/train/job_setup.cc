@@ -500,7 +500,6 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   const v1::JobSpec& spec = job->assignment.spec();
   if (engine.device == DeviceKind::kCpu) return Engine::Plan(engine, *job->weights);
   engine.deterministic = spec.deterministic();
-  engine.fused_lora = spec.lora().dropout() == 0;
   const PlacementLimits limits = LimitsOf(spec.resources());
   absl::StatusOr<v1::MemoryEstimate> memory =
       ChoosePlacement(limits, RatesOf(DeviceName()), MeanContext(job->train), &engine);

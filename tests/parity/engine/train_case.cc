@@ -1,10 +1,11 @@
 // Trains the adapter of a golden case for its first steps and writes it as a job would:
 //   train_case CASE STEPS OUT [f32|bf16]       CASE and OUT are directories
-// Prints the losses and the seconds of the steps, as JSON. For check_peft.py, which loads the
-// adapter with PEFT, and tests/bench/compare_cpu.py.
+// Prints the losses and the steps' seconds and CPU seconds, as JSON. For check_peft.py, which loads
+// the adapter with PEFT, and tests/bench/compare_cpu.py.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 
 #include "tests/parity/engine/golden_case.h"
 #include "worker/train/schedule.h"
@@ -22,9 +23,10 @@ int main(int argc, char** argv) {
   std::unique_ptr<Communicator> self = NewSelfCommunicator();
   const int64_t steps =
       std::min<int64_t>(std::atoi(argv[2]), static_cast<int64_t>(golden.steps.size()));
-  Json losses = Json::array(), seconds = Json::array();
+  Json losses = Json::array(), seconds = Json::array(), cpu_seconds = Json::array();
   for (int64_t s = 0; s < steps; ++s) {
     const auto begin = std::chrono::steady_clock::now();
+    const std::clock_t cpu_begin = std::clock();
     GoldenStep step = StepOf(golden, s);
     step.input.learning_rate =
         LearningRate(spec.schedule(), spec.optimizer().learning_rate(), s, steps);
@@ -36,8 +38,10 @@ int main(int argc, char** argv) {
     losses.push_back(result->loss);
     seconds.push_back(
         std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    cpu_seconds.push_back(static_cast<double>(std::clock() - cpu_begin) / CLOCKS_PER_SEC);
   }
-  std::printf("%s\n", Json{{"losses", losses}, {"seconds", seconds}}.dump().c_str());
+  const Json out = {{"losses", losses}, {"seconds", seconds}, {"cpu_seconds", cpu_seconds}};
+  std::printf("%s\n", out.dump().c_str());
   const absl::Status s = WritePeftAdapter(engine->context(), *engine->adapters(), {}, argv[3]);
   if (!s.ok()) std::fprintf(stderr, "%s\n", s.ToString().c_str());
   return s.ok() ? 0 : 1;
