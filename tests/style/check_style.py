@@ -28,7 +28,7 @@ MAY_INCLUDE = {
     "worker/data": {"worker/data", "worker/io", "kernels/core"},
     "worker/memory": {"worker/memory", "kernels/core"},
     "worker/shard": {"worker/shard", "kernels/core"},
-    "worker/layers": {"worker/layers", "worker/memory", "kernels"},
+    "worker/layers": {"worker/layers", "worker/memory", "worker/shard", "kernels"},
     "worker/model": {"worker/model", "worker/layers", "worker/memory", "worker/io", "kernels"},
     "worker/methods": {"worker/methods", "worker/model", "worker/layers", "worker/memory",
                        "worker/data", "kernels"},
