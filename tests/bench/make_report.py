@@ -25,10 +25,33 @@ def table(head, rows):
 
 
 def weights_of(row):
-    if row["weights"] != "nf4":
+    if not row["weights"].startswith("nf4"):
         return row["weights"]
     expanded = row["expanded"] or row.get("placement", "").startswith("weights expanded")
-    return "nf4, kept expanded" if expanded else "nf4, expanded at use"
+    return row["weights"] + (", kept expanded" if expanded else ", expanded at use")
+
+
+def work_of(row):
+    text = ("log-normal, " if row.get("log_normal") else "") + f"{row['batch']}x{row['sequence']}"
+    if row.get("ranks", 1) > 1:
+        text += f" on each of {row['ranks']} ranks"
+        text += " that share the weights" if row["share_weights"] else ""
+    return text + (f" ({row['label']})" if row.get("label") else "")
+
+
+def rank_rows(session):
+    """What several GPUs give together, in units of the slower one of those that work alone."""
+    for r in session["steps"]:
+        if r.get("ranks", 1) == 1:
+            continue
+        alone = [a["tokens_per_s"] for a in session["steps"]
+                 if a.get("ranks", 1) == 1 and a["model"] == r["model"]
+                 and a["weights"] == r["weights"] and a["sequence"] == r["sequence"]
+                 and a["micro_batch_tokens"] == r["micro_batch_tokens"]]
+        if alone:
+            together = r["ranks"] * r["tokens_per_s"]
+            yield (r["model"], work_of(r), r["weights"], f"{together:,.0f}",
+                   f"{min(alone):,.0f} to {max(alone):,.0f}", f"{together / min(alone):.2f}")
 
 
 def placement_of(row):
@@ -46,9 +69,8 @@ def step_rows(session):
         roof = r["frozen_roof_tokens_per_s"]
         share = f"{100 * r['tokens_per_s'] / roof:.1f} % of {roof:,.0f}" if roof else ""
         predicted = r["predicted_tokens_per_s"]
-        lengths = "log-normal, " if r.get("log_normal") else ""
         rank = f", r {r['r']}" if r["r"] != 16 else ""
-        yield (r["model"] + rank, f"{lengths}{r['batch']}x{r['sequence']}",
+        yield (r["model"] + rank, work_of(r),
                r["micro_batch_tokens"],
                weights_of(r), placement_of(r), f"{r['tokens_per_s']:,.0f}", share,
                f"{r['tflops']:.0f}" if "tflops" in r else "",
@@ -59,17 +81,22 @@ def step_rows(session):
 
 
 def peer_rows(session):
-    """Each peer beside ours on the same work that takes no more memory."""
+    """Each peer beside ours on the same work that takes no more memory: with products in bf16, as
+    the peer's, and with those of 8-bit floats."""
     for p in session["peers"]:
-        ours = [r for r in session["steps"]
-                if r["model"] == p["model"] and r["batch"] == p["batch"]
-                and r["sequence"] == p["sequence"] and r["peak_gib"] <= 1.001 * p["peak_gib"]]
-        best = max(ours, key=lambda r: r["tokens_per_s"], default=None)
-        yield (p["program"], p["model"], f"{p['batch']}x{p['sequence']}",
-               f"{p['tokens_per_s']:,.0f}", f"{p['peak_gib']:.2f}", f"{p['loss']:.3f}",
-               f"{p['grad_norm']:.3f}", f"{best['tokens_per_s']:,.0f}" if best else "-",
-               f"{best['peak_gib']:.2f}" if best else "-",
-               f"{best['tokens_per_s'] / p['tokens_per_s']:.2f}" if best else "-")
+        for products, fp8 in (("bf16", False), ("8-bit floats", True)):
+            ours = [r for r in session["steps"]
+                    if r["model"] == p["model"] and r["batch"] == p["batch"]
+                    and r["sequence"] == p["sequence"] and r["peak_gib"] <= 1.001 * p["peak_gib"]
+                    and ("fp8" in r["weights"]) == fp8]
+            if not ours:
+                continue
+            best = max(ours, key=lambda r: r["tokens_per_s"])
+            yield (p["program"], p["model"], f"{p['batch']}x{p['sequence']}",
+                   f"{p['tokens_per_s']:,.0f}", f"{p['peak_gib']:.2f}", f"{p['loss']:.3f}",
+                   f"{p['grad_norm']:.3f}", products, f"{best['tokens_per_s']:,.0f}",
+                   f"{best['peak_gib']:.2f}", f"{best['loss']:.3f}",
+                   f"{best['tokens_per_s'] / p['tokens_per_s']:.2f}")
 
 
 def cpu_rows(session):
@@ -113,7 +140,8 @@ def cpu_part(session):
 def plot(session, path):
     """Tokens/s over peak memory (log) of every 8B row with 16k tokens a step."""
     import math
-    points = [("attune", r["peak_gib"], r["tokens_per_s"]) for r in session["steps"]
+    points = [("attune, 8-bit products" if "fp8" in r["weights"] else "attune", r["peak_gib"],
+               r["tokens_per_s"]) for r in session["steps"]
               if r["model"] == "8b" and r["sequence"] == 2048]
     points += [(p["program"], p["peak_gib"], p["tokens_per_s"]) for p in session["peers"]
                if p["model"] == "8b" and p["sequence"] == 2048]
@@ -202,7 +230,7 @@ def main():
             page += ["", "### Optimiser steps", "",
                      "Random weights and tokens, full-length sequences where nothing else is said, LoRA "
                      "r 16 on all linear",
-                     "layers, bf16 products, AdamW;",
+                     "layers, bf16 products where nothing else is said, AdamW;",
                      "median of the timed steps. Roof: only the frozen model's products and "
                      "attention, measured in the same",
                      "run. Memory: the driver's peak less the context. `plan`: the planned arena "
@@ -212,12 +240,18 @@ def main():
             page += table(("model", "step", "pack", "weights", "activations", "tok/s", "of roof",
                            "TFLOP/s", "GiB", "plan", "model", "host GiB", "loss", "grad norm", "load s",
                            "first step s"), step_rows(session))
+        ranks = list(rank_rows(session)) if session.get("steps") else []
+        if ranks:
+            page += ["", "### Several GPUs", ""]
+            page += table(("model", "step", "weights", "tok/s of all", "tok/s of one alone",
+                           "together / slower one"), ranks)
         if session.get("peers"):
             page += ["", "### Beside others on the same machine", "",
                      "Each peer's own peak, and our fastest row on the same work that takes no "
                      "more.", ""]
             page += table(("program", "model", "step", "tok/s", "GiB", "loss", "grad norm",
-                           "attune tok/s", "GiB", "ratio"), peer_rows(session))
+                           "our products", "attune tok/s", "GiB", "loss", "ratio"),
+                          peer_rows(session))
             svg = path.with_suffix(".svg")
             if plot(session, svg):
                 page += ["", f"![Speed over memory](benchmarks/{svg.name})"]
