@@ -128,6 +128,14 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   return engine;
 }
 
+absl::StatusOr<bool> Engine::RanksAgree(uint16_t number, Communicator* comm) {
+  // Of whole numbers the sums are exact. Where they differ some rank sees it, and ends.
+  Upload(ctx_.exec, {static_cast<double>(number), 0.0}, evaluation_);
+  if (absl::Status s = comm->AllReduceSum(ctx_.exec, evaluation_); !s.ok()) return s;
+  if (absl::Status s = comm->Wait(); !s.ok()) return s;
+  return Download(ctx_.exec, evaluation_)[0] == static_cast<double>(number) * comm->size();
+}
+
 absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
                                              absl::Span<const PackRef> packs, Communicator* comm,
                                              const std::function<void()>& progress) {

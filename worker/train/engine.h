@@ -78,6 +78,9 @@ class Engine {
                                                         int64_t arena_bytes,
                                                         const std::function<void()>& progress);
 
+  // Whether all ranks call it with the same number (below 2^16).
+  absl::StatusOr<bool> RanksAgree(uint16_t number, Communicator* comm);
+
   // One optimiser step over this rank's packs and, through `comm`, those of the others. Ranks that
   // share weights need each other in every pass: as many packs each.
   absl::StatusOr<StepResult> TrainStep(const StepInput& input, absl::Span<const PackRef> packs,
