@@ -7,6 +7,7 @@
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
+#include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/lora/lora.h"
 #include "kernels/matmul/matmul.h"
@@ -780,6 +781,106 @@ TEST_F(CudaOps, LoraExtend) {
                        const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
                        LoraExtend(exec, {.parts = parts, .w = v[4], .scale = 0.25});
                      });
+    }
+  }
+}
+
+// The codes have the same bits; a product of them is summed with fewer.
+TEST_F(CudaOps, Fp8) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const int64_t e : {0, 6, 32}) {
+      for (const int64_t K : {40, 4096, 5001, 40000}) {
+        const int64_t M = 9, X = Fp8Extension(e);
+        ExpectGpuAsCpu("fp8 rows",
+                       {{Random(dtype, {M, K + e}, 8)},
+                        {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
+                        {Tensor(DType::kF32, {M})}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         Fp8Quantize(exec, {.x = v[0], .e = e, .q = v[1], .scale = v[2]});
+                       });
+      }
+    }
+    for (const int64_t r : {3, 16}) {
+      const int64_t K = 112, N = 80, X = Fp8Extension(2 * r), M = 50;
+      Tensor scale(DType::kF32, {K});
+      ExpectGpuAsCpu("fp8 weight",
+                     {{Random(dtype, {N, K}, 8, 0.02)},
+                      {scale.Constant(0.0)},
+                      {Tensor(DType::kF8E4M3, {N, K + X}, 16)},
+                      {Tensor(DType::kF8E4M3, {K, N + X}, 16)},
+                      {Random(dtype, {r, K})},
+                      {Random(dtype, {20, r}, 0, 0.01)},
+                      {Random(dtype, {r, K})},
+                      {Random(dtype, {25, r}, 0, 0.01)},
+                      {Random(dtype, {M, K + 2 * r}, 0, 3.0)},
+                      {Tensor(DType::kF8E4M3, {M, K + X})},
+                      {Tensor(DType::kF32, {M})},
+                      {Tensor(dtype, {M, N}, 8), 4e-3}},
+                     [&](const Exec& exec, const Views& v, Scratch& scratch) {
+                       Fp8WeightScale(exec, {.w = v[0], .scale = v[1]});
+                       const LoraExtendPart parts[] = {{v[4], v[5], 2}, {v[6], v[7], 40}};
+                       for (const bool transposed : {false, true}) {
+                         const TensorView& q = v[transposed ? 3 : 2];
+                         const int64_t columns = transposed ? N : K;
+                         Fp8QuantizeWeight(exec, {.w = v[0],
+                                                  .scale = v[1],
+                                                  .q = q.Slice(1, 0, columns),
+                                                  .transposed = transposed});
+                         Fp8Extend(exec, {.parts = parts,
+                                          .scale = v[1],
+                                          .q = q.Slice(1, columns, columns + X),
+                                          .transposed = transposed,
+                                          .factor = 0.5});
+                       }
+                       Fp8Quantize(exec, {.x = v[8], .e = 2 * r, .q = v[9], .scale = v[10]});
+                       MatMulArgs product{.a = v[9],
+                                          .b = v[2],
+                                          .d = v[11],
+                                          .trans_b = true,
+                                          .a_scale = v[10],
+                                          .b_scale = v[1].Slice(0, 0, N)};
+                       product.workspace = scratch(MatMulWorkspaceBytes(exec, product));
+                       MatMul(exec, product);
+                     });
+    }
+  }
+}
+
+TEST_F(CudaOps, Nf4ToFp8) {
+  for (const auto& [N, K] :
+       {std::pair<int64_t, int64_t>{24, 64}, {7, 50}, {300, 192}, {132, 1056}}) {
+    for (const bool transposed : {false, true}) {
+      for (const bool twice : {false, true}) {
+        const int64_t blocks = Nf4Blocks(N * K), rows = transposed ? K : N, columns = N + K - rows;
+        Tensor scale(DType::kF32, {1});
+        ExpectGpuAsCpu("nf4 to fp8",
+                       {{Random(DType::kF32, {N, K}, 0, 0.02)},
+                        {Tensor(DType::kU8, {Nf4PackedBytes(N * K)})},
+                        {Tensor(DType::kF32, {blocks})},
+                        {Tensor(DType::kU8, {blocks})},
+                        {Tensor(DType::kF32, {Nf4Groups(blocks)})},
+                        {Tensor(DType::kF32, {1}).Constant(0.015)},
+                        {scale.Constant(0.003)},
+                        {Tensor(DType::kF8E4M3, {rows, columns}, 32 - columns % 16)}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         Nf4Quantize(exec, {.w = v[0], .packed = v[1], .absmax = v[2]});
+                         Nf4DoubleQuantize(exec, {.absmax = v[2],
+                                                  .codes = v[3],
+                                                  .absmax2 = v[4],
+                                                  .offset = v[5],
+                                                  .offset_given = true});
+                         Nf4ToFp8Args args{
+                             .packed = v[1], .scale = v[6], .q = v[7], .transposed = transposed};
+                         if (twice) {
+                           args.codes = v[3];
+                           args.absmax2 = v[4];
+                           args.offset = v[5];
+                         } else {
+                           args.absmax = v[2];
+                         }
+                         Nf4ToFp8(exec, args);
+                       });
+      }
     }
   }
 }

@@ -10,7 +10,7 @@
 namespace attune {
 
 // kF64 exists on the CPU backend only: there every backward is checked by finite differences.
-enum class DType : uint8_t { kF64, kF32, kBF16, kF16, kI64, kI32, kU8, kI8 };
+enum class DType : uint8_t { kF64, kF32, kBF16, kF16, kI64, kI32, kU8, kI8, kF8E4M3 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -25,6 +25,7 @@ constexpr int64_t DTypeBytes(DType dtype) {
       return 2;
     case DType::kU8:
     case DType::kI8:
+    case DType::kF8E4M3:
       return 1;
   }
   return 0;
@@ -32,7 +33,8 @@ constexpr int64_t DTypeBytes(DType dtype) {
 
 // Name as safetensors headers spell it ("F32", "BF16", ...).
 constexpr const char* DTypeName(DType dtype) {
-  constexpr const char* kNames[] = {"F64", "F32", "BF16", "F16", "I64", "I32", "U8", "I8"};
+  constexpr const char* kNames[] = {"F64", "F32", "BF16", "F16",    "I64",
+                                    "I32", "U8",  "I8",   "F8_E4M3"};
   return kNames[static_cast<int>(dtype)];
 }
 
@@ -69,6 +71,36 @@ struct Float16 {
   }
 };
 
+// 8-bit floating point: sign, 4 bits of exponent (bias 7), 3 of mantissa, no infinity, largest 448,
+// smallest 2^-9. From float: round to nearest, ties to even; what is larger becomes 448, NaN stays.
+struct Float8E4M3 {
+  static constexpr float kMax = 448.0f;
+  uint8_t bits = 0;
+
+  Float8E4M3() = default;
+  explicit Float8E4M3(float value) {
+    const uint32_t u = std::bit_cast<uint32_t>(value), magnitude = u & 0x7fffffffu;
+    const uint8_t sign = static_cast<uint8_t>(u >> 24 & 0x80u);
+    const float size = std::bit_cast<float>(magnitude);
+    uint32_t code = 0x7fu;
+    if (magnitude >= 0x43e00000u) {  // 448
+      code = magnitude > 0x7f800000u ? 0x7fu : 0x7eu;
+    } else if (magnitude < 0x3c800000u) {  // 2^-6: subnormal, a multiple of 2^-9
+      code = std::bit_cast<uint32_t>(size + 16384.0f) - std::bit_cast<uint32_t>(16384.0f);
+    } else {
+      code = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
+    }
+    bits = static_cast<uint8_t>(sign | code);
+  }
+  explicit operator float() const {
+    const uint32_t magnitude = bits & 0x7fu;
+    float value = static_cast<float>(magnitude) * 0x1p-9f;
+    if (magnitude >= 8) value = std::bit_cast<float>((magnitude << 20) + (120u << 23));
+    if (magnitude == 0x7fu) value = std::bit_cast<float>(0x7fc00000u);
+    return (bits & 0x80u) != 0 ? -value : value;
+  }
+};
+
 // The type in which an element type is summed: double for double, else float.
 template <typename T>
 using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -98,6 +130,7 @@ constexpr DType DTypeOf() {
   if constexpr (std::is_same_v<T, int32_t>) return DType::kI32;
   if constexpr (std::is_same_v<T, uint8_t>) return DType::kU8;
   if constexpr (std::is_same_v<T, int8_t>) return DType::kI8;
+  if constexpr (std::is_same_v<T, Float8E4M3>) return DType::kF8E4M3;
 }
 
 // Calls f.template operator()<T>() with the CPU type of a floating dtype (f64, f32, bf16).

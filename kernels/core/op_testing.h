@@ -38,6 +38,8 @@ inline double Get(DType dtype, const void* data, int64_t i) {
       return static_cast<const int32_t*>(data)[i];
     case DType::kU8:
       return static_cast<const uint8_t*>(data)[i];
+    case DType::kF8E4M3:
+      return static_cast<float>(static_cast<const Float8E4M3*>(data)[i]);
     default:
       CHECK(false && "dtype without a test representation");
       return 0;
@@ -63,6 +65,9 @@ inline void Put(DType dtype, void* data, int64_t i, double value) {
       break;
     case DType::kU8:
       static_cast<uint8_t*>(data)[i] = static_cast<uint8_t>(value);
+      break;
+    case DType::kF8E4M3:
+      static_cast<Float8E4M3*>(data)[i] = Float8E4M3(static_cast<float>(value));
       break;
     default:
       CHECK(false && "dtype without a test representation");

@@ -206,6 +206,9 @@ void FillCuda(const Exec& exec, const FillArgs& a) {
     case DType::kF16:
       CHECK(a.value == 0.0);  // no op computes in f16
       return FillWith<uint16_t>(exec, a.x, 0);
+    case DType::kF8E4M3:
+      CHECK(a.value == 0.0);
+      return FillWith<uint8_t>(exec, a.x, uint8_t{0});
   }
 }
 

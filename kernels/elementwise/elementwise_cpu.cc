@@ -175,6 +175,9 @@ void FillCpu(const Exec& exec, const FillArgs& a) {
     case DType::kF16:
       CHECK(a.value == 0.0);  // no op computes in f16
       return FillWith<uint16_t>(a.x, 0);
+    case DType::kF8E4M3:
+      CHECK(a.value == 0.0);
+      return FillWith<uint8_t>(a.x, uint8_t{0});
   }
 }
 

@@ -1,7 +1,10 @@
 // Matrix product with strided rows:
 //   D = alpha * op(A) op(B) + beta * D,   op(X) = X or X^T,   beta is 0 or 1
 //
-// a and b share a dtype (f64, f32, bf16); d has the same dtype, or f32 where a and b are bf16.
+// a and b share a dtype (f64, f32, bf16, f8); d has the same dtype, or f32 where a and b are bf16.
+// Of f8 only A B^T is multiplied, with a scale per row of A and per row of B, into bf16 or f32:
+//   D[m,n] = alpha * a_scale[m] * b_scale[n] * sum_k A[m,k] B[n,k] + beta * D[m,n]
+// A GPU adds up such products with about 14 bits (e4m3 has 4).
 // Products are summed in f32 (f64 for f64) and rounded once, to d's dtype, with beta * D added
 // before the rounding. With beta == 0, D is only written: it may hold NaN.
 // M, N or K may be 0; K == 0 gives D = beta * D.
@@ -27,6 +30,8 @@ struct MatMulArgs {
   bool trans_b = false;
   double alpha = 1.0;
   double beta = 0.0;     // 0 or 1
+  TensorView a_scale;    // (M) f32, of f8
+  TensorView b_scale;    // (N) f32, of f8
   TensorView workspace;  // (>= MatMulWorkspaceBytes) u8; may be left out where that is 0
 };
 

@@ -32,7 +32,7 @@ Shape ShapeOf(const MatMulArgs& a) {
 }
 
 bool UsesOneDnn(const MatMulArgs& a) {
-  if (plain_only || a.a.dtype == DType::kF64) return false;
+  if (plain_only || a.a.dtype == DType::kF64 || a.a.dtype == DType::kF8E4M3) return false;
   return a.a.dtype == DType::kF32 || CpuHasBf16Products();
 }
 
@@ -162,7 +162,10 @@ void PlainTile(const MatMulArgs& args, int64_t m0, int64_t n0) {
   for (int64_t i = 0; i < rows; ++i) {
     Out* d = args.d.As<Out>() + (m0 + i) * args.d.stride(0) + n0;
     for (int64_t j = 0; j < columns; ++j) {
-      const A product = alpha * sum[i * kTileN + j];
+      A product = alpha * sum[i * kTileN + j];
+      if constexpr (std::is_same_v<T, Float8E4M3>) {
+        product *= args.a_scale.As<float>()[m0 + i] * args.b_scale.As<float>()[n0 + j];
+      }
       d[j] = static_cast<Out>(args.beta != 0.0 ? product + ToAccumulator(d[j]) : product);
     }
   }
@@ -208,6 +211,10 @@ void MatMulCpu(const Exec& exec, const MatMulArgs& a) {
   if (UsesOneDnn(a)) return RunOneDnn(a);
   if (a.a.dtype == DType::kF64) return RunPlain<double, double>(a);
   if (a.a.dtype == DType::kF32) return RunPlain<float, float>(a);
+  if (a.a.dtype == DType::kF8E4M3) {
+    return a.d.dtype == DType::kBF16 ? RunPlain<Float8E4M3, BFloat16>(a)
+                                     : RunPlain<Float8E4M3, float>(a);
+  }
   if (a.d.dtype == DType::kBF16) return RunPlain<BFloat16, BFloat16>(a);
   RunPlain<BFloat16, float>(a);
 }

@@ -7,6 +7,7 @@ namespace attune {
 ATTUNE_BACKENDS(Nf4Quantize);
 ATTUNE_BACKENDS(Nf4DoubleQuantize);
 ATTUNE_BACKENDS(Nf4Dequantize);
+ATTUNE_BACKENDS(Nf4ToFp8);
 
 const float* Nf4Values() {
   // Quantiles of the normal distribution, scaled to [-1, 1] with an exact 0 (QLoRA, appendix E).
@@ -66,6 +67,24 @@ void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args) {
     CheckVector(args.offset, DType::kF32, 1);
   }
   ATTUNE_RUN(Nf4Dequantize, exec, args);
+}
+
+void Nf4ToFp8(const Exec& exec, const Nf4ToFp8Args& args) {
+  const TensorView& out = args.q;
+  CheckMatrix(out, DType::kF8E4M3, out.dim(0), out.dim(1));
+  const int64_t blocks = Nf4Blocks(out.size());
+  CHECK(args.packed.rank == 1 && args.packed.dtype == DType::kU8);
+  CHECK(args.packed.dim(0) >= Nf4PackedBytes(out.size()));
+  CHECK(args.scale.dtype == DType::kF32 && args.scale.dim(0) >= 1);
+  if (args.absmax.defined()) {
+    CHECK(!args.codes.defined() && args.absmax.dtype == DType::kF32);
+    CHECK(args.absmax.dim(0) >= blocks);
+  } else {
+    CHECK(args.codes.dtype == DType::kU8 && args.codes.dim(0) >= blocks);
+    CHECK(args.absmax2.dtype == DType::kF32 && args.absmax2.dim(0) >= Nf4Groups(blocks));
+    CheckVector(args.offset, DType::kF32, 1);
+  }
+  ATTUNE_RUN(Nf4ToFp8, exec, args);
 }
 
 }  // namespace attune

@@ -1,5 +1,7 @@
 // NF4 on CUDA. Every product and sum is rounded on its own (no fused multiply-add), as on the CPU:
 // the bits are the same.
+#include <cuda_fp8.h>
+
 #include <cstring>
 
 #include "kernels/core/cuda.cuh"
@@ -115,15 +117,20 @@ struct DequantizeElement {
   }
 };
 
+template <typename Args>
+Source SourceOf(const Args& a, int64_t first_block) {
+  const bool single = a.absmax.defined();
+  return {Data<const uint8_t>(a.packed),
+          single ? nullptr : Data<const uint8_t>(a.codes),
+          single ? Data<const float>(a.absmax) : nullptr,
+          single ? nullptr : Data<const float>(a.absmax2),
+          single ? nullptr : Data<const float>(a.offset),
+          first_block};
+}
+
 template <typename T>
 void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
-  const bool single = a.absmax.defined();
-  const Source source{Data<const uint8_t>(a.packed),
-                      single ? nullptr : Data<const uint8_t>(a.codes),
-                      single ? Data<const float>(a.absmax) : nullptr,
-                      single ? nullptr : Data<const float>(a.absmax2),
-                      single ? nullptr : Data<const float>(a.offset),
-                      a.first_block};
+  const Source source = SourceOf(a, a.first_block);
   const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
   if (size == 0) return;
   const uintptr_t start = reinterpret_cast<uintptr_t>(source.packed) + a.first_element / 2;
@@ -142,6 +149,162 @@ void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
       MakeTables(), source, a.first_element, Data<T>(a.out), a.out.stride(0), packs, total);
   CUDA_CHECK(cudaGetLastError());
 }
+
+// ---- To codes of 8-bit floats ----
+
+struct ToFp8 {
+  Source source;
+  const float* scale;
+  uint8_t* q;
+  int64_t stride, rows, columns;  // rows and columns of W
+
+  __device__ static uint8_t Encode(float v) {
+    return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+  }
+};
+
+// A block of 64 has 16 values at most, so 16 codes: looked up by the nibbles themselves, four at a
+// time. Two adjacent lanes have the halves of a block; each makes 8 of the codes.
+struct CodeTable {
+  uint32_t words[4];  // codes 0 to 3, 4 to 7, ...
+
+  // Every lane of the warp, each with its block's maximum.
+  __device__ CodeTable(const float* nf4, float absmax, float inverse) {
+    const bool upper = threadIdx.x % 2 == 1;
+    const float* values = nf4 + (upper ? 8 : 0);
+    uint32_t own[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float2 pair{__fmul_rn(__fmul_rn(values[4 * w + i], absmax), inverse),
+                          __fmul_rn(__fmul_rn(values[4 * w + i + 1], absmax), inverse)};
+        word |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3))
+                << (8 * i);
+      }
+      own[w] = word;
+    }
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, own[w], 1);
+      words[w] = upper ? other : own[w];
+      words[2 + w] = upper ? own[w] : other;
+    }
+  }
+
+  // Byte i is the byte of b:a that nibble i of `places` names; where the nibble has its upper bit,
+  // the sign of that byte, spread. (__byte_perm does not look at the upper bit.)
+  __device__ static uint32_t Permute(uint32_t a, uint32_t b, uint32_t places) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(places));
+    return out;
+  }
+  // Of the four nibbles of 16 bits, the lowest first.
+  __device__ uint32_t Four(uint32_t nibbles) const {
+    const uint32_t place = nibbles & 0x7777u;
+    const uint32_t low = Permute(words[0], words[1], place);
+    const uint32_t high = Permute(words[2], words[3], place);
+    // 0xff where the nibble has its upper bit, else 0x80.
+    const uint32_t spread = Permute(0x80808080u, 0x80808080u, nibbles);
+    const uint32_t mask = (spread & 0x7f7f7f7fu) | (spread & 0x01010101u) << 7;
+    return (low & ~mask) | (high & mask);
+  }
+  // Of 8 elements: the upper nibble of a byte is the first.
+  __device__ uint2 Eight(uint32_t bytes) const {
+    const uint32_t nibbles = (bytes & 0x0f0f0f0fu) << 4 | (bytes >> 4 & 0x0f0f0f0fu);
+    return {Four(nibbles), Four(nibbles >> 16)};
+  }
+};
+
+// A thread turns 32 elements, half a block, per step.
+__global__ __launch_bounds__(kThreads) void ToFp8Kernel(const __grid_constant__ Tables tables,
+                                                        const __grid_constant__ ToFp8 x) {
+  __shared__ float nf4[16];
+  __shared__ float map[256];
+  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
+  map[threadIdx.x] = tables.map[threadIdx.x];
+  __syncthreads();
+  const uint4* packed = reinterpret_cast<const uint4*>(x.source.packed);
+  const float inverse = __frcp_rn(*x.scale);
+  const uint32_t halves = static_cast<uint32_t>(x.columns / 32);
+  const uint32_t total = static_cast<uint32_t>(x.rows) * halves;
+  const uint32_t step = gridDim.x * kThreads;
+  for (uint32_t begin = blockIdx.x * kThreads; begin < total; begin += step) {
+    const uint32_t wanted = begin + threadIdx.x, i = min(wanted, total - 1);
+    const uint4 bytes = __ldg(packed + i);
+    const CodeTable table(nf4, x.source.AbsMax(map, i / 2), inverse);
+    if (wanted >= total) continue;
+    const uint32_t row = i / halves;
+    const uint2 a = table.Eight(bytes.x), b = table.Eight(bytes.y), c = table.Eight(bytes.z),
+                d = table.Eight(bytes.w);
+    uint4* to = reinterpret_cast<uint4*>(x.q + row * x.stride +
+                                         32 * static_cast<int64_t>(i - row * halves));
+    to[0] = {a.x, a.y, b.x, b.y};
+    to[1] = {c.x, c.y, d.x, d.y};
+  }
+}
+
+// W^T: a block of threads turns 128 rows by 64 columns of W, a thread half a row of that.
+constexpr int kTurnRows = 128;
+constexpr int kTurnColumns = 64;
+
+__global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(const __grid_constant__ Tables tables,
+                                                              const __grid_constant__ ToFp8 x) {
+  __shared__ float nf4[16];
+  __shared__ float map[256];
+  __shared__ alignas(4) uint8_t tile[kTurnColumns][kTurnRows + 4];
+  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
+  map[threadIdx.x] = tables.map[threadIdx.x];
+  __syncthreads();
+  const float inverse = __frcp_rn(*x.scale);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTurnRows;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTurnColumns;
+  {
+    const int row = threadIdx.x / 2, column = threadIdx.x % 2 * 32;
+    const int64_t e = min(row0 + row, x.rows - 1) * x.columns + column0 + column;
+    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(x.source.packed) + e / 32);
+    const CodeTable table(nf4, x.source.AbsMax(map, e / kNf4Block), inverse);
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint2 codes = table.Eight(words[w]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        tile[column + 8 * w + j][row] = static_cast<uint8_t>(codes.x >> (8 * j));
+        tile[column + 8 * w + 4 + j][row] = static_cast<uint8_t>(codes.y >> (8 * j));
+      }
+    }
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  const int64_t row = row0 + 4 * lane;
+  for (int j = threadIdx.x / 32; j < kTurnColumns; j += kThreads / 32) {
+    uint8_t* to = x.q + (column0 + j) * x.stride + row;
+    const uint8_t* from = &tile[j][4 * lane];
+    if (row + 4 <= x.rows) {
+      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+    } else {
+      for (int64_t i = 0; row + i < x.rows; ++i) to[i] = from[i];
+    }
+  }
+}
+
+// Any shape, an element at a time.
+struct ToFp8Element {
+  static constexpr int kPack = 1;
+  Tables tables;
+  ToFp8 x;
+  bool turned;
+  __device__ void operator()(int64_t row, int64_t column) const {
+    const int64_t e = row * x.columns + column;
+    const int byte = x.source.packed[e / 2];
+    const float value = __fmul_rn(tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4],
+                                  x.source.AbsMax(tables.map, e / kNf4Block));
+    const uint8_t code = ToFp8::Encode(__fmul_rn(value, __frcp_rn(*x.scale)));
+    (turned ? x.q[column * x.stride + row] : x.q[row * x.stride + column]) = code;
+  }
+};
 
 // ---- Quantise: a warp per block of 64, two elements per lane ----
 
@@ -246,6 +409,36 @@ void Nf4DoubleQuantizeCuda(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
 
 void Nf4DequantizeCuda(const Exec& exec, const Nf4DequantizeArgs& a) {
   DispatchCudaFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(exec, a); });
+}
+
+void Nf4ToFp8Cuda(const Exec& exec, const Nf4ToFp8Args& a) {
+  const bool turned = a.transposed;
+  const TensorView& out = a.q;
+  const ToFp8 x{SourceOf(a, 0), Data<const float>(a.scale), Data<uint8_t>(out),
+                out.stride(0),  out.dim(turned ? 1 : 0),    out.dim(turned ? 0 : 1)};
+  if (x.rows == 0 || x.columns == 0) return;
+  const cudaStream_t stream = StreamOf(exec.stream);
+  const auto aligned = [](const void* p, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+  };
+  const bool packable = x.columns % (turned ? kTurnColumns : 32) == 0 &&
+                        aligned(x.source.packed, 16) && aligned(x.q, 16) && x.stride % 16 == 0 &&
+                        x.rows * x.columns / 32 < (int64_t{1} << 31);
+  if (!packable) {
+    ForEachPack(ToFp8Element{MakeTables(), x, turned}, x.rows, x.columns, exec.stream);
+    return;
+  }
+  if (turned) {
+    const dim3 grid(static_cast<unsigned>(x.columns / kTurnColumns),
+                    static_cast<unsigned>((x.rows + kTurnRows - 1) / kTurnRows));
+    ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), x);
+  } else {
+    const int64_t total = x.rows * x.columns / 32;
+    const auto blocks = static_cast<uint32_t>(
+        std::min<int64_t>((total + kThreads - 1) / kThreads, 16 * MultiprocessorCount()));
+    ToFp8Kernel<<<blocks, kThreads, 0, stream>>>(MakeTables(), x);
+  }
+  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace attune

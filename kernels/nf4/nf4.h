@@ -67,6 +67,20 @@ struct Nf4DequantizeArgs {
 };
 void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args);
 
+// The values as codes of 8-bit floats (kernels/fp8), for products in one direction or the other:
+//   code = e4m3(w' * (1 / scale)),   w' in f32
+struct Nf4ToFp8Args {
+  TensorView packed;        // (Nf4PackedBytes(N*K))  u8
+  TensorView codes;         // (B)                    u8; left out with absmax
+  TensorView absmax2;       // (groups)               f32
+  TensorView offset;        // (1)                    f32
+  TensorView absmax;        // (B)                    f32, instead of the three: single quantisation
+  TensorView scale;         // (>= 1)                 f32
+  TensorView q;             // (N, K)                 out, f8; rows may be strided
+  bool transposed = false;  // q is (K, N): of W^T
+};
+void Nf4ToFp8(const Exec& exec, const Nf4ToFp8Args& args);
+
 // The 16 values, ascending, as a host array: for readers of pre-quantised checkpoints, which carry
 // their own to be compared (and a map: kernels/core/dynamic_map.h).
 const float* Nf4Values();

@@ -126,21 +126,30 @@ void DequantizeRow(const Source& source, const float* pairs, int64_t begin, int6
   }
 }
 
+const float* Pairs() {
+  static const std::array<float, 512> pairs = MakePairs();
+  return pairs.data();
+}
+
+template <typename Args>
+Source SourceOf(const Args& a, int64_t first_block) {
+  const bool single = a.absmax.defined();
+  return {a.packed.template As<uint8_t>(),
+          single ? nullptr : a.codes.template As<uint8_t>(),
+          single ? a.absmax.template As<float>() : nullptr,
+          single ? nullptr : a.absmax2.template As<float>(),
+          single ? 0.0f : *a.offset.template As<float>(),
+          first_block};
+}
+
 template <typename T>
 void Dequantize(const Nf4DequantizeArgs& a) {
-  static const std::array<float, 512> pairs = MakePairs();
-  const bool single = a.absmax.defined();
-  const Source source{a.packed.As<uint8_t>(),
-                      single ? nullptr : a.codes.As<uint8_t>(),
-                      single ? a.absmax.As<float>() : nullptr,
-                      single ? nullptr : a.absmax2.As<float>(),
-                      single ? 0.0f : *a.offset.As<float>(),
-                      a.first_block};
+  const Source source = SourceOf(a, a.first_block);
   const int64_t N = a.out.dim(0), K = a.out.dim(1);
 #pragma omp parallel for schedule(static) if (WorthThreads(N * K))
   for (int64_t n = 0; n < N; ++n) {
     const int64_t begin = a.first_element + n * K;
-    DequantizeRow(source, pairs.data(), begin, begin + K, a.out.As<T>() + n * a.out.stride(0));
+    DequantizeRow(source, Pairs(), begin, begin + K, a.out.As<T>() + n * a.out.stride(0));
   }
 }
 
@@ -178,6 +187,27 @@ void Nf4DoubleQuantizeCpu(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
 
 void Nf4DequantizeCpu(const Exec& exec, const Nf4DequantizeArgs& a) {
   DispatchFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(a); });
+}
+
+void Nf4ToFp8Cpu(const Exec& exec, const Nf4ToFp8Args& a) {
+  const bool turned = a.transposed;
+  const TensorView& out = a.q;
+  const int64_t N = out.dim(turned ? 1 : 0), K = out.dim(turned ? 0 : 1);
+  const Source source = SourceOf(a, 0);
+  const float inverse = 1.0f / *a.scale.As<float>();
+  Float8E4M3* q = out.As<Float8E4M3>();
+#pragma omp parallel for schedule(static) if (WorthThreads(N * K))
+  for (int64_t n = 0; n < N; ++n) {
+    float values[kNf4Block];
+    for (int64_t k = 0; k < K; k += kNf4Block) {
+      const int64_t count = std::min(kNf4Block, K - k);
+      DequantizeRow(source, Pairs(), n * K + k, n * K + k + count, values);
+      for (int64_t i = 0; i < count; ++i) {
+        const Float8E4M3 code(values[i] * inverse);
+        (turned ? q[(k + i) * out.stride(0) + n] : q[n * out.stride(0) + k + i]) = code;
+      }
+    }
+  }
 }
 
 }  // namespace attune

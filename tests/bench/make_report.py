@@ -24,7 +24,7 @@ def table(head, rows):
 def weights_of(row):
     if row["weights"] != "nf4":
         return row["weights"]
-    expanded = row["expanded"] or "expanded to bf16" in row.get("placement", "")
+    expanded = row["expanded"] or row.get("placement", "").startswith("weights expanded")
     return "nf4, kept expanded" if expanded else "nf4, expanded at use"
 
 

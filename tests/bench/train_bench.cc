@@ -34,7 +34,8 @@ struct Flags {
   int64_t batch = 8, sequence = 2048, micro_tokens = 0;
   int64_t r = 16;
   int64_t steps = 6, warm_up = 2;
-  bool dense = false, resident = false, prefetch = false, separate = false, deterministic = false;
+  bool dense = false, fp8 = false, resident = false, prefetch = false, separate = false,
+       deterministic = false;
   ActivationPolicy policy;
   int64_t logits_mib = 512;
   double roof_s = 0, memory_gib = 0;
@@ -177,6 +178,7 @@ EngineOptions OptionsOf(const Flags& flags) {
   spec.mutable_batch()->set_micro_batch_tokens(flags.micro_tokens);
   spec.mutable_quantization()->set_weights(flags.dense ? v1::WEIGHT_FORMAT_NONE
                                                        : v1::WEIGHT_FORMAT_NF4);
+  spec.mutable_quantization()->set_fp8_products(flags.fp8);
   ApplyDefaults("bench", &spec);
   EngineOptions options{.device = DeviceKind::kCuda,
                         .dtype = DType::kBF16,
@@ -489,13 +491,18 @@ absl::StatusOr<double> RoofTokensPerSecond(const Flags& flags) {
 
 // ---- Rows ----
 
+const char* WeightsName(const Flags& flags) {
+  if (flags.fp8) return flags.dense ? "bf16, fp8 products" : "nf4, fp8 products";
+  return flags.dense ? "bf16" : "nf4";
+}
+
 void Report(const Flags& flags, const StepTimes& t, double roof) {
   std::printf(
       "%s %s r%lld %lldx%lld micro %lld%s%s%s host %lld/%lld rebuilt %lld: %.0f tok/s, step %.1f "
       "ms, "
       "%.2f GiB (arena %.2f, host %.2f), loss %.4f, grad norm %.4f, load %.2f s, first step "
       "ends at %.2f s",
-      flags.model.c_str(), flags.dense ? "bf16" : "nf4", static_cast<long long>(flags.r),
+      flags.model.c_str(), WeightsName(flags), static_cast<long long>(flags.r),
       static_cast<long long>(flags.batch), static_cast<long long>(flags.sequence),
       static_cast<long long>(flags.micro_tokens),
       flags.resident   ? " expanded"
@@ -515,7 +522,7 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
   if (flags.json.empty()) return;
   const Json row = {{"label", flags.label},
                     {"model", flags.model},
-                    {"weights", flags.dense ? "bf16" : "nf4"},
+                    {"weights", WeightsName(flags)},
                     {"r", flags.r},
                     {"batch", flags.batch},
                     {"sequence", flags.sequence},
@@ -556,6 +563,7 @@ int Main(int argc, char** argv) {
   app.add_option("--steps", flags.steps, "Timed");
   app.add_option("--warm-up", flags.warm_up, "Steps before them");
   app.add_flag("--dense", flags.dense, "bf16 base instead of NF4");
+  app.add_flag("--fp8", flags.fp8, "Products of 8-bit floats with the frozen linear weights");
   app.add_flag("--expanded", flags.resident, "Keep the NF4 values expanded");
   app.add_flag("--prefetch", flags.prefetch, "Expand NF4 weights one ahead");
   app.add_flag("--embedding-on-host", flags.embedding_on_host);

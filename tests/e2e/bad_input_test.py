@@ -330,6 +330,8 @@ CASES = {
     "weight of nothing": (lambda c: None, r"datasets\[0\]\.weight: is 0"),
     "unknown target module": (extra("lora: {target_modules: [q_prj]}\n"), r"q_prj.*q_proj"),
     "unknown spec field": (extra("lerning_rate: 1\n"), r"job\.yaml:7: lerning_rate: unknown field"),
+    "fp8 products on a CPU": (extra("quantization: {fp8_products: true}\n"),
+                              r"quantization\.fp8_products: needs a GPU .*leave it out"),
     "value out of range": (extra("lora: {r: 0}\n"), r"job\.yaml:7: lora\.r: is 0"),
     "adapter that is not there": (extra("lora: {init_from: {path: nowhere}}\n"), r"lora\.init_from: "),
     "adapter of another rank": (adapter(r=8), r"lora\.r: is 4, but \S+ has 8"),

@@ -2,6 +2,7 @@
 
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
+#include "kernels/fp8/fp8.h"
 #include "kernels/lora/lora.h"
 #include "worker/layers/weight_prefetcher.h"
 
@@ -33,28 +34,40 @@ int64_t LoraLinear::extension() const {
 }
 
 bool LoraLinear::Fused(const LayerContext& ctx) const {
-  return ctx.fused_lora && ctx.dropout.p == 0 && !adapters.empty();
+  if (adapters.empty()) return false;
+  return w->fp8() || (ctx.fused_lora && ctx.dropout.p == 0);
 }
 
-void LoraLinear::Extend(const LayerContext& ctx, const TensorView& expansion) const {
+void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
+                        const TensorView& expansion) const {
   LoraExtendPart parts[kMaxLoraParts];
   CHECK(adapters.size() <= kMaxLoraParts);
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
+  if (w->fp8()) {
+    const bool transposed = direction == Direction::kBackward;
+    return Fp8Extend(ctx.exec, {.parts = {parts, adapters.size()},
+                                .scale = w->scale(),
+                                .q = Columns(expansion, transposed ? w->rows() : w->in(),
+                                             Fp8Extension(columns())),
+                                .transposed = transposed,
+                                .factor = scale});
+  }
   LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
 }
 
-void LoraLinear::FillExpansion(const LayerContext& ctx, const TensorView& expansion) const {
-  w->ExpandInto(ctx, expansion);
-  if (Fused(ctx)) Extend(ctx, expansion);
+void LoraLinear::FillExpansion(const LayerContext& ctx, Direction direction,
+                               const TensorView& expansion) const {
+  w->ExpandInto(ctx, direction, expansion);
+  if (Fused(ctx)) Extend(ctx, direction, expansion);
 }
 
-TensorView LoraLinear::Expand(const LayerContext& ctx) const {
-  if (w->expanded()) return w->Expand(ctx);
-  if (ctx.prefetcher != nullptr) return ctx.prefetcher->Acquire(ctx, *this);
-  const TensorView expansion = w->Expand(ctx);
-  if (Fused(ctx)) Extend(ctx, expansion);
+TensorView LoraLinear::Expand(const LayerContext& ctx, Direction direction) const {
+  if (w->expanded()) return w->Expand(ctx, direction);
+  if (ctx.prefetcher != nullptr) return ctx.prefetcher->Acquire(ctx, *this, direction);
+  const TensorView expansion = w->Expand(ctx, direction);
+  if (Fused(ctx)) Extend(ctx, direction, expansion);
   return expansion;
 }
 
@@ -63,7 +76,9 @@ void LoraLinear::GiveBack(const LayerContext& ctx) const {
 }
 
 void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
-  if (w->expanded() && ctx.fused_lora && !adapters.empty()) Extend(ctx, w->Expand(ctx));
+  if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
+  Extend(ctx, Direction::kForward, w->Expand(ctx, Direction::kForward));
+  if (w->fp8()) Extend(ctx, Direction::kBackward, w->Expand(ctx, Direction::kBackward));
 }
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
@@ -77,7 +92,11 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
-  const TensorView expansion = Expand(ctx);
+  if (w->fp8()) {
+    MultiplyA(ctx, x, s);
+    return MultiplyFp8(ctx, Direction::kForward, Columns(x_s, 0, K + columns()), columns(), y);
+  }
+  const TensorView expansion = Expand(ctx, Direction::kForward);
   if (Fused(ctx)) {
     const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
     MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
@@ -92,12 +111,11 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
                .trans_b = true,
                .alpha = output_scale});
   GiveBack(ctx);
+  MultiplyA(ctx, x, s);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
     const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
     const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    ArenaScope part_scope(ctx.arena);
-    MatMul(ctx, {.a = Dropped(ctx, adapter, x), .b = adapter.a, .d = s_p, .trans_b = true});
     MatMul(ctx, {.a = s_p,
                  .b = adapter.b,
                  .d = y_p,
@@ -112,8 +130,17 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
   ArenaScope scope(ctx.arena);
+  if (w->fp8()) {
+    // With dropout the adapter's share of dx goes through the mask.
+    const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
+    MultiplyB(ctx, dy, ds);
+    if (!dx.defined()) return;
+    MultiplyFp8(ctx, Direction::kBackward, Columns(dy_ds, 0, N + e), e, dx);
+    if (e == 0) AddAdapterInputGradient(ctx, ds, dx);
+    return;
+  }
   if (Fused(ctx)) {
-    const TensorView expansion = Expand(ctx);
+    const TensorView expansion = Expand(ctx, Direction::kBackward);
     MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
     if (dx.defined()) {
       MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx, .alpha = output_scale});
@@ -122,17 +149,56 @@ void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
   }
   if (dx.defined()) {
     ArenaScope expansion_scope(ctx.arena);
-    const TensorView w_rows = Columns(Expand(ctx).Slice(0, 0, N), 0, K);
+    const TensorView w_rows = Columns(Expand(ctx, Direction::kBackward).Slice(0, 0, N), 0, K);
     MatMul(ctx, {.a = dy, .b = w_rows, .d = dx, .alpha = output_scale});
     GiveBack(ctx);
   }
+  MultiplyB(ctx, dy, ds);
+  if (dx.defined()) AddAdapterInputGradient(ctx, ds, dx);
+}
+
+void LoraLinear::MultiplyA(const LayerContext& ctx, const TensorView& x,
+                           const TensorView& s) const {
+  if (adapters.empty()) return;
+  if (ctx.dropout.p == 0) {
+    return MatMul(ctx, {.a = x, .b = a, .d = Columns(s, 0, columns()), .trans_b = true});
+  }
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    ArenaScope scope(ctx.arena);
+    MatMul(ctx, {.a = Dropped(ctx, adapters[i], x),
+                 .b = adapters[i].a,
+                 .d = Columns(s, static_cast<int64_t>(i) * r, r),
+                 .trans_b = true});
+  }
+}
+
+void LoraLinear::MultiplyB(const LayerContext& ctx, const TensorView& dy,
+                           const TensorView& ds) const {
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
-    const TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    const TensorView ds_p = Columns(ds, static_cast<int64_t>(i) * r, r);
-    MatMul(ctx, {.a = dy_p, .b = adapter.b, .d = ds_p, .alpha = scale});
+    MatMul(ctx, {.a = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part)),
+                 .b = adapter.b,
+                 .d = Columns(ds, static_cast<int64_t>(i) * r, r),
+                 .alpha = scale});
   }
-  if (dx.defined()) AddAdapterInputGradient(ctx, ds, dx);
+}
+
+void LoraLinear::MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x,
+                             int64_t e, const TensorView& y) const {
+  ArenaScope scope(ctx.arena);
+  const int64_t M = x.dim(0), columns = x.dim(1) - e + Fp8Extension(e);
+  const TensorView q =
+      Columns(ctx.arena->NewScratch(DType::kF8E4M3, {M, Fp8RowStride(columns)}), 0, columns);
+  const TensorView q_scale = ctx.arena->NewScratch(DType::kF32, {M});
+  Fp8Quantize(ctx.exec, {.x = x, .e = e, .q = q, .scale = q_scale});
+  MatMul(ctx, {.a = q,
+               .b = Columns(Expand(ctx, direction), 0, columns),
+               .d = y,
+               .trans_b = true,
+               .alpha = output_scale,
+               .a_scale = q_scale,
+               .b_scale = w->scale().Slice(0, 0, y.dim(1))});
+  GiveBack(ctx);
 }
 
 void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,

@@ -6,7 +6,8 @@
 // Rows are extended by E = extension() columns: behind x stands s = dropout(x) A^T, behind dy
 // stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
 // [dy|ds] [W;A]; ctx.fused_lora, without dropout), or separate small ones. Equal results up to
-// rounding, the same rows either way.
+// rounding, the same rows either way. Products with W may be of 8-bit floats (FrozenMatrix,
+// kernels/fp8): rows are quantised just before, and the adapter rides along.
 #pragma once
 
 #include <vector>
@@ -34,7 +35,8 @@ struct LoraPart {
 struct LoraLinear {
   const FrozenMatrix* w = nullptr;
   std::vector<LoraPart> adapters;
-  TensorView da;  // (parts * r, K): da of all parts, which lie one behind the other
+  TensorView a;   // (parts * r, K): a of all parts, which lie one behind the other
+  TensorView da;  // (parts * r, K): likewise
   int64_t r = 0;
   double scale = 0;
   double output_scale = 1;
@@ -42,6 +44,8 @@ struct LoraLinear {
 
   // E; 0 without adapters.
   int64_t extension() const;
+  // Those of the E that are used: parts * r.
+  int64_t columns() const { return static_cast<int64_t>(adapters.size()) * r; }
 
   // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x.
   void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
@@ -53,8 +57,9 @@ struct LoraLinear {
                           const TensorView& s) const;
 
   // W and, where base and adapter are one product, the adapter, into memory for an expansion.
-  void FillExpansion(const LayerContext& ctx, const TensorView& expansion) const;
-  // Puts the adapter into the lasting expansion, if there is one. After every change of A or B.
+  void FillExpansion(const LayerContext& ctx, Direction direction,
+                     const TensorView& expansion) const;
+  // Puts the adapter into the lasting expansions, if there are any. After every change of A or B.
   void RefreshExpansion(const LayerContext& ctx) const;
 
  private:
@@ -64,11 +69,18 @@ struct LoraLinear {
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;
   bool Fused(const LayerContext& ctx) const;
+  // s = x A^T and ds = scale * dy B, each part by itself.
+  void MultiplyA(const LayerContext& ctx, const TensorView& x, const TensorView& s) const;
+  void MultiplyB(const LayerContext& ctx, const TensorView& dy, const TensorView& ds) const;
+  // y = output_scale * x W^T, or backward x W, in 8 bits. The last e columns of x are the
+  // adapter's.
+  void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
+                   const TensorView& y) const;
   // The expansion with W and, if `Fused`, the adapter; given back when its products are in the
   // stream.
-  TensorView Expand(const LayerContext& ctx) const;
+  TensorView Expand(const LayerContext& ctx, Direction direction) const;
   void GiveBack(const LayerContext& ctx) const;
-  void Extend(const LayerContext& ctx, const TensorView& expansion) const;
+  void Extend(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;
 };
 
 }  // namespace attune

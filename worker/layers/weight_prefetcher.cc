@@ -15,8 +15,8 @@ void WeightPrefetcher::BeginPass(const LayerContext& ctx, int64_t bytes) {
 }
 
 TensorView WeightPrefetcher::ExpansionIn(const LayerContext& ctx, const Buffer& buffer,
-                                         const LoraLinear& linear) const {
-  TensorView out = linear.w->ExpansionShape(ctx);
+                                         const Use& use) const {
+  TensorView out = use.linear->w->ExpansionShape(ctx, use.direction);
   CHECK(out.bytes() <= buffer.memory.bytes());
   out.data = buffer.memory.data;
   return out;
@@ -28,24 +28,26 @@ void WeightPrefetcher::Fill(const LayerContext& ctx, int64_t position) {
   side.exec.stream = stream_;
   side.exec.trace = nullptr;
   buffer.used.MakeWait(side.exec);
-  order_[position]->FillExpansion(side, ExpansionIn(ctx, buffer, *order_[position]));
+  const Use& use = order_[position];
+  use.linear->FillExpansion(side, use.direction, ExpansionIn(ctx, buffer, use));
   buffer.filled.Record(side.exec);
   filled_ = position + 1;
 }
 
-TensorView WeightPrefetcher::Acquire(const LayerContext& ctx, const LoraLinear& linear) {
-  const bool guessed =
-      position_ < static_cast<int64_t>(order_.size()) && order_[position_] == &linear;
+TensorView WeightPrefetcher::Acquire(const LayerContext& ctx, const LoraLinear& linear,
+                                     Direction direction) {
+  const Use use{&linear, direction};
+  const bool guessed = position_ < static_cast<int64_t>(order_.size()) && order_[position_] == use;
   if (!guessed) {
     order_.resize(position_);
-    order_.push_back(&linear);
+    order_.push_back(use);
   }
   if (!guessed || filled_ <= position_) Fill(ctx, position_);
   const Buffer& buffer = buffers_[position_ % 2];
   buffer.filled.MakeWait(ctx.exec);
   ++position_;
   if (position_ < static_cast<int64_t>(order_.size())) Fill(ctx, position_);
-  return ExpansionIn(ctx, buffer, linear);
+  return ExpansionIn(ctx, buffer, use);
 }
 
 void WeightPrefetcher::Release(const LayerContext& ctx) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "worker/layers/context.h"
+#include "worker/layers/frozen_matrix.h"
 #include "worker/memory/device.h"
 
 namespace attune {
@@ -23,7 +24,7 @@ class WeightPrefetcher {
   void BeginPass(const LayerContext& ctx, int64_t bytes);
 
   // The expansion of `linear`, valid until Release. One at a time.
-  TensorView Acquire(const LayerContext& ctx, const LoraLinear& linear);
+  TensorView Acquire(const LayerContext& ctx, const LoraLinear& linear, Direction direction);
   void Release(const LayerContext& ctx);
 
  private:
@@ -34,12 +35,16 @@ class WeightPrefetcher {
   };
 
   void Fill(const LayerContext& ctx, int64_t position);
-  TensorView ExpansionIn(const LayerContext& ctx, const Buffer& buffer,
-                         const LoraLinear& linear) const;
+  struct Use {
+    const LoraLinear* linear;
+    Direction direction;
+    bool operator==(const Use&) const = default;
+  };
+  TensorView ExpansionIn(const LayerContext& ctx, const Buffer& buffer, const Use& use) const;
 
   Buffer buffers_[2];
   void* stream_ = nullptr;
-  std::vector<const LoraLinear*> order_;
+  std::vector<Use> order_;
   int64_t position_ = 0;  // of the next Acquire in order_
   int64_t filled_ = 0;    // positions before it have been filled
 };

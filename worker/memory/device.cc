@@ -141,6 +141,18 @@ std::string DeviceName() {
   return "";
 }
 
+int ComputeCapability() {
+#ifdef ATTUNE_HAS_CUDA
+  int index = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&index) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess) {
+    return 10 * major + minor;
+  }
+#endif
+  return 0;
+}
+
 absl::StatusOr<DeviceMemory> QueryDeviceMemory(DeviceKind kind) {
 #ifdef ATTUNE_HAS_CUDA
   if (kind == DeviceKind::kCuda) {

@@ -21,6 +21,8 @@ absl::Status OpenDevice(DeviceKind kind, int index);
 
 // Of the opened CUDA device, as its driver says ("NVIDIA H100 80GB HBM3"); empty without one.
 std::string DeviceName();
+// Likewise (90 is 9.0, sm_90); 0 without one.
+int ComputeCapability();
 
 struct DeviceMemory {
   int64_t free_bytes = 0;

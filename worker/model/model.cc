@@ -7,6 +7,7 @@
 #include "absl/strings/str_join.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
+#include "kernels/fp8/fp8.h"
 
 namespace attune {
 namespace {
@@ -167,11 +168,12 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
                          .dense = config.nf4.has_value() && !config.IsNf4(i, part)});
         in = ShapeOf(config, part).in;
       }
-      return FrozenMatrix(ctx,
-                          {.storage = options.storage,
-                           .resident = options.resident,
-                           .extension = ctx.fused_lora ? linear.extension() : 0},
-                          parts, in);
+      FrozenMatrixOptions matrix_options{.storage = options.storage,
+                                         .resident = options.resident,
+                                         .extension = ctx.fused_lora ? linear.extension() : 0,
+                                         .fp8 = options.fp8};
+      if (options.fp8) matrix_options.extension = Fp8Extension(linear.columns());
+      return FrozenMatrix(ctx, matrix_options, parts, in);
     };
     weights_.push_back({frozen(block.qkv, 0), frozen(block.o, 1), frozen(block.gate_up, 2),
                         frozen(block.down, 3)});
@@ -190,7 +192,9 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     if (!options.prefetch) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
       if (matrix->expanded()) continue;
-      prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx).bytes());
+      for (Direction direction : {Direction::kForward, Direction::kBackward}) {
+        prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx, direction).bytes());
+      }
     }
   }
   head_ = {.norm = dense({C}),
@@ -259,14 +263,17 @@ void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
                      .module = static_cast<uint32_t>(entry.linear),
                      .a = adapters.A(entry, adapters.compute()),
                      .b = adapters.B(entry, adapters.compute())};
+    // Of the linear's parts, which lie one behind the other: from the first to this one.
+    const auto all = [&](const TensorView& flat) {
+      const int64_t before = linear->columns(), rows = before + layout.r, K = entry.shape.in;
+      const int64_t begin = entry.a_offset - before * K;
+      return flat.Slice(0, begin, begin + rows * K).Reshape({rows, K});
+    };
+    linear->a = all(adapters.compute());
     if (train) {
       part.da = adapters.A(entry, adapters.grad());
       part.db = adapters.B(entry, adapters.grad());
-      const int64_t first = linear->da.defined() ? linear->da.dim(0) : 0;
-      const int64_t begin = entry.a_offset - first * entry.shape.in, rows = first + layout.r;
-      linear->da = adapters.grad()
-                       .Slice(0, begin, begin + rows * entry.shape.in)
-                       .Reshape({rows, entry.shape.in});
+      linear->da = all(adapters.grad());
     }
     linear->adapters.push_back(part);
   }
@@ -309,28 +316,40 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
   BlockWeights& weights = weights_[layer];
   FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
   const LoraLinear* const linears[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
-  for (Linear linear : LinearsOf(config_)) {
-    const LinearShape shape = ShapeOf(config_, linear);
-    const LinearPlace place = PlaceOf(linear);
-    FrozenMatrix* matrix = matrices[place.matrix];
-    const std::string module = names.linear(layer, linear);
-    const std::string name = absl::StrCat(module, ".weight");
-    absl::Status status;
-    if (config_.IsNf4(layer, linear)) {
-      absl::StatusOr<Nf4Weight> w = source.FindNf4(name, shape, config_.nf4->double_quantization);
-      if (!w.ok()) return w.status();
-      matrix->Load(ctx, place.part, *w);
-    } else {
-      status = LoadLinear(ctx, source, name, shape, place.part, matrix);
+  for (int i = 0; i < 4; ++i) {
+    ArenaScope scope(ctx.arena);
+    matrices[i]->BeginLoad(ctx);
+    for (Linear linear : LinearsOf(config_)) {
+      if (PlaceOf(linear).matrix != i) continue;
+      absl::Status status =
+          LoadPart(ctx, names, source, {layer, linear}, matrices[i], linears[i]->bias);
       if (!status.ok()) return status;
     }
-    if (!HasBias(config_, linear)) continue;
-    const int64_t begin = matrix->row_begin(place.part);
-    status = LoadDense(ctx, source, absl::StrCat(module, ".bias"),
-                       linears[place.matrix]->bias.Slice(0, begin, begin + shape.out));
-    if (!status.ok()) return status;
+    matrices[i]->EndLoad(ctx);
   }
   return absl::OkStatus();
+}
+
+absl::Status Model::LoadPart(const LayerContext& ctx, const WeightNames& names,
+                             const WeightSource& source, const PartName& part_name,
+                             FrozenMatrix* matrix, const TensorView& bias) const {
+  const auto [layer, linear] = part_name;
+  const LinearShape shape = ShapeOf(config_, linear);
+  const int part = PlaceOf(linear).part;
+  const std::string module = names.linear(layer, linear);
+  const std::string name = absl::StrCat(module, ".weight");
+  if (config_.IsNf4(layer, linear)) {
+    absl::StatusOr<Nf4Weight> w = source.FindNf4(name, shape, config_.nf4->double_quantization);
+    if (!w.ok()) return w.status();
+    matrix->Load(ctx, part, *w);
+  } else {
+    absl::Status status = LoadLinear(ctx, source, name, shape, part, matrix);
+    if (!status.ok()) return status;
+  }
+  if (!HasBias(config_, linear)) return absl::OkStatus();
+  const int64_t begin = matrix->row_begin(part);
+  return LoadDense(ctx, source, absl::StrCat(module, ".bias"),
+                   bias.Slice(0, begin, begin + shape.out));
 }
 
 absl::Status Model::TakeHostMemory(const LayerContext& ctx, int64_t tokens) {

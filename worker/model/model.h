@@ -63,6 +63,7 @@ struct ModelOptions {
   WeightStorage storage = WeightStorage::kDense;
   bool resident = false;  // see FrozenMatrixOptions
   bool prefetch = false;  // expand NF4 weights one ahead, in two buffers
+  bool fp8 = false;       // products of 8-bit floats with the frozen linear weights
   // Keep the table of token embeddings in pinned host memory: the device reads the rows of a pack
   // from there. Not where the head is the same table.
   bool embedding_on_host = false;
@@ -130,9 +131,17 @@ class Model {
   void PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens, SavedBlock* saved) const;
   absl::Status LoadBlock(const LayerContext& ctx, const WeightNames& names,
                          const WeightSource& source, int64_t layer);
+  // One of the matrices that a frozen matrix stacks, and its bias.
+  struct PartName {
+    int64_t layer;
+    Linear linear;
+  };
+  absl::Status LoadPart(const LayerContext& ctx, const WeightNames& names,
+                        const WeightSource& source, const PartName& part_name, FrozenMatrix* matrix,
+                        const TensorView& bias) const;
 
   ModelConfig config_;
-  TensorView embedding_;  // (V, C)
+  TensorView embedding_;         // (V, C)
   PinnedMemory host_embedding_;  // behind embedding_, if that is on the host
   bool embedding_on_host_;
   std::vector<BlockWeights> weights_;

@@ -17,8 +17,8 @@ std::string Harmless(absl::string_view text) {
   std::string out;
   for (size_t i = 0; i < text.size(); ++i) {
     const unsigned char c = static_cast<unsigned char>(text[i]);
-    const bool c1 = c == 0xC2 && i + 1 < text.size() &&
-                    static_cast<unsigned char>(text[i + 1]) < 0xA0;
+    const bool c1 =
+        c == 0xC2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xA0;
     if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F || c1) {
       absl::StrAppendFormat(&out, "\\x%02X", c1 ? static_cast<unsigned char>(text[++i]) : c);
     } else {

@@ -88,6 +88,7 @@ v1::Device ToDevice(const DeviceChoice& choice, int threads) {
   device.set_threads(threads);
   // Every GPU that the kernels are built for (sm_80 and later) has it.
   device.set_bf16(cuda);
+  if (cuda) device.set_compute_capability(ComputeCapability());
   return device;
 }
 

@@ -51,6 +51,7 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
                                    ModelOptions{.storage = StorageOf(options.spec.quantization()),
                                                 .resident = options.resident,
                                                 .prefetch = options.prefetch,
+                                                .fp8 = options.spec.quantization().fp8_products(),
                                                 .embedding_on_host = options.embedding_on_host,
                                                 .activations = options.activations,
                                                 .logits_bytes = options.logits_bytes},

@@ -25,6 +25,8 @@ Outcome Steps(const GoldenCase& golden, int steps, double learning_rate) {
     step.input.learning_rate = learning_rate;
     out.losses.push_back(engine->TrainStep(step.input, step.packs, self.get(), [] {}).value().loss);
   }
+  const GoldenStep last = StepOf(golden, steps - 1);
+  EXPECT_TRUE(engine->Evaluate(last.packs, last.input.trained_tokens, self.get(), [] {}).ok());
   EXPECT_EQ(engine->peak_bytes(),
             Engine::Plan(golden.options, *golden.weights).value().peak_bytes());
   const TensorView grad = engine->adapters()->grad();
@@ -107,6 +109,17 @@ TEST_P(EngineCuda, DropoutGivesWhatTheCpuGives) {
   const Outcome cpu = Steps(golden, 2, 1e-3);
   golden.options.device = DeviceKind::kCuda;
   ExpectClose(Steps(golden, 2, 1e-3), cpu, 1e-5, 1e-3, "dropout");
+}
+
+// Roundings flip codes here and there, so this is not much nearer than 8 bits are to f32.
+TEST_P(EngineCuda, Fp8GivesWhatTheCpuGives) {
+  GoldenCase golden = Load(DType::kF32);
+  const Outcome full = Steps(golden, 2, 1e-3);
+  golden.options.spec.mutable_quantization()->set_fp8_products(true);
+  const Outcome cpu = Steps(golden, 2, 1e-3);
+  golden.options.device = DeviceKind::kCuda;
+  const double tolerance = std::max(0.05, 0.7 * GradientError(cpu, full));
+  ExpectClose(Steps(golden, 2, 1e-3), cpu, 5e-3, tolerance, "fp8");
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));

@@ -467,6 +467,33 @@ double MeanContext(const ExampleSet& examples) {
   return tokens > 0 ? squares / tokens : 0;
 }
 
+// Whether the device and the model are made for products of 8-bit floats.
+absl::Status CheckFp8Products(const PreparedJob& job) {
+  const v1::JobSpec& spec = job.assignment.spec();
+  const v1::Device& device = job.assignment.device();
+  constexpr absl::string_view kField = "quantization.fp8_products: ";
+  if (!spec.quantization().fp8_products()) return absl::OkStatus();
+  // An estimate may be for a GPU that is not here: of that nothing is known.
+  const int capability = device.compute_capability();
+  if (device.type() != v1::DEVICE_TYPE_CUDA || (capability != 90 && capability != 0)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(kField, "needs a GPU of compute capability 9.0 (H100, H200), and this is ",
+                     device.model().empty() ? device.id() : device.model(), ": leave it out"));
+  }
+  if (spec.precision() != v1::PRECISION_BF16) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(kField, "needs precision bf16: set that, or leave it out"));
+  }
+  for (Linear linear : LinearsOf(job.engine.model)) {
+    const LinearShape shape = ShapeOf(job.engine.model, linear);
+    if (shape.in % 16 == 0 && shape.out % 16 == 0) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(kField, "the model has a linear layer of ", shape.out, " x ", shape.in,
+                     ", and both must be multiples of 16: leave it out"));
+  }
+  return absl::OkStatus();
+}
+
 // Reads every weight once, so that a damaged checkpoint is refused before a device works.
 absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   EngineOptions& engine = job->engine;
@@ -606,6 +633,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
   job->engine.device = KindOf(assignment.device());
   job->engine.spec = *spec;
+  if (absl::Status s = CheckFp8Products(*job); !s.ok()) return s;
   absl::StatusOr<v1::MemoryEstimate> memory = PlanMemory(job.get());
   if (!memory.ok()) return memory.status();
   v1::ValidationReport& report = job->report;

@@ -68,6 +68,10 @@ double LinearParameters(const ModelConfig& c) {
   return sum;
 }
 
+bool IsFp8(const EngineOptions& options) {
+  return options.spec.quantization().fp8_products();
+}
+
 bool IsNf4(const EngineOptions& options) {
   return options.spec.quantization().weights() == v1::WEIGHT_FORMAT_NF4;
 }
@@ -157,9 +161,13 @@ int64_t HostBytes(const EngineOptions& options) {
 
 std::string Describe(const EngineOptions& options) {
   const ActivationPolicy& a = options.activations;
-  std::string text = !IsNf4(options)    ? "weights dense"
-                     : options.resident ? "weights expanded to bf16"
-                                        : "weights in NF4, expanded as they are used";
+  const char* form = IsFp8(options) ? "8-bit floats" : "bf16";
+  std::string text = absl::StrCat("weights expanded to ", form);
+  if (IsNf4(options) && !options.resident) {
+    text = absl::StrCat("weights in NF4, expanded to ", form, " as they are used");
+  } else if (!IsNf4(options) && !IsFp8(options)) {
+    text = "weights dense";
+  }
   const auto add = [&](int64_t layers, const char* what) {
     if (layers > 0) {
       absl::StrAppend(&text, "; ", layers, " of ", options.model.num_layers, " layers ", what);
@@ -267,6 +275,7 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 DeviceRates RatesOf(const std::string& device_name) {
   const bool h200 = absl::StrContains(device_name, "H200");
   return {.product_flops_per_s = 705e12,
+          .fp8_product_flops_per_s = 1200e12,
           .attention_forward_flops_per_s = 408e12,
           .attention_backward_flops_per_s = 301e12,
           .memory_bytes_per_s = h200 ? 4.0e12 : 2.7e12,
@@ -283,14 +292,17 @@ double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates&
   const double parameters = LinearParameters(c);
   const LayerTraffic traffic = TrafficOf(options);
   const double attention = 2.0 * T * mean_context * static_cast<double>(c.q_size());
-  const double products = 2 * T * parameters / rates.product_flops_per_s;
+  const double products =
+      2 * T * parameters /
+      (IsFp8(options) ? rates.fp8_product_flops_per_s : rates.product_flops_per_s);
   const double moved = 2 * T / rates.memory_bytes_per_s;
   double forward =
       products + attention / rates.attention_forward_flops_per_s + moved * traffic.forward;
   double backward =
       products + 2.5 * attention / rates.attention_backward_flops_per_s + moved * traffic.backward;
   if (IsNf4(options) && !options.resident) {
-    const double expand = 2.516 * parameters / (0.7 * rates.memory_bytes_per_s);
+    const double written = IsFp8(options) ? 1 : 2;  // bytes of a value
+    const double expand = (0.516 + written) * parameters / (0.7 * rates.memory_bytes_per_s);
     forward += expand;
     backward += expand;
   }

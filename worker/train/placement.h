@@ -18,6 +18,7 @@ namespace attune {
 // What a GPU model does in a long run, at its power limit. Measured with train_bench.
 struct DeviceRates {
   double product_flops_per_s = 0;            // bf16 matrix products
+  double fp8_product_flops_per_s = 0;        // products of 8-bit floats
   double attention_forward_flops_per_s = 0;  // causal, counting visible pairs only
   double attention_backward_flops_per_s = 0;
   double memory_bytes_per_s = 0;     // read and written

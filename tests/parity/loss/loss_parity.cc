@@ -104,6 +104,11 @@ int Main(int argc, char** argv) {
   check("fused, expanded at use", true, true);
   golden.options.fused_lora = false;
   check("separate products", true, true);
+  if (!cpu) {
+    golden.options.spec.mutable_quantization()->set_fp8_products(true);
+    check("products of 8-bit floats", true, true);
+    golden.options.spec.mutable_quantization()->set_fp8_products(false);
+  }
   check("control: learning rate 0", false, false);
   std::printf("the oracle's loss falls by %.3f nats over %zu steps (at least %.1f): %s\n", fall,
               oracle.size(), kLeastFall, good ? "parity" : "NO PARITY");

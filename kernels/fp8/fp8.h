@@ -1,0 +1,74 @@
+// Operands of products in 8-bit floating point (e4m3, see kernels/core/dtype.h), for weights that
+// are frozen. value = code * scale:
+//   rows of activations and gradients   scale[m] = max |row m| / 448, found anew for each row
+//   a weight                            scale = max |W| / 28, one for the whole matrix: codes are
+//                                       floating, so a scale per row would make them no better
+// 28 leaves room above: values of an adapter beside W may be 16 times as large as W's largest
+// before they saturate.
+//
+// The adapter rides in the same product, as in kernels/lora, each of its values as the sum of two
+// codes, v = (high + low) * scale, which is about bf16's precision (2^-8). s B^T then is
+//   s_high B_high + s_low B_high + s_high B_low       (s_low B_low is 2^-8 of that, and left out)
+// so an adapter of e columns takes three times e, rounded up to a multiple of 16 (rows of f8 want
+// that), filled with zeros:
+//   rows of activations [x | s_high | s_low | s_high | 0]
+//   rows of weights     [W | B_high | B_high | B_low | 0]
+#pragma once
+
+#include <span>
+
+#include "kernels/core/exec.h"
+#include "kernels/core/tensor.h"
+#include "kernels/lora/lora.h"
+
+namespace attune {
+
+constexpr float kFp8WeightRange = 28.0f;
+constexpr float kFp8LeastScale = 1e-30f;  // of a weight that is zero
+
+// Elements from row to row of a matrix of f8 with so many columns: rows that begin at multiples of
+// 128 bytes are multiplied a third faster (seen on an H100).
+constexpr int64_t Fp8RowStride(int64_t columns) {
+  return (columns + 127) / 128 * 128;
+}
+
+// Columns of f8 that e columns of an adapter take.
+constexpr int64_t Fp8Extension(int64_t e) {
+  return (3 * e + 15) / 16 * 16;
+}
+
+struct Fp8QuantizeArgs {
+  TensorView x;      // (M, K + e)               f32 or bf16; the last e columns are the adapter's
+  int64_t e = 0;     //
+  TensorView q;      // (M, K + Fp8Extension(e)) out, f8
+  TensorView scale;  // (M)                      out, f32
+};
+void Fp8Quantize(const Exec& exec, const Fp8QuantizeArgs& args);
+
+// Raises every element of `scale` to the scale that W needs. Starts from zeros.
+struct Fp8WeightScaleArgs {
+  TensorView w;      // (N, K)  f32 or bf16
+  TensorView scale;  // (S)     in and out, f32; all elements are the same
+};
+void Fp8WeightScale(const Exec& exec, const Fp8WeightScaleArgs& args);
+
+struct Fp8QuantizeWeightArgs {
+  TensorView w;             // (N, K)  f32 or bf16
+  TensorView scale;         // (>= 1)  f32
+  TensorView q;             // (N, K)  out, f8; rows may be strided
+  bool transposed = false;  // q is (K, N): of W^T
+};
+void Fp8QuantizeWeight(const Exec& exec, const Fp8QuantizeWeightArgs& args);
+
+// Puts the adapter beside the codes of a weight: factor * B beside W, A^T beside W^T. For stacked
+// matrices B is block-diagonal, as in kernels/lora; e = parts * r.
+struct Fp8ExtendArgs {
+  std::span<const LoraExtendPart> parts;  // 1 to kMaxLoraParts, ascending row_begin; f32 or bf16
+  TensorView scale;                       // (>= 1) f32, of the weight
+  TensorView q;             // (N, Fp8Extension(e))  out, f8, beside W; rows may be strided
+  bool transposed = false;  // q is (K, Fp8Extension(e)), beside W^T
+  double factor = 1.0;
+};
+void Fp8Extend(const Exec& exec, const Fp8ExtendArgs& args);
+
+}  // namespace attune
