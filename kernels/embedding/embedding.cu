@@ -33,11 +33,11 @@ constexpr int kBackwardColumns = 256;
 template <typename T>
 __global__ __launch_bounds__(kBackwardColumns) void BackwardKernel(
     const int32_t* ids, Rows<const T> dy, int64_t tokens, int64_t columns, float* dtable,
-    int64_t table_stride, int64_t vocabulary, float scale) {
+    int64_t table_stride, int64_t vocabulary, float scale, int64_t padding_id) {
   __shared__ int32_t near[kBackwardColumns];
   const int64_t first = blockIdx.x;
   const int32_t id = ids[first];
-  if (id < 0 || id >= vocabulary) return;
+  if (id < 0 || id >= vocabulary || id == padding_id) return;
   bool earlier = false;
   for (int64_t t = threadIdx.x; t < first; t += kBackwardColumns) earlier |= ids[t] == id;
   if (__syncthreads_or(earlier)) return;
@@ -118,7 +118,7 @@ void EmbeddingBackwardCuda(const Exec& exec, const EmbeddingBackwardArgs& a) {
   DispatchCudaFloat(a.dy.dtype, [&]<typename E>() {
     BackwardKernel<E><<<grid, kBackwardColumns, 0, StreamOf(exec.stream)>>>(
         Data<const int32_t>(a.ids), RowsOf<const E>(a.dy), T, C, Data<float>(a.dtable),
-        a.dtable.stride(0), a.dtable.dim(0), static_cast<float>(a.scale));
+        a.dtable.stride(0), a.dtable.dim(0), static_cast<float>(a.scale), a.padding_id);
   });
   CUDA_CHECK(cudaGetLastError());
 }

@@ -17,13 +17,14 @@ struct EmbeddingForwardArgs {
 void EmbeddingForward(const Exec& exec, const EmbeddingForwardArgs& args);
 
 // Its gradient, for a table that is trained: dtable[id] += scale * sum of dy[t] over t with
-// ids[t] = id, in the order of t. Cost: one pass over dy and the rows of dtable that it names; on
-// CUDA also T^2 looks at ids.
+// ids[t] = id, in the order of t, but for padding_id, as torch's Embedding with its padding_idx.
+// Cost: one pass over dy and the rows of dtable that it names; on CUDA also T^2 looks at ids.
 struct EmbeddingBackwardArgs {
   TensorView ids;     // (T)     i32
   TensorView dy;      // (T, C)  f64, f32 or bf16; rows may be strided
   TensorView dtable;  // (V, C)  f32 (f64)  in and out; rows may be strided
   double scale = 1.0;
+  int64_t padding_id = -1;  // -1: none
 };
 void EmbeddingBackward(const Exec& exec, const EmbeddingBackwardArgs& args);
 

@@ -46,6 +46,7 @@ void Backward(const EmbeddingBackwardArgs& a) {
   for (int64_t begin = 0; begin < C; begin += kColumns) {
     for (int64_t t = 0; t < tokens; ++t) {
       CHECK(0 <= ids[t] && ids[t] < V);
+      if (ids[t] == a.padding_id) continue;
       AddScaledRow(a.dy.As<T>() + t * a.dy.stride(0) + begin, static_cast<A>(a.scale),
                    a.dtable.As<A>() + ids[t] * a.dtable.stride(0) + begin,
                    std::min(kColumns, C - begin));

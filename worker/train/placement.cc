@@ -93,6 +93,9 @@ GroupBytes GroupsOf(const EngineOptions& options) {
 // Of the table of embeddings, where it may lie on the host.
 int64_t EmbeddingBytes(const EngineOptions& options) {
   if (options.model.tied_embeddings) return 0;
+  for (const ModuleEntry& entry : options.adapters.modules) {
+    if (entry.is_embedding) return 0;  // trained, with the adapters
+  }
   return options.model.vocab_size * options.model.hidden_size * DTypeBytes(options.dtype);
 }
 

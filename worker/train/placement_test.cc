@@ -37,7 +37,8 @@ EngineOptions Llama8B(int64_t micro_batch_tokens) {
   names.linear = [](int64_t layer, Linear linear) {
     return "layers." + std::to_string(layer) + ".linear" + std::to_string(static_cast<int>(linear));
   };
-  options.adapters = SelectAdapters(c, names, 16, 16, {"all-linear"}).value();
+  options.adapters =
+      SelectAdapters(c, names, {.r = 16, .alpha = 16, .target_modules = {"all-linear"}}).value();
   return options;
 }
 
