@@ -4,6 +4,7 @@
 #include "kernels/attention/attention_cudnn.h"
 #include "kernels/core/op_testing_cuda.h"
 #include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/dora/dora.h"
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
@@ -355,6 +356,62 @@ TEST_F(CudaOps, EmbeddingAndRows) {
       ExpectGpuAsCpu("scatter " + Name(dtype, w), {{x(6)}, {index}, {out(9)}},
                      [](const Exec& exec, const Views& v, Scratch&) {
                        ScatterRows(exec, {.y = v[0], .index = v[1], .x = v[2]});
+                     });
+    }
+  }
+}
+
+// Ids that come once, often, and across the pieces that a block looks at.
+TEST_F(CudaOps, EmbeddingBackward) {
+  std::vector<int32_t> ids(700);
+  for (size_t t = 0; t < ids.size(); ++t) ids[t] = t % 3 == 0 ? 5 : static_cast<int32_t>(t % 41);
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) {
+      ExpectGpuAsCpu("embedding backward " + Name(dtype, w),
+                     {{Ints(ids)},
+                      {Random(dtype, {700, w.columns}, w.padding)},
+                      {Random(DType::kF32, {43, w.columns}, w.padding), 1e-6}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       EmbeddingBackward(exec,
+                                         {.ids = v[0], .dy = v[1], .dtable = v[2], .scale = 1.5});
+                     });
+    }
+  }
+}
+
+TEST_F(CudaOps, Dora) {
+  for (const Width& w : kWidths) {
+    ExpectGpuAsCpu("DoRA's factors " + Name(DType::kF32, w),
+                   {{Random(DType::kF32, {9, w.columns}, w.padding)},
+                    {Random(DType::kF32, {9})},
+                    {Tensor(DType::kF32, {9}), 1e-6},
+                    {Tensor(DType::kF32, {9}), 1e-6}},
+                   [](const Exec& exec, const Views& v, Scratch&) {
+                     DoraFactors(exec,
+                                 {.v = v[0], .magnitude = v[1], .norm = v[2], .factor = v[3]});
+                   });
+    for (DType dtype : kDTypes) {
+      const auto x = [&] { return Random(dtype, {70, w.columns}, w.padding); };
+      for (const bool accumulate : {false, true}) {
+        ExpectGpuAsCpu("scale columns " + Name(dtype, w),
+                       {{x()}, {Random(DType::kF32, {w.columns})}, {x(), Loose(dtype)}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         ScaleColumns(exec, {.x = v[0],
+                                             .factor = v[1],
+                                             .y = v[2],
+                                             .offset = -1,
+                                             .alpha = 0.5,
+                                             .accumulate = accumulate});
+                       });
+      }
+      Tensor norm = Random(DType::kF32, {w.columns});
+      for (int64_t i = 0; i < norm.size(); ++i) norm.Set(i, i == 3 ? 0 : 1 + std::abs(norm[i]));
+      ExpectGpuAsCpu("magnitudes' gradient " + Name(dtype, w),
+                     {{x()}, {x()}, {norm}, {Random(DType::kF32, {w.columns}), 2e-5}},
+                     [](const Exec& exec, const Views& v, Scratch&) {
+                       DoraMagnitudeBackward(
+                           exec,
+                           {.dy = v[0], .u = v[1], .norm = v[2], .dmagnitude = v[3], .alpha = 0.5});
                      });
     }
   }

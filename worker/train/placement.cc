@@ -133,6 +133,9 @@ Footprint FootprintOf(const ActivationPolicy& policy, int64_t layers, const Save
 // Of the table of embeddings, where it may lie on the host.
 int64_t EmbeddingBytes(const EngineOptions& options) {
   if (options.model.tied_embeddings) return 0;
+  for (const ModuleEntry& entry : options.adapters.modules) {
+    if (entry.is_embedding) return 0;  // trained, with the adapters
+  }
   return options.model.vocab_size * options.model.hidden_size * DTypeBytes(options.dtype);
 }
 
