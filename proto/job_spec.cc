@@ -44,19 +44,32 @@ void DefaultAdapter(JobSpec* spec) {
   Default(lora, &LoraSpec::has_r, &LoraSpec::set_r, 16);
   Default(lora, &LoraSpec::has_alpha, &LoraSpec::set_alpha, static_cast<double>(lora->r()));
   Default(lora, &LoraSpec::has_use_rslora, &LoraSpec::set_use_rslora, false);
+  Default(lora, &LoraSpec::has_ensure_weight_tying, &LoraSpec::set_ensure_weight_tying, false);
+  Default(lora, &LoraSpec::has_use_dora, &LoraSpec::set_use_dora, false);
   if (lora->target_modules().empty()) lora->add_target_modules("all-linear");
 }
 
-void DefaultOptimizer(v1::OptimizerSpec* o) {
+void DefaultOptimizer(JobSpec* spec) {
+  v1::OptimizerSpec* o = spec->mutable_optimizer();
   using O = v1::OptimizerSpec;
   if (o->kind() == v1::OPTIMIZER_KIND_UNSPECIFIED) o->set_kind(v1::OPTIMIZER_KIND_ADAMW);
   const bool is_lion = o->kind() == v1::OPTIMIZER_KIND_LION;
+  const bool is_adafactor = o->kind() == v1::OPTIMIZER_KIND_ADAFACTOR;
   Default(o, &O::has_learning_rate, &O::set_learning_rate, 2e-4);
   Default(o, &O::has_weight_decay, &O::set_weight_decay, 0.0);
-  Default(o, &O::has_beta1, &O::set_beta1, 0.9);
-  Default(o, &O::has_beta2, &O::set_beta2, is_lion ? 0.99 : 0.999);
-  if (!is_lion) Default(o, &O::has_epsilon, &O::set_epsilon, 1e-8);
+  Default(o, &O::has_beta1, &O::set_beta1, is_adafactor ? 0.0 : 0.9);
+  if (!is_adafactor) Default(o, &O::has_beta2, &O::set_beta2, is_lion ? 0.99 : 0.999);
+  if (!is_lion) Default(o, &O::has_epsilon, &O::set_epsilon, is_adafactor ? 1e-30 : 1e-8);
+  if (is_adafactor) {
+    Default(o, &O::has_scale_parameter, &O::set_scale_parameter, false);
+    Default(o, &O::has_clip_threshold, &O::set_clip_threshold, 1.0);
+    Default(o, &O::has_decay_rate, &O::set_decay_rate, 0.8);
+  }
   Default(o, &O::has_max_grad_norm, &O::set_max_grad_norm, 1.0);
+  if (!spec->lora().modules_to_save().empty()) {
+    Default(o, &O::has_embedding_learning_rate, &O::set_embedding_learning_rate,
+            o->learning_rate());
+  }
 }
 
 void DefaultSchedule(v1::ScheduleSpec* s) {
@@ -159,7 +172,7 @@ void ApplyDefaults(absl::string_view default_name, JobSpec* spec) {
   }
   Default(spec->mutable_quantization(), &v1::QuantizationSpec::has_fp8_products,
           &v1::QuantizationSpec::set_fp8_products, false);
-  DefaultOptimizer(spec->mutable_optimizer());
+  DefaultOptimizer(spec);
   if (spec->precision() == v1::PRECISION_UNSPECIFIED) spec->set_precision(v1::PRECISION_AUTO);
   DefaultRun(spec);
   DefaultService(spec);

@@ -116,6 +116,58 @@ void CheckInputs(const JobSpec& spec, const ValidateOptions& options, Checker* c
   }
 }
 
+// Whether the model has them is seen when the job is validated on a worker.
+void CheckModulesToSave(const JobSpec& spec, Checker* check) {
+  const v1::LoraSpec& lora = spec.lora();
+  for (int i = 0; i < lora.modules_to_save_size(); ++i) {
+    if (lora.modules_to_save(i).empty()) {
+      check->Fail(absl::StrCat("lora.modules_to_save[", i, "]"), "is empty");
+    }
+  }
+  const bool none = lora.modules_to_save().empty() && !lora.has_init_from();
+  if (none && lora.ensure_weight_tying()) {
+    check->Fail("lora.ensure_weight_tying", "is for lora.modules_to_save, which is empty");
+  }
+  const v1::OptimizerSpec& optimizer = spec.optimizer();
+  if (!optimizer.has_embedding_learning_rate()) return;
+  if (none) {
+    check->Fail("optimizer.embedding_learning_rate",
+                "is of lora.modules_to_save, which is empty; leave it out");
+  } else if (optimizer.learning_rate() == 0 && optimizer.embedding_learning_rate() != 0) {
+    check->Fail("optimizer.embedding_learning_rate", "needs optimizer.learning_rate above 0");
+  }
+  check->Range("optimizer.embedding_learning_rate", optimizer.embedding_learning_rate(), 0, 10);
+}
+
+void CheckOptimizer(const v1::OptimizerSpec& o, Checker* check) {
+  check->Range("optimizer.learning_rate", o.learning_rate(), 0, 10);
+  check->Range("optimizer.weight_decay", o.weight_decay(), 0, 10);
+  check->HalfOpen("optimizer.beta1", o.beta1(), 0, 1);
+  check->HalfOpen("optimizer.beta2", o.beta2(), 0, 1);
+  check->Enum("optimizer.kind", *v1::OptimizerKind_descriptor(), o.kind());
+  check->Range("optimizer.max_grad_norm", o.max_grad_norm(), 0, 1e6);
+  const bool is_lion = o.kind() == v1::OPTIMIZER_KIND_LION;
+  const bool is_adafactor = o.kind() == v1::OPTIMIZER_KIND_ADAFACTOR;
+  const auto not_of = [&](absl::string_view field, absl::string_view kind) {
+    check->Fail(field, absl::StrCat("is not of `", kind, "`; leave it out"));
+  };
+  if (is_lion && o.has_epsilon()) not_of("optimizer.epsilon", "lion");
+  if (!is_lion) check->Range("optimizer.epsilon", o.epsilon(), is_adafactor ? 0 : 1e-16, 1);
+  if (is_adafactor) {
+    if (o.has_beta2()) not_of("optimizer.beta2", "adafactor");
+    check->Positive("optimizer.clip_threshold", o.clip_threshold(), 1e6);
+    check->Positive("optimizer.decay_rate", o.decay_rate(), 1);
+    return;
+  }
+  const std::pair<const char*, bool> of_adafactor[] = {
+      {"optimizer.scale_parameter", o.has_scale_parameter()},
+      {"optimizer.clip_threshold", o.has_clip_threshold()},
+      {"optimizer.decay_rate", o.has_decay_rate()}};
+  for (const auto& [field, given] : of_adafactor) {
+    if (given) check->Fail(field, "is of `adafactor` only; leave it out");
+  }
+}
+
 void CheckTraining(const JobSpec& spec, Checker* check) {
   check->Enum("sft.train_on", *v1::TrainOn_descriptor(), spec.sft().train_on());
   check->Enum("sft.over_long", *v1::OverLong_descriptor(), spec.sft().over_long());
@@ -134,20 +186,10 @@ void CheckTraining(const JobSpec& spec, Checker* check) {
       check->Fail(absl::StrCat("lora.target_modules[", i, "]"), "is empty");
     }
   }
+  CheckModulesToSave(spec, check);
   check->Enum("quantization.weights", *v1::WeightFormat_descriptor(),
               spec.quantization().weights());
-  const v1::OptimizerSpec& o = spec.optimizer();
-  check->Range("optimizer.learning_rate", o.learning_rate(), 0, 10);
-  check->Range("optimizer.weight_decay", o.weight_decay(), 0, 10);
-  check->HalfOpen("optimizer.beta1", o.beta1(), 0, 1);
-  check->HalfOpen("optimizer.beta2", o.beta2(), 0, 1);
-  check->Enum("optimizer.kind", *v1::OptimizerKind_descriptor(), o.kind());
-  if (o.kind() != v1::OPTIMIZER_KIND_LION) {
-    check->Range("optimizer.epsilon", o.epsilon(), 1e-16, 1);
-  } else if (o.has_epsilon()) {
-    check->Fail("optimizer.epsilon", "is not of `lion`; leave it out");
-  }
-  check->Range("optimizer.max_grad_norm", o.max_grad_norm(), 0, 1e6);
+  CheckOptimizer(spec.optimizer(), check);
   check->Enum("precision", *v1::Precision_descriptor(), spec.precision());
 }
 

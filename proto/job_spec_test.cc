@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <set>
+#include <string>
 
 namespace attune {
 namespace {
@@ -49,6 +51,8 @@ TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
   v1::JobSpec again = spec;
   ApplyDefaults("y", &again);
   EXPECT_TRUE(MessageDifferencer::Equals(spec, again));
+  const std::set<std::string> kOfOthers = {"embedding_learning_rate", "scale_parameter",
+                                           "clip_threshold", "decay_rate"};
   for (const google::protobuf::Message* message :
        std::initializer_list<const google::protobuf::Message*>{
            &spec.optimizer(), &spec.batch(), &spec.lora(), &spec.retry(), &spec.resources(),
@@ -57,6 +61,8 @@ TEST(JobSpecTest, EveryFieldHasADefaultSoThatTheResolvedSpecHidesNothing) {
     for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
       const auto* field = message->GetDescriptor()->field(i);
       if (field->is_repeated() || field->message_type() == v1::Source::descriptor()) continue;
+      // Of lora.modules_to_save and of adafactor.
+      if (kOfOthers.contains(field->name())) continue;
       EXPECT_TRUE(message->GetReflection()->HasField(*message, field)) << field->full_name();
     }
   }
@@ -106,6 +112,26 @@ TEST(JobSpecTest, DefaultsOfTheOptimizerAreThoseOfItsKind) {
   EXPECT_EQ(optimizer("adamw_8bit").beta2(), 0.999);
   EXPECT_EQ(optimizer("lion").beta2(), 0.99);
   EXPECT_FALSE(optimizer("lion").has_epsilon());
+  const v1::OptimizerSpec adafactor = optimizer("adafactor");
+  EXPECT_FALSE(adafactor.has_beta2());
+  EXPECT_EQ(adafactor.beta1(), 0);
+  EXPECT_EQ(adafactor.epsilon(), 1e-30);
+  EXPECT_EQ(adafactor.clip_threshold(), 1);
+  EXPECT_EQ(adafactor.decay_rate(), 0.8);
+  EXPECT_TRUE(adafactor.has_scale_parameter());
+}
+
+TEST(JobSpecTest, TablesTrainedInFullHaveTheLearningRateUnlessTheyHaveTheirOwn) {
+  const auto rate = [](const std::string& yaml) {
+    v1::JobSpec spec = Parse(kMinimal + yaml).spec;
+    ApplyDefaults("x", &spec);
+    EXPECT_TRUE(ValidateJobSpec(spec, {}).empty()) << yaml;
+    return spec.optimizer().embedding_learning_rate();
+  };
+  const std::string modules = "lora: {modules_to_save: [lm_head]}\n";
+  EXPECT_EQ(rate(modules), 2e-4);
+  EXPECT_EQ(rate(modules + "optimizer: {learning_rate: 0}"), 0);
+  EXPECT_EQ(rate(modules + "optimizer: {embedding_learning_rate: 1e-5}"), 1e-5);
 }
 
 TEST(JobSpecTest, AnAdapterToStartFromBringsItsShape) {
@@ -134,6 +160,8 @@ TEST(JobSpecTest, ErrorsNameFieldAndLine) {
   EXPECT_THAT(ParseError("quantization:\n  weights: nf5\n"),
               HasSubstr("job.yaml:2: quantization.weights: `nf5` is not one of: nf4, none"));
   EXPECT_THAT(ParseError("datasets: a.jsonl\n"), HasSubstr("job.yaml:1: datasets: must be a list"));
+  EXPECT_THAT(ParseError("lora: {init_lora_weights: pissa}\n"),
+              HasSubstr("job.yaml:1: lora.init_lora_weights: is not built"));
   EXPECT_THAT(ParseError("seed: -1\n"), HasSubstr("whole number"));
   EXPECT_THAT(ParseError("priority: 3000000000\n"), HasSubstr("whole number"));
   EXPECT_THAT(ParseError("model:\n  source: {path: a, artifact: b}\n"),
@@ -166,6 +194,19 @@ TEST(JobSpecTest, ValuesOutOfRangeNameFieldAndLine) {
       {"sft: {z_loss_weight: -1}", "sft.z_loss_weight: is -1"},
       {"sft: {neftune_noise_alpha: -5}", "sft.neftune_noise_alpha: is -5"},
       {"optimizer: {kind: lion, epsilon: 1e-8}", "job.yaml:5: optimizer.epsilon: is not of `lion`"},
+      {"optimizer: {kind: adafactor, beta2: 0.9}", "optimizer.beta2: is not of `adafactor`"},
+      {"optimizer: {kind: adafactor, decay_rate: 2}", "optimizer.decay_rate: is 2"},
+      {"optimizer: {kind: adafactor, clip_threshold: 0}", "optimizer.clip_threshold: is 0"},
+      {"optimizer: {scale_parameter: true}", "optimizer.scale_parameter: is of `adafactor` only"},
+      {"optimizer: {embedding_learning_rate: 1e-5}",
+       "embedding_learning_rate: is of lora.modules_to_save, which is empty"},
+      {"lora: {modules_to_save: [lm_head]}\noptimizer: {embedding_learning_rate: 11}",
+       "embedding_learning_rate: is 11"},
+      {"lora: {modules_to_save: [lm_head]}\noptimizer: {learning_rate: 0, "
+       "embedding_learning_rate: 1}",
+       "embedding_learning_rate: needs optimizer.learning_rate above 0"},
+      {"lora: {modules_to_save: [\"\"]}", "lora.modules_to_save[0]: is empty"},
+      {"lora: {ensure_weight_tying: true}", "lora.ensure_weight_tying: is for"},
       {"optimizer: {learning_rate: -1}", "job.yaml:5: optimizer.learning_rate: is -1"},
       {"optimizer: {beta2: 1.0}", "optimizer.beta2"},
       {"batch: {micro_batch_tokens: 8}", "batch.micro_batch_tokens: is 8"},

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <sstream>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -24,6 +25,15 @@ using google::protobuf::Reflection;
 
 constexpr size_t kMaxBytes = 1 << 20;
 constexpr int kMaxDepth = 16;
+
+// Fields that people look for, and what to do without them.
+constexpr std::pair<absl::string_view, absl::string_view> kNotBuilt[] = {
+    {"lora.init_lora_weights",
+     "is not built: A is drawn and B is zero, as is PEFT's default. PiSSA, LoftQ and OLoRA change "
+     "the weights of the base, which docs/decisions.md has more of; lora.init_from takes an "
+     "adapter "
+     "that was made elsewhere"},
+};
 
 // The common prefix of an enum's values with the last '_': "WEIGHT_FORMAT_".
 std::string EnumPrefix(const EnumDescriptor& type) {
@@ -65,6 +75,9 @@ class YamlReader {
     const auto* descriptor = message->GetDescriptor();
     const FieldDescriptor* field = descriptor->FindFieldByName(name);
     if (field == nullptr) {
+      for (const auto& [not_built, why] : kNotBuilt) {
+        if (field_path == not_built) return Error(key, field_path, why);
+      }
       std::vector<std::string> known;
       for (int i = 0; i < descriptor->field_count(); ++i) {
         known.push_back(descriptor->field(i)->name());

@@ -5,6 +5,7 @@
 namespace attune {
 
 ATTUNE_BACKENDS(EmbeddingForward);
+ATTUNE_BACKENDS(EmbeddingBackward);
 ATTUNE_BACKENDS(EmbeddingNoise);
 
 void EmbeddingForward(const Exec& exec, const EmbeddingForwardArgs& args) {
@@ -13,6 +14,15 @@ void EmbeddingForward(const Exec& exec, const EmbeddingForwardArgs& args) {
   CheckMatrix(args.table, args.table.dtype, args.table.dim(0), args.table.dim(1));
   CheckMatrix(args.y, args.table.dtype, args.ids.dim(0), args.table.dim(1));
   ATTUNE_RUN(EmbeddingForward, exec, args);
+}
+
+void EmbeddingBackward(const Exec& exec, const EmbeddingBackwardArgs& args) {
+  CHECK(IsFloat(args.dy.dtype));
+  const int64_t C = args.dy.dim(1);
+  CheckVector(args.ids, DType::kI32, args.dy.dim(0));
+  CheckMatrix(args.dy, args.dy.dtype, args.dy.dim(0), C);
+  CheckMatrix(args.dtable, AccumulatorDType(args.dy.dtype), args.dtable.dim(0), C);
+  ATTUNE_RUN(EmbeddingBackward, exec, args);
 }
 
 void EmbeddingNoise(const Exec& exec, const EmbeddingNoiseArgs& args) {

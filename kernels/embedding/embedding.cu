@@ -26,6 +26,36 @@ struct Forward {
   }
 };
 
+// A block of threads per token and kBackwardColumns columns. That of an id's first token sums its
+// row, the others end at once. Ids go through shared memory, so that every thread looks at all.
+constexpr int kBackwardColumns = 256;
+
+template <typename T>
+__global__ __launch_bounds__(kBackwardColumns) void BackwardKernel(
+    const int32_t* ids, Rows<const T> dy, int64_t tokens, int64_t columns, float* dtable,
+    int64_t table_stride, int64_t vocabulary, float scale, int64_t padding_id) {
+  __shared__ int32_t near[kBackwardColumns];
+  const int64_t first = blockIdx.x;
+  const int32_t id = ids[first];
+  if (id < 0 || id >= vocabulary || id == padding_id) return;
+  bool earlier = false;
+  for (int64_t t = threadIdx.x; t < first; t += kBackwardColumns) earlier |= ids[t] == id;
+  if (__syncthreads_or(earlier)) return;
+  const int64_t c = static_cast<int64_t>(blockIdx.y) * kBackwardColumns + threadIdx.x;
+  float* place = dtable + id * table_stride + c;
+  float sum = c < columns ? *place : 0.0f;
+  for (int64_t begin = first; begin < tokens; begin += kBackwardColumns) {
+    __syncthreads();
+    near[threadIdx.x] = begin + threadIdx.x < tokens ? ids[begin + threadIdx.x] : -1;
+    __syncthreads();
+    if (c >= columns) continue;
+    for (int i = 0; i < kBackwardColumns; ++i) {
+      if (near[i] == id) sum = __fadd_rn(sum, __fmul_rn(scale, ToFloat(*dy(begin + i, c))));
+    }
+  }
+  if (c < columns) *place = sum;
+}
+
 // A block of threads per token, a Philox block per thread and turn. Every product and sum is
 // rounded on its own, as on the CPU.
 template <typename T>
@@ -76,6 +106,19 @@ void EmbeddingNoiseCuda(const Exec& exec, const EmbeddingNoiseArgs& a) {
         RowsOf<T>(a.x), Data<const int32_t>(a.num_segments), Data<const int32_t>(a.q_begin),
         Data<const int32_t>(a.step_pack), a.x.dim(1), static_cast<float>(a.alpha),
         static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32));
+  });
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void EmbeddingBackwardCuda(const Exec& exec, const EmbeddingBackwardArgs& a) {
+  if (a.dy.size() == 0) return;
+  const int64_t T = a.dy.dim(0), C = a.dy.dim(1);
+  const dim3 grid(static_cast<unsigned>(T),
+                  static_cast<unsigned>((C + kBackwardColumns - 1) / kBackwardColumns));
+  DispatchCudaFloat(a.dy.dtype, [&]<typename E>() {
+    BackwardKernel<E><<<grid, kBackwardColumns, 0, StreamOf(exec.stream)>>>(
+        Data<const int32_t>(a.ids), RowsOf<const E>(a.dy), T, C, Data<float>(a.dtable),
+        a.dtable.stride(0), a.dtable.dim(0), static_cast<float>(a.scale), a.padding_id);
   });
   CUDA_CHECK(cudaGetLastError());
 }

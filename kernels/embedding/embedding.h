@@ -1,6 +1,6 @@
 // Embedding and noise on it: y[t] = table[ids[t]] * scale.   (Gemma: scale = sqrt(C).)
-// The table is frozen: there is no backward. An id outside [0, V) is the caller's bug: CHECK on the
-// CPU, a zero row on CUDA; nothing outside the table is read. Cost: one pass over y.
+// An id outside [0, V) is the caller's bug: CHECK on the CPU, a zero row on CUDA; nothing outside
+// the table is read or written. Cost: one pass over y.
 #pragma once
 
 #include "kernels/core/exec.h"
@@ -15,6 +15,18 @@ struct EmbeddingForwardArgs {
   double scale = 1.0;
 };
 void EmbeddingForward(const Exec& exec, const EmbeddingForwardArgs& args);
+
+// Its gradient, for a table that is trained: dtable[id] += scale * sum of dy[t] over t with
+// ids[t] = id, in the order of t, but for padding_id, as torch's Embedding with its padding_idx.
+// Cost: one pass over dy and the rows of dtable that it names; on CUDA also T^2 looks at ids.
+struct EmbeddingBackwardArgs {
+  TensorView ids;     // (T)     i32
+  TensorView dy;      // (T, C)  f64, f32 or bf16; rows may be strided
+  TensorView dtable;  // (V, C)  f32 (f64)  in and out; rows may be strided
+  double scale = 1.0;
+  int64_t padding_id = -1;  // -1: none
+};
+void EmbeddingBackward(const Exec& exec, const EmbeddingBackwardArgs& args);
 
 // NEFTune (Jain et al., 2023): uniform noise on embeddings,
 //   x[t,c] += alpha / sqrt(L C) u,   u uniform in [-1, 1],  L the length of t's segment;

@@ -29,6 +29,32 @@ void Forward(const EmbeddingForwardArgs& a) {
 }
 
 template <typename T>
+ATTUNE_CLONES void AddScaledRow(const T* x, AccumulatorOf<T> scale, AccumulatorOf<T>* y,
+                                int64_t n) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) y[c] += scale * ToAccumulator(x[c]);
+}
+
+// Threads share the columns, so that every sum is in the order of the tokens.
+template <typename T>
+void Backward(const EmbeddingBackwardArgs& a) {
+  using A = AccumulatorOf<T>;
+  constexpr int64_t kColumns = 64;
+  const int64_t tokens = a.dy.dim(0), V = a.dtable.dim(0), C = a.dy.dim(1);
+  const int32_t* ids = a.ids.As<int32_t>();
+#pragma omp parallel for schedule(static) if (WorthThreads(tokens * C))
+  for (int64_t begin = 0; begin < C; begin += kColumns) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      CHECK(0 <= ids[t] && ids[t] < V);
+      if (ids[t] == a.padding_id) continue;
+      AddScaledRow(a.dy.As<T>() + t * a.dy.stride(0) + begin, static_cast<A>(a.scale),
+                   a.dtable.As<A>() + ids[t] * a.dtable.stride(0) + begin,
+                   std::min(kColumns, C - begin));
+    }
+  }
+}
+
+template <typename T>
 void AddNoise(const EmbeddingNoiseArgs& a) {
   using A = AccumulatorOf<T>;
   const int64_t C = a.x.dim(1);
@@ -62,6 +88,10 @@ void AddNoise(const EmbeddingNoiseArgs& a) {
 
 void EmbeddingNoiseCpu(const Exec& exec, const EmbeddingNoiseArgs& a) {
   DispatchFloat(a.x.dtype, [&]<typename T>() { AddNoise<T>(a); });
+}
+
+void EmbeddingBackwardCpu(const Exec& exec, const EmbeddingBackwardArgs& a) {
+  DispatchFloat(a.dy.dtype, [&]<typename T>() { Backward<T>(a); });
 }
 
 void EmbeddingForwardCpu(const Exec& exec, const EmbeddingForwardArgs& a) {

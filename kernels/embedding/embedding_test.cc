@@ -32,6 +32,45 @@ TEST(EmbeddingTest, ScaleOneKeepsBits) {
   EXPECT_EQ(y.bytes(), table.bytes());
 }
 
+TEST(EmbeddingBackwardTest, AddsTheScaledRowsOfEachId) {
+  for (DType dtype : op_testing::kFloatDTypes) {
+    std::mt19937_64 rng(3);
+    Tensor dy(dtype, {7, 133}, 5), dtable(op_testing::StatisticsOf(dtype), {9, 133}, 2);
+    dy.Random(&rng);
+    dtable.Random(&rng);
+    const std::vector<int32_t> ids = {8, 0, 3, 3, 8, 3, 1};
+    std::vector<double> want = dtable.ToVector();
+    for (size_t t = 0; t < ids.size(); ++t) {
+      if (ids[t] == 8) continue;  // padding
+      for (int64_t c = 0; c < 133; ++c) {
+        want[ids[t] * 133 + c] += 1.5 * dy[static_cast<int64_t>(t) * 133 + c];
+      }
+    }
+    EmbeddingBackward(
+        op_testing::CpuExec(),
+        {.ids = op_testing::Ints(ids), .dy = dy, .dtable = dtable, .scale = 1.5, .padding_id = 8});
+    op_testing::ExpectClose(dtable, want, 1e-6, DTypeName(dtype));
+    dtable.ExpectGuardsIntact();
+  }
+}
+
+// The table's gradient is that of y . w for a fixed w.
+TEST(EmbeddingBackwardTest, EqualsFiniteDifferences) {
+  std::mt19937_64 rng(4);
+  Tensor table(DType::kF64, {6, 11}, 1), y(DType::kF64, {5, 11}), w(DType::kF64, {5, 11});
+  Tensor dtable(DType::kF64, {6, 11});
+  table.Random(&rng);
+  w.Random(&rng);
+  dtable.Constant(0.0);
+  const Tensor ids = op_testing::Ints({2, 5, 2, 0, 2});
+  EmbeddingBackward(op_testing::CpuExec(), {.ids = ids, .dy = w, .dtable = dtable, .scale = 0.7});
+  const std::vector<double> want = op_testing::FiniteDifferences(&table, [&] {
+    EmbeddingForward(op_testing::CpuExec(), {.ids = ids, .table = table, .y = y, .scale = 0.7});
+    return op_testing::Dot(y, w);
+  });
+  op_testing::ExpectClose(dtable, want, 1e-9, "dtable");
+}
+
 // A run of noise on zeros: documents of 4, 1 and 6 tokens, then padding.
 std::vector<double> Noise(DType dtype, int32_t step, int32_t pack, uint64_t seed, double alpha) {
   Tensor x(dtype, {13, 41}, 3);
@@ -80,6 +119,9 @@ TEST(EmbeddingNoiseTest, IsAFunctionOfSeedStepAndPack) {
 TEST(EmbeddingDeathTest, StopsAtAnIdOutside) {
   const Tensor table(DType::kF32, {4, 9}), y(DType::kF32, {1, 9});
   for (int32_t id : {-1, 4}) {
+    EXPECT_DEATH(EmbeddingBackward(op_testing::CpuExec(),
+                                   {.ids = op_testing::Ints({id}), .dy = y, .dtable = table}),
+                 "CHECK failed");
     EXPECT_DEATH(EmbeddingForward(op_testing::CpuExec(),
                                   {.ids = op_testing::Ints({id}), .table = table, .y = y}),
                  "CHECK failed");

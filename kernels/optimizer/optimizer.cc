@@ -8,6 +8,7 @@ namespace attune {
 ATTUNE_BACKENDS(AdamW);
 ATTUNE_BACKENDS(AdamW8bit);
 ATTUNE_BACKENDS(Lion);
+ATTUNE_BACKENDS(Adafactor);
 ATTUNE_BACKENDS(GradNorm);
 ATTUNE_BACKENDS(ClipScale);
 int64_t GradNormWorkspaceBytesCpu(const Exec& exec, const GradNormArgs& a);
@@ -58,6 +59,21 @@ void Lion(const Exec& exec, const LionArgs& args) {
   }
   if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
   ATTUNE_RUN(Lion, exec, args);
+}
+
+void Adafactor(const Exec& exec, const AdafactorArgs& args) {
+  for (const AdafactorTensor& t : args.tensors) {
+    const DType dtype = t.param.dtype;
+    CHECK(IsSingleOrDouble(dtype) && (t.param.rank == 1 || t.param.rank == 2));
+    CHECK(t.grad.dtype == dtype && t.grad.SameShape(t.param));
+    CHECK(t.param.contiguous() && t.grad.contiguous());
+    CheckVector(t.v_row, dtype, t.param.dim(0));
+    if (t.param.rank == 2) CheckVector(t.v_column, dtype, t.param.dim(1));
+    if (args.beta1 > 0) CheckVector(t.m, dtype, t.param.size());
+  }
+  if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
+  CHECK(args.step >= 1 && args.clip_threshold > 0);
+  ATTUNE_RUN(Adafactor, exec, args);
 }
 
 int64_t GradNormWorkspaceBytes(const Exec& exec, const GradNormArgs& args) {

@@ -336,6 +336,10 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   });
 }
 
+void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
+  CHECK(false && "Adafactor has no CUDA backend: a job that wants it is refused before");
+}
+
 void LionCuda(const Exec& exec, const LionArgs& a) {
   LionBatch b{};
   b.beta1 = static_cast<float>(a.beta1);

@@ -86,6 +86,38 @@ struct LionArgs {
 };
 void Lion(const Exec& exec, const LionArgs& args);
 
+// Adafactor (Shazeer and Stern, 2018), as transformers' with relative_step off. For a matrix (R,
+// C):
+//   g = grad * grad_scale;  b = 1 - step^-decay_rate
+//   v_row = b * v_row + (1 - b) * mean over columns of (g^2 + eps);  v_column alike, over rows
+//   u = g / sqrt(v_row / mean(v_row)) / sqrt(v_column)
+// for a vector v_row holds v of each element and u = g / sqrt(v). Then
+//   lr' = lr * max(1e-3, RMS(param)) with scale_parameter, else lr
+//   u *= lr' / max(1, RMS(u) / clip_threshold);  m = beta1 * m + (1 - beta1) * u, taken for u
+//   param = param * (1 - weight_decay * lr') - u
+// Sums are in f64. On the CPU alone: there is no CUDA backend.
+struct AdafactorTensor {
+  TensorView param;     // (R, C) or (N), contiguous, f32 (or f64)  in and out
+  TensorView grad;      // same shape and dtype
+  TensorView v_row;     // (R) or (N); starts at 0                   in and out
+  TensorView v_column;  // (C), of a matrix; starts at 0             in and out
+  TensorView m;         // (elements) with beta1 > 0; starts at 0    in and out
+  double weight_decay = 0.0;
+  double lr_scale = 1.0;
+};
+struct AdafactorArgs {
+  std::span<const AdafactorTensor> tensors;
+  TensorView grad_scale;  // as in AdamW
+  double lr = 0.0;
+  double beta1 = 0.0;  // 0: no first moment
+  double eps = 1e-30;
+  double clip_threshold = 1.0;
+  double decay_rate = 0.8;
+  bool scale_parameter = false;
+  int64_t step = 1;
+};
+void Adafactor(const Exec& exec, const AdafactorArgs& args);
+
 // norm_sq = sum over all tensors of the sum of squares. NaN and inf come through.
 struct GradNormArgs {
   std::span<const TensorView> grads;  // any shapes, contiguous, f32 or f64

@@ -119,6 +119,136 @@ void Update8bit(const AdamW8bitArgs& a, const AdamW8bitTensor& t) {
   }
 }
 
+// One matrix or vector of Adafactor. A vector is a column: each row is an element.
+template <typename A>
+class AdafactorUpdate {
+ public:
+  AdafactorUpdate(const AdafactorArgs& args, const AdafactorTensor& t)
+      : a_(args),
+        t_(t),
+        rows_(t.param.dim(0)),
+        columns_(t.param.rank == 2 ? t.param.dim(1) : 1),
+        factored_(t.param.rank == 2),
+        grad_scale_(static_cast<A>(args.grad_scale.defined() ? ReadScalar(args.grad_scale) : 1.0)) {
+    const double beta2 = 1.0 - std::pow(static_cast<double>(args.step), -args.decay_rate);
+    beta2_ = static_cast<A>(beta2);
+    one_minus_beta2_ = static_cast<A>(1.0 - beta2);
+  }
+
+  void Run() {
+    double lr = a_.lr * t_.lr_scale;
+    if (a_.scale_parameter) {
+      lr *= std::max(1e-3, static_cast<double>(Rms([&](int64_t row, double* sum) {
+                       const A* x = t_.param.As<A>() + row * columns_;
+                       for (int64_t c = 0; c < columns_; ++c) *sum += Square(x[c]);
+                     })));
+    }
+    MeanOfRows();
+    if (factored_) MeanOfColumns();
+    mean_row_ = factored_ ? MeanRow() : A(1);
+    const A rms = Rms([&](int64_t row, double* sum) {
+      const A factor = RowFactor(row);
+      for (int64_t c = 0; c < columns_; ++c) *sum += Square(Direction(row, c, factor));
+    });
+    const A clip = std::max(A(1), rms / static_cast<A>(a_.clip_threshold));
+    const A step = static_cast<A>(lr), beta1 = static_cast<A>(a_.beta1);
+    const A decay = static_cast<A>(-t_.weight_decay * lr);
+    const A one_minus_beta1 = static_cast<A>(1.0 - a_.beta1);
+    A* const m = a_.beta1 > 0 ? t_.m.As<A>() : nullptr;
+#pragma omp parallel for schedule(static) if (WorthThreads(rows_ * columns_))
+    for (int64_t row = 0; row < rows_; ++row) {
+      const A factor = RowFactor(row);
+      for (int64_t c = 0; c < columns_; ++c) {
+        const int64_t i = row * columns_ + c;
+        A u = Direction(row, c, factor) / clip * step;
+        if (m != nullptr) u = m[i] = m[i] * beta1 + one_minus_beta1 * u;
+        A* const param = t_.param.As<A>() + i;
+        *param = (*param + decay * *param) - u;
+      }
+    }
+  }
+
+ private:
+  static double Square(A x) {
+    return static_cast<double>(x) * static_cast<double>(x);
+  }
+
+  A SquaredGradient(int64_t i) const {
+    const A g = t_.grad.As<A>()[i] * grad_scale_;
+    return g * g + static_cast<A>(a_.eps);
+  }
+
+  A Average(A before, double sum, int64_t n) const {
+    return before * beta2_ + one_minus_beta2_ * static_cast<A>(sum / static_cast<double>(n));
+  }
+
+  void MeanOfRows() {
+    A* const v_row = t_.v_row.As<A>();
+#pragma omp parallel for schedule(static) if (WorthThreads(rows_ * columns_))
+    for (int64_t row = 0; row < rows_; ++row) {
+      double sum = 0;
+      for (int64_t c = 0; c < columns_; ++c) sum += SquaredGradient(row * columns_ + c);
+      v_row[row] = Average(v_row[row], sum, columns_);
+    }
+  }
+
+  // Threads share the columns.
+  void MeanOfColumns() {
+    constexpr int64_t kColumns = 64;
+    A* const v_column = t_.v_column.As<A>();
+#pragma omp parallel for schedule(static) if (WorthThreads(rows_ * columns_))
+    for (int64_t begin = 0; begin < columns_; begin += kColumns) {
+      const int64_t n = std::min(kColumns, columns_ - begin);
+      double sum[kColumns] = {};
+      for (int64_t row = 0; row < rows_; ++row) {
+        for (int64_t c = 0; c < n; ++c) sum[c] += SquaredGradient(row * columns_ + begin + c);
+      }
+      for (int64_t c = 0; c < n; ++c) {
+        v_column[begin + c] = Average(v_column[begin + c], sum[c], rows_);
+      }
+    }
+  }
+
+  A MeanRow() const {
+    double sum = 0;
+    for (int64_t row = 0; row < rows_; ++row) sum += t_.v_row.As<A>()[row];
+    return static_cast<A>(sum / static_cast<double>(rows_));
+  }
+
+  A RowFactor(int64_t row) const {
+    return A(1) / std::sqrt(t_.v_row.As<A>()[row] / mean_row_);
+  }
+
+  A Direction(int64_t row, int64_t c, A row_factor) const {
+    const A g = t_.grad.As<A>()[row * columns_ + c] * grad_scale_;
+    if (!factored_) return row_factor * g;
+    return row_factor * (A(1) / std::sqrt(t_.v_column.As<A>()[c])) * g;
+  }
+
+  // The root mean square of what `add(row, &sum of squares)` goes through, over fixed runs of rows.
+  template <typename F>
+  A Rms(const F& add) const {
+    constexpr int64_t kRuns = 64;
+    double sum[kRuns] = {};
+#pragma omp parallel for schedule(static) if (WorthThreads(rows_ * columns_))
+    for (int64_t run = 0; run < kRuns; ++run) {
+      for (int64_t row = rows_ * run / kRuns; row < rows_ * (run + 1) / kRuns; ++row) {
+        add(row, &sum[run]);
+      }
+    }
+    double all = 0;
+    for (const double part : sum) all += part;
+    return static_cast<A>(std::sqrt(all / static_cast<double>(rows_ * columns_)));
+  }
+
+  const AdafactorArgs& a_;
+  const AdafactorTensor& t_;
+  int64_t rows_, columns_;
+  bool factored_;
+  A grad_scale_, beta2_, one_minus_beta2_;
+  A mean_row_ = 1;
+};
+
 template <typename A>
 void UpdateLion(const LionArgs& a, const LionTensor& t) {
   const double learning_rate = a.lr * t.lr_scale;
@@ -184,6 +314,16 @@ void AdamWCpu(const Exec& exec, const AdamWArgs& a) {
 
 void AdamW8bitCpu(const Exec& exec, const AdamW8bitArgs& a) {
   for (const AdamW8bitTensor& t : a.tensors) Update8bit(a, t);
+}
+
+void AdafactorCpu(const Exec& exec, const AdafactorArgs& a) {
+  for (const AdafactorTensor& t : a.tensors) {
+    if (t.param.dtype == DType::kF64) {
+      AdafactorUpdate<double>(a, t).Run();
+    } else {
+      AdafactorUpdate<float>(a, t).Run();
+    }
+  }
 }
 
 void LionCpu(const Exec& exec, const LionArgs& a) {

@@ -219,6 +219,74 @@ double NormSquared(std::initializer_list<const Tensor*> tensors) {
   return norm_sq[0];
 }
 
+// Runs the golden's 100 steps on (rows, columns), or on a vector where columns is 0.
+void ExpectAsTransformers(const char* name, int64_t rows, int64_t columns, AdafactorArgs args,
+                          double weight_decay) {
+  const nlohmann::json& want = OptimizerGolden()[name];
+  const Tensor param = GoldenParameters();
+  const int64_t n = param.size();
+  ASSERT_EQ(n, columns == 0 ? rows : rows * columns);
+  Tensor grad(DType::kF32, {n}), m(DType::kF32, {n});
+  Tensor v_row(DType::kF32, {rows}), v_column(DType::kF32, {columns});
+  m.Constant(0), v_row.Constant(0), v_column.Constant(0);
+  AdafactorTensor tensor = {.param = param,
+                            .grad = grad,
+                            .v_row = v_row,
+                            .v_column = v_column,
+                            .m = m,
+                            .weight_decay = weight_decay};
+  if (columns > 0) {
+    tensor.param = tensor.param.Reshape({rows, columns});
+    tensor.grad = tensor.grad.Reshape({rows, columns});
+  }
+  args.tensors = {&tensor, 1};
+  for (int64_t step = 0; step < OptimizerGolden()["steps"].get<int64_t>(); ++step) {
+    SetGoldenGradient(step, &grad);
+    args.step = step + 1;
+    Adafactor(op_testing::CpuExec(), args);
+  }
+  const auto expect = [&](const char* key, const Tensor& got) {
+    op_testing::ExpectClose(got, want[key].get<std::vector<double>>(), 2e-6,
+                            std::string(name) + " " + key);
+  };
+  expect("param", param);
+  expect(columns > 0 ? "exp_avg_sq_row" : "exp_avg_sq", v_row);
+  if (columns > 0) expect("exp_avg_sq_col", v_column);
+}
+
+TEST(AdafactorTest, EqualsTransformersOver100Steps) {
+  ExpectAsTransformers("adafactor", 24, 25, {.lr = 1e-2}, 0);
+  ExpectAsTransformers("adafactor_vector", OptimizerGolden()["size"], 0, {.lr = 1e-2}, 0);
+  ExpectAsTransformers("adafactor_options", 24, 25,
+                       {.lr = 1e-2,
+                        .beta1 = 0.9,
+                        .eps = 1e-12,
+                        .clip_threshold = 0.3,
+                        .decay_rate = 0.6,
+                        .scale_parameter = true},
+                       0.1);
+}
+
+TEST(AdafactorTest, IsTheSameOnAnyThreadCountAndScalesGradients) {
+  std::mt19937_64 rng(5);
+  Tensor start(DType::kF32, {301, 131}), gradient(DType::kF32, {301, 131});
+  start.Random(&rng);
+  gradient.Random(&rng);
+  const auto run = [&](double factor) {
+    Tensor param = start, grad = gradient, scale(DType::kF32, {1});
+    for (int64_t i = 0; i < grad.size(); ++i) grad.Set(i, gradient[i] / factor);
+    scale.Constant(factor);
+    Tensor row(DType::kF32, {301}), column(DType::kF32, {131});
+    row.Constant(0), column.Constant(0);
+    const AdafactorTensor tensor = {.param = param, .grad = grad, .v_row = row, .v_column = column};
+    Adafactor(op_testing::CpuExec(), {.tensors = {&tensor, 1}, .grad_scale = scale, .lr = 0.1});
+    return param.bytes();
+  };
+  op_testing::ExpectSameOnAnyThreadCount([&] { return run(1); });
+  EXPECT_EQ(run(4), run(1));
+  EXPECT_NE(run(1), start.bytes());
+}
+
 TEST(GradNormTest, SumsSquaresOfAllTensors) {
   std::mt19937_64 rng(2);
   Tensor a(DType::kF32, {7, 41}), b(DType::kF32, {50001}), c(DType::kF64, {3}),

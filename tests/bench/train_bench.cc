@@ -197,9 +197,11 @@ EngineOptions OptionsOf(const Flags& flags) {
                         .model = ConfigOf(flags.model),
                         .names = Names(),
                         .spec = spec};
-  options.adapters = SelectAdapters(options.model, options.names, flags.r,
-                                    static_cast<double>(flags.r), {"all-linear"})
-                         .value();
+  options.adapters =
+      SelectAdapters(
+          options.model, options.names,
+          {.r = flags.r, .alpha = static_cast<double>(flags.r), .target_modules = {"all-linear"}})
+          .value();
   return options;
 }
 

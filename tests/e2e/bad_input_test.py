@@ -220,14 +220,15 @@ def extra(text):
     return change
 
 
-def adapter(**changes):
-    """Starts from an adapter of rank 4 without weights, whose config is changed."""
+def adapter(lora="", **changes):
+    """Starts from an adapter of rank 4 without weights, whose config is changed; `lora`: of the
+    spec."""
     def change(case):
         directory = case.model.parent / "adapter"
         directory.mkdir()
         config = dict(peft_type="LORA", r=4, lora_alpha=4, target_modules=["q_proj"])
         (directory / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        case.extra = "lora: {r: 4, init_from: {path: %s}}\n" % directory
+        case.extra = "lora: {r: 4, %sinit_from: {path: %s}}\n" % (lora, directory)
     return change
 
 
@@ -335,7 +336,24 @@ CASES = {
     "value out of range": (extra("lora: {r: 0}\n"), r"job\.yaml:7: lora\.r: is 0"),
     "adapter that is not there": (extra("lora: {init_from: {path: nowhere}}\n"), r"lora\.init_from: "),
     "adapter of another rank": (adapter(r=8), r"lora\.r: is 4, but \S+ has 8"),
-    "adapter with DoRA": (adapter(use_dora=True), r"lora\.init_from: .*use_dora is not built"),
+    "adapter that PEFT started with PiSSA": (adapter(init_lora_weights="pissa"),
+                                             r"lora\.init_from: .*init_lora_weights is `pissa`"),
+    "start that is not built": (extra("lora: {init_lora_weights: pissa}\n"),
+                                r"job\.yaml:7: lora\.init_lora_weights: is not built: .* PiSSA"),
+    "adapter with DoRA, spec without": (adapter(lora="use_dora: false, ", use_dora=True),
+                                        r"lora\.use_dora: is 0, but \S+ has 1"),
+    "module that cannot be trained in full": (
+        extra("lora: {modules_to_save: [norm]}\n"),
+        r"lora\.modules_to_save: `norm` .* these are model\.embed_tokens and lm_head"),
+    "learning rate of no module": (
+        extra("optimizer: {embedding_learning_rate: 1.0e-5}\n"),
+        r"job\.yaml:7: optimizer\.embedding_learning_rate: is of lora\.modules_to_save"),
+    "tie of no module": (extra("lora: {ensure_weight_tying: true}\n"),
+                         r"lora\.ensure_weight_tying: is for lora\.modules_to_save"),
+    "option of another optimiser": (extra("optimizer: {clip_threshold: 1}\n"),
+                                    r"optimizer\.clip_threshold: is of `adafactor` only"),
+    "beta2 of adafactor": (extra("optimizer: {kind: adafactor, beta2: 0.9}\n"),
+                           r"optimizer\.beta2: is not of `adafactor`"),
     "adapter without weights": (adapter(), r"adapter_model\.safetensors"),
     "epsilon of lion": (extra("optimizer: {kind: lion, epsilon: 1e-8}\n"),
                         r"job\.yaml:7: optimizer\.epsilon: is not of .lion"),

@@ -80,10 +80,17 @@ class Standalone(unittest.TestCase):
                 "use_rslora: true, loraplus_lr_ratio: 4") + "sft: {neftune_noise_alpha: 5, "
                 "label_smoothing_factor: 0.1, z_loss_weight: 0.001}\n")
         plain = None
-        for kind in ("adamw", "adamw_8bit", "lion"):
+        cases = {kind: (kind, "") for kind in ("adamw", "adamw_8bit", "lion", "adafactor")}
+        cases["modules"] = ("adamw, embedding_learning_rate: 0.0005",
+                            "modules_to_save: [embed_tokens, lm_head], ")
+        cases["tied"] = ("adamw_8bit, embedding_learning_rate: 0.0005",
+                         "modules_to_save: [lm_head], ensure_weight_tying: true, ")
+        cases["dora"] = ("adafactor", "use_dora: true, ")
+        for kind, (optimizer, lora) in cases.items():
             with self.subTest(kind):
-                self.spec.write_text(text.replace("learning_rate: 0.003",
-                                                  f"learning_rate: 0.001, kind: {kind}"))
+                self.spec.write_text(text.replace("{r: 8, ", "{r: 8, " + lora)
+                                     .replace("learning_rate: 0.003",
+                                              f"learning_rate: 0.001, kind: {optimizer}"))
                 self.end(self.start(kind, "--threads", 1), kind)
                 whole = self.files(kind)
                 losses = self.losses(kind)
@@ -97,8 +104,10 @@ class Standalone(unittest.TestCase):
                 config = json.loads(whole["adapter/adapter_config.json"])
                 self.assertTrue(config["use_rslora"])
         sizes = {kind: (self.directory / kind / f"checkpoint-{STEPS}/trainer/optimizer.safetensors")
-                 .stat().st_size for kind in ("adamw", "adamw_8bit", "lion")}
+                 .stat().st_size for kind in cases}
         self.assertLess(sizes["adamw_8bit"], 0.3 * sizes["adamw"])
+        self.assertLess(sizes["adafactor"], 0.3 * sizes["adamw"])
+        self.assertLess(sizes["tied"], 0.3 * sizes["modules"])  # one table, not two
         self.assertLess(sizes["lion"], 0.55 * sizes["adamw"])
 
     def test_an_adapter_is_trained_further(self):

@@ -72,6 +72,9 @@ void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArg
     if (args.correct.defined()) {
       SumToScalar(ctx.exec, {.x = correct.Slice(0, 0, R), .out = args.correct, .accumulate = true});
     }
+    if (want_grad && dweight.defined()) {
+      MatMul(ctx, {.a = z, .b = x, .d = dweight, .trans_a = true, .alpha = logit_scale, .beta = 1});
+    }
     // This chunk's rows are done with: their gradients take their place.
     if (want_grad) MatMul(ctx, {.a = z, .b = weight, .d = x, .alpha = logit_scale});
   };

@@ -13,8 +13,9 @@ struct LmHead {
   // Long enough products on a CPU, little of the whole.
   static constexpr int64_t kLogitsBytes = int64_t{64} << 20;
 
-  TensorView norm;    // (C)
-  TensorView weight;  // (V, C), the embedding table where embeddings are tied
+  TensorView norm;     // (C)
+  TensorView weight;   // (V, C), the embedding table where embeddings are tied
+  TensorView dweight;  // (V, C) its gradient, accumulated, f32 (f64); undefined: it is frozen
   double rms_norm_eps = 0;
   double norm_weight_offset = 0;
   double logit_scale = 1;

@@ -1,5 +1,8 @@
 #include "worker/layers/lora_linear.h"
 
+#include <algorithm>
+
+#include "kernels/dora/dora.h"
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/fp8/fp8.h"
@@ -35,8 +38,13 @@ int64_t LoraLinear::extension() const {
 }
 
 bool LoraLinear::Fused(const LayerContext& ctx) const {
-  if (adapters.empty()) return false;
+  if (adapters.empty() || IsDora()) return false;
   return w->fp8() || (ctx.fused_lora && ctx.dropout.p == 0);
+}
+
+TensorView LoraLinear::RowsOf(const LoraPart& adapter, const TensorView& expansion) const {
+  const int64_t begin = w->row_begin(adapter.part);
+  return Columns(expansion.Slice(0, begin, begin + w->part_rows(adapter.part)), 0, w->in());
 }
 
 void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
@@ -92,10 +100,51 @@ void LoraLinear::GiveBack(const LayerContext& ctx) const {
   if (!w->expanded() && ctx.prefetcher != nullptr) ctx.prefetcher->Release(ctx);
 }
 
-void LoraLinear::RefreshExpansion(const LayerContext& ctx) const {
+void LoraLinear::Refresh(const LayerContext& ctx) const {
+  if (IsDora()) {
+    ArenaScope scope(ctx.arena);
+    const TensorView expansion = w->Expand(ctx, Direction::kForward);
+    for (const LoraPart& adapter : adapters) MeasureRows(ctx, adapter, expansion, true);
+    return;
+  }
   if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
   Extend(ctx, Direction::kForward, w->Expand(ctx, Direction::kForward));
   if (w->fp8()) Extend(ctx, Direction::kBackward, w->Expand(ctx, Direction::kBackward));
+}
+
+void LoraLinear::ResetMagnitudes(const LayerContext& ctx) const {
+  if (!IsDora()) return;
+  ArenaScope scope(ctx.arena);
+  const TensorView expansion = w->Expand(ctx, Direction::kForward);
+  for (const LoraPart& adapter : adapters) {
+    MeasureRows(ctx, adapter, expansion, false);
+    Copy(ctx.exec, {.x = adapter.norm, .y = adapter.magnitude});
+  }
+}
+
+// In pieces, so that rows in f32 stay few.
+void LoraLinear::MeasureRows(const LayerContext& ctx, const LoraPart& adapter,
+                             const TensorView& expansion, bool with_adapter) const {
+  constexpr int64_t kPieceElements = int64_t{1} << 20;
+  const TensorView w_p = RowsOf(adapter, expansion);
+  const int64_t N = w_p.dim(0), K = w_p.dim(1);
+  const int64_t step = std::min(N, std::max<int64_t>(1, kPieceElements / K));
+  ArenaScope scope(ctx.arena);
+  const TensorView piece = ctx.arena->NewScratch(ctx.accumulator(), {step, K});
+  for (int64_t begin = 0; begin < N; begin += step) {
+    const int64_t end = std::min(begin + step, N);
+    const TensorView v = piece.Slice(0, 0, end - begin);
+    Copy(ctx.exec, {.x = w_p.Slice(0, begin, end), .y = v});
+    DoraFactorsArgs args = {.v = v, .norm = adapter.norm.Slice(0, begin, end)};
+    if (with_adapter) {
+      MatMul(
+          ctx,
+          {.a = adapter.b.Slice(0, begin, end), .b = adapter.a, .d = v, .alpha = scale, .beta = 1});
+      args.magnitude = adapter.magnitude.Slice(0, begin, end);
+      args.factor = adapter.factor.Slice(0, begin, end);
+    }
+    DoraFactors(ctx.exec, args);
+  }
 }
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
@@ -109,6 +158,7 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
+  if (IsDora()) return MultiplyDora(ctx, x_s, y);
   if (w->fp8()) {
     MultiplyA(ctx, x, s);
     return MultiplyFp8(ctx, Direction::kForward, Columns(x_s, 0, K + columns()), columns(), y);
@@ -142,11 +192,60 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
   }
 }
 
+void LoraLinear::MultiplyDora(const LayerContext& ctx, const TensorView& x_s,
+                              const TensorView& y) const {
+  const int64_t K = w->in(), N = w->rows();
+  const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, extension());
+  const TensorView expansion = Expand(ctx, Direction::kForward);
+  MatMul(ctx, {.a = x,
+               .b = Columns(expansion.Slice(0, 0, N), 0, K),
+               .d = y,
+               .trans_b = true,
+               .alpha = output_scale});
+  MultiplyA(ctx, x, s);
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const LoraPart& adapter = adapters[i];
+    const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
+    const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
+    ArenaScope scope(ctx.arena);
+    if (ctx.dropout.p > 0) {
+      AddDroppedDora(ctx, adapter, Dropped(ctx, adapter, x), s_p, RowsOf(adapter, expansion), y_p);
+      continue;
+    }
+    MatMul(ctx, {.a = s_p,
+                 .b = adapter.b,
+                 .d = y_p,
+                 .trans_b = true,
+                 .alpha = output_scale * scale,
+                 .beta = 1});
+    ScaleColumns(ctx.exec, {.x = y_p, .factor = adapter.factor, .y = y_p});
+  }
+  GiveBack(ctx);
+}
+
+void LoraLinear::AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter,
+                                const TensorView& x, const TensorView& s_p, const TensorView& w_p,
+                                const TensorView& y_p) const {
+  const TensorView u = ctx.Scratch({y_p.dim(0), y_p.dim(1)});
+  ScaleColumnsArgs add = {.x = u,
+                          .factor = adapter.factor,
+                          .y = y_p,
+                          .offset = -1,
+                          .alpha = output_scale,
+                          .accumulate = true};
+  MatMul(ctx, {.a = x, .b = w_p, .d = u, .trans_b = true});
+  ScaleColumns(ctx.exec, add);
+  add.offset = 0;
+  MatMul(ctx, {.a = s_p, .b = adapter.b, .d = u, .trans_b = true, .alpha = scale});
+  ScaleColumns(ctx.exec, add);
+}
+
 void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
                                const TensorView& dx) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
   ArenaScope scope(ctx.arena);
+  if (IsDora()) return BackwardInputDora(ctx, dy_ds, dx);
   if (w->fp8()) {
     // With dropout the adapter's share of dx goes through the mask.
     const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
@@ -218,6 +317,73 @@ void LoraLinear::MultiplyFp8(const LayerContext& ctx, Direction direction, const
   GiveBack(ctx);
 }
 
+// With dropout g o dy reaches x through the dropped rows alone: dx = c dy W + dropout(c (((g - 1) o
+// dy) W + ds A)); without it dx = c ((g o dy) W + ds A). ds = scale (g o dy) B.
+void LoraLinear::BackwardInputDora(const LayerContext& ctx, const TensorView& dy_ds,
+                                   const TensorView& dx) const {
+  const int64_t K = w->in(), N = w->rows(), T = dy_ds.dim(0);
+  const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, extension());
+  const bool drops = ctx.dropout.p > 0;
+  const TensorView scaled = ctx.Scratch({T, N});  // g o dy; dy where there is no adapter
+  Copy(ctx.exec, {.x = dy, .y = scaled});
+  for (const LoraPart& adapter : adapters) {
+    const int64_t begin = w->row_begin(adapter.part), rows = w->part_rows(adapter.part);
+    const TensorView scaled_p = Columns(scaled, begin, rows);
+    ScaleColumns(ctx.exec, {.x = scaled_p, .factor = adapter.factor, .y = scaled_p});
+  }
+  MultiplyB(ctx, scaled, ds);
+  if (!dx.defined()) return;
+  const TensorView expansion = Expand(ctx, Direction::kBackward);
+  MatMul(ctx, {.a = drops ? dy : scaled,
+               .b = Columns(expansion.Slice(0, 0, N), 0, K),
+               .d = dx,
+               .alpha = output_scale});
+  for (size_t i = 0; i < adapters.size() && drops; ++i) {
+    const LoraPart& adapter = adapters[i];
+    const int64_t begin = w->row_begin(adapter.part), rows = w->part_rows(adapter.part);
+    const TensorView rest = Columns(scaled, begin, rows);  // (g - 1) o dy
+    ScaleColumns(
+        ctx.exec,
+        {.x = Columns(dy, begin, rows), .factor = adapter.factor, .y = rest, .offset = -1});
+    ArenaScope scope(ctx.arena);
+    DropoutArgs args = DropoutOf(ctx, adapter);
+    args.x = ctx.Scratch({T, K});
+    MatMul(ctx, {.a = rest, .b = RowsOf(adapter, expansion), .d = args.x, .alpha = output_scale});
+    args.y = dx;
+    args.accumulate = true;
+    Dropout(ctx.exec, args);
+  }
+  GiveBack(ctx);
+  AddAdapterInputGradient(ctx, ds, dx);
+}
+
+void LoraLinear::BackwardMagnitudes(const LayerContext& ctx, const TensorView& dy,
+                                    const TensorView& x, const TensorView& s) const {
+  ArenaScope scope(ctx.arena);
+  const TensorView expansion = Expand(ctx, Direction::kForward);
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const LoraPart& adapter = adapters[i];
+    ArenaScope part_scope(ctx.arena);
+    const TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
+    const TensorView u = ctx.Scratch({dy_p.dim(0), dy_p.dim(1)});
+    MatMul(
+        ctx,
+        {.a = Dropped(ctx, adapter, x), .b = RowsOf(adapter, expansion), .d = u, .trans_b = true});
+    MatMul(ctx, {.a = Columns(s, static_cast<int64_t>(i) * r, r),
+                 .b = adapter.b,
+                 .d = u,
+                 .trans_b = true,
+                 .alpha = scale,
+                 .beta = 1});
+    DoraMagnitudeBackward(ctx.exec, {.dy = dy_p,
+                                     .u = u,
+                                     .norm = adapter.norm,
+                                     .dmagnitude = adapter.dmagnitude,
+                                     .alpha = output_scale});
+  }
+  GiveBack(ctx);
+}
+
 void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                          const TensorView& dx) const {
   for (size_t i = 0; i < adapters.size(); ++i) {
@@ -241,9 +407,16 @@ void LoraLinear::BackwardParameters(const LayerContext& ctx, const TensorView& d
                                     const TensorView& x, const TensorView& s) const {
   const int64_t N = w->rows(), parts = static_cast<int64_t>(adapters.size());
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, extension());
+  if (IsDora()) BackwardMagnitudes(ctx, dy, x, s);
   for (int64_t i = 0; i < parts; ++i) {
     const LoraPart& adapter = adapters[i];
-    const TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
+    TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
+    ArenaScope scope(ctx.arena);
+    if (IsDora()) {
+      const TensorView scaled = ctx.Scratch({dy_p.dim(0), dy_p.dim(1)});
+      ScaleColumns(ctx.exec, {.x = dy_p, .factor = adapter.factor, .y = scaled});
+      dy_p = scaled;
+    }
     MatMul(ctx, {.a = dy_p,
                  .b = Columns(s, i * r, r),
                  .d = adapter.db,

@@ -3,6 +3,13 @@
 // for every part p; parts without an adapter have the first terms only. W and b are frozen, so
 // there is no dW and no db. Most models have no b, and c = output_scale is 1 (Granite: not).
 //
+// With DoRA (Liu et al., 2024) a part with an adapter gives, as PEFT has it,
+//   y_p = c (x W_p^T + b_p + (g_p - 1) o (x' W_p^T) + g_p o (scale * x' A_p^T B_p^T)),
+//   x' = dropout_p(x),  g_p = m_p / ||W_p + scale * B_p A_p||  (the lengths of rows, no gradient)
+// which without dropout is c (g_p o (x (W_p + scale * B_p A_p)^T) + b_p). Products are separate
+// then. What the gradient of m needs of the forward pass is computed again: one more product with
+// W.
+//
 // Rows are extended by E = extension() columns: behind x stands s = dropout(x) A^T, behind dy
 // stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
 // [dy|ds] [W;A]; ctx.fused_lora, without dropout), or separate small ones. Equal results up to
@@ -30,6 +37,11 @@ struct LoraPart {
   TensorView b;   // (N_p, r)
   TensorView da;  // (r, K)    accumulated, f32 (f64)
   TensorView db;  // (N_p, r)
+  // DoRA's, else undefined; f32 (f64).
+  TensorView magnitude;   // (N_p)  m
+  TensorView dmagnitude;  // (N_p)  accumulated
+  TensorView norm;        // (N_p)  ||W_p + scale * B_p A_p||, and
+  TensorView factor;      // (N_p)  m / norm, as of the last Refresh
 };
 
 struct LoraLinear;
@@ -75,8 +87,11 @@ struct LoraLinear {
   // W and, where base and adapter are one product, the adapter, into memory for an expansion.
   void FillExpansion(const LayerContext& ctx, Direction direction,
                      const TensorView& expansion) const;
-  // Puts the adapter into the lasting expansions, if there are any. After every change of A or B.
-  void RefreshExpansion(const LayerContext& ctx) const;
+  // What is derived from the adapter: its share of lasting expansions, and DoRA's factors. After
+  // every change of it.
+  void Refresh(const LayerContext& ctx) const;
+  // DoRA's magnitudes as they start: the lengths of W's rows.
+  void ResetMagnitudes(const LayerContext& ctx) const;
 
  private:
   // y without the bias.
@@ -84,6 +99,7 @@ struct LoraLinear {
   // What BackwardInput leaves for dropout's share of dx.
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;
+  bool IsDora() const { return !adapters.empty() && adapters[0].magnitude.defined(); }
   bool Fused(const LayerContext& ctx) const;
   // s = x A^T and ds = scale * dy B, each part by itself.
   void MultiplyA(const LayerContext& ctx, const TensorView& x, const TensorView& s) const;
@@ -92,6 +108,21 @@ struct LoraLinear {
   // adapter's.
   void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
                    const TensorView& y) const;
+  // W_p of an expansion.
+  TensorView RowsOf(const LoraPart& adapter, const TensorView& expansion) const;
+  // y without the bias, with DoRA.
+  void MultiplyDora(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
+  // Adds to y_p what the adapter's dropout lets through.
+  void AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter, const TensorView& x,
+                      const TensorView& s_p, const TensorView& w_p, const TensorView& y_p) const;
+  void BackwardInputDora(const LayerContext& ctx, const TensorView& dy_ds,
+                         const TensorView& dx) const;
+  // Accumulates the gradients of DoRA's magnitudes.
+  void BackwardMagnitudes(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
+                          const TensorView& s) const;
+  // Lengths of the rows of W_p, and of scale * B_p A_p with them, if wanted; factors too.
+  void MeasureRows(const LayerContext& ctx, const LoraPart& adapter, const TensorView& expansion,
+                   bool with_adapter) const;
   // The expansion with W and, if `Fused`, the adapter; given back when its products are in the
   // stream.
   TensorView Expand(const LayerContext& ctx, Direction direction) const;

@@ -32,17 +32,52 @@ void PlaceEntries(AdapterLayout* layout) {
       entries[i].b_offset = layout->elements;
       layout->elements += layout->r * entries[i].shape.out;
     }
+    for (size_t i = begin; i < end && layout->use_dora; ++i) {
+      entries[i].magnitude_offset = layout->elements;
+      layout->elements += entries[i].shape.out;
+    }
   }
+}
+
+absl::Status SelectModules(const ModelConfig& config, const WeightNames& names,
+                           AdapterLayout* layout) {
+  const auto module_of = [](const std::string& weight) {
+    return weight.substr(0, weight.rfind(".weight"));
+  };
+  const std::string embedding = module_of(names.embedding), head = module_of(names.head);
+  bool with_embedding = false, with_head = false;
+  for (const std::string& wanted : layout->modules_to_save) {
+    const bool is_embedding = wanted != "all-linear" && Matches(embedding, wanted);
+    const bool is_head = wanted != "all-linear" && Matches(head, wanted);
+    if (!is_embedding && !is_head) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "lora.modules_to_save: `", wanted, "` is the suffix of no module that can be ",
+          "trained in full; these are ", embedding, " and ", head));
+    }
+    with_embedding |= is_embedding;
+    with_head |= is_head;
+  }
+  const auto add = [&](ModuleEntry entry) {
+    entry.shape = {config.vocab_size, config.hidden_size};
+    entry.offset = layout->elements;
+    layout->elements += config.vocab_size * config.hidden_size;
+    layout->modules.push_back(std::move(entry));
+  };
+  if (config.tied_embeddings && layout->ensure_weight_tying && (with_embedding || with_head)) {
+    add({.is_embedding = true, .is_head = true, .modules = {embedding, head}});
+    return absl::OkStatus();
+  }
+  if (with_embedding) add({.is_embedding = true, .modules = {embedding}});
+  if (with_head) add({.is_head = true, .modules = {head}});
+  return absl::OkStatus();
 }
 
 }  // namespace
 
 absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
-                                             int64_t r, double alpha,
-                                             const std::vector<std::string>& target_modules,
-                                             bool use_rslora) {
-  AdapterLayout layout{
-      .r = r, .alpha = alpha, .use_rslora = use_rslora, .target_modules = target_modules};
+                                             const AdapterOptions& options) {
+  AdapterLayout layout{options};
+  const std::vector<std::string>& target_modules = layout.target_modules;
   std::vector<bool> used(target_modules.size());
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (Linear linear : LinearsOf(config)) {
@@ -68,6 +103,7 @@ absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const We
                      "` is the suffix of no linear layer; those of the first block are ",
                      absl::StrJoin(known, ", ")));
   }
+  if (absl::Status s = SelectModules(config, names, &layout); !s.ok()) return s;
   return layout;
 }
 
@@ -92,6 +128,15 @@ TensorView AdapterSet::A(const AdapterEntry& entry, const TensorView& flat) cons
 TensorView AdapterSet::B(const AdapterEntry& entry, const TensorView& flat) const {
   const int64_t size = layout_.r * entry.shape.out;
   return flat.Slice(0, entry.b_offset, entry.b_offset + size).Reshape({entry.shape.out, layout_.r});
+}
+
+TensorView AdapterSet::Magnitude(const AdapterEntry& entry, const TensorView& flat) const {
+  return flat.Slice(0, entry.magnitude_offset, entry.magnitude_offset + entry.shape.out);
+}
+
+TensorView AdapterSet::Module(const ModuleEntry& entry, const TensorView& flat) const {
+  const int64_t V = entry.shape.out, C = entry.shape.in;
+  return flat.Slice(0, entry.offset, entry.offset + V * C).Reshape({V, C});
 }
 
 void AdapterSet::Initialise(const LayerContext& ctx, uint64_t seed) {

@@ -1,9 +1,11 @@
-// AdapterSet: the LoRA adapters of a job, apart from the frozen weights. Every parameter lives in
-// one flat buffer per purpose (master, gradient; an optimiser's states are alike), so that zeroing,
+// AdapterSet: what a job trains, apart from the frozen weights: the LoRA adapters and, if it says
+// so, the embeddings and the head themselves (PEFT's modules_to_save). Every parameter lives in one
+// flat buffer per purpose (master, gradient; an optimiser's states are alike), so that zeroing,
 // the global norm, the all-reduce and the optimiser are one call each.
 //
 // Order inside a buffer: layer by layer; in a layer the linears that are one product (q, k, v; o;
-// gate, up; down) together, first each one's A (r, K), then each one's B (N, r).
+// gate, up; down) together, first each one's A (r, K), then each one's B (N, r), then with
+// DoRA each one's magnitudes (N). Behind the layers the modules that are trained in full.
 // The gradient buffer has kTail extra elements for the scalars that are summed over ranks with it.
 #pragma once
 
@@ -25,14 +27,32 @@ struct AdapterEntry {
   std::string module;    // "model.layers.0.self_attn.q_proj"
   int64_t a_offset = 0;  // in elements
   int64_t b_offset = 0;
+  int64_t magnitude_offset = 0;  // with DoRA
 };
 
-struct AdapterLayout {
+// A table (V, C) that is trained in full. Where embeddings and head stay tied it is both.
+struct ModuleEntry {
+  bool is_embedding = false;
+  bool is_head = false;
+  std::vector<std::string> modules;  // "model.embed_tokens", "lm_head": one for each that it is
+  LinearShape shape;
+  int64_t offset = 0;  // in elements
+};
+
+// What of a model is trained, in PEFT's words.
+struct AdapterOptions {
   int64_t r = 0;
   double alpha = 0;
-  bool use_rslora = false;
   std::vector<std::string> target_modules;  // as the user gave them
+  bool use_rslora = false;
+  bool use_dora = false;
+  std::vector<std::string> modules_to_save;
+  bool ensure_weight_tying = false;  // of a model whose embeddings are not tied it says nothing
+};
+
+struct AdapterLayout : AdapterOptions {
   std::vector<AdapterEntry> entries;
+  std::vector<ModuleEntry> modules;
   int64_t elements = 0;
 
   // alpha / r, or alpha / sqrt(r) of rsLoRA.
@@ -43,12 +63,12 @@ struct AdapterLayout {
 };
 
 // The layers that `target_modules` names by suffix, as PEFT matches them: a module whose name is
-// the target or ends with "." and the target; "all-linear" is every linear layer of the blocks.
-// INVALID_ARGUMENT if a target matches nothing, with the modules that there are.
+// the target or ends with "." and the target; "all-linear" is every linear layer of the blocks. And
+// the tables that `modules_to_save` names in the same way. Of a model that ties them, each that is
+// named becomes a matrix of its own, unless ensure_weight_tying keeps them one.
+// INVALID_ARGUMENT if a name matches nothing, with the modules that there are.
 absl::StatusOr<AdapterLayout> SelectAdapters(const ModelConfig& config, const WeightNames& names,
-                                             int64_t r, double alpha,
-                                             const std::vector<std::string>& target_modules,
-                                             bool use_rslora = false);
+                                             const AdapterOptions& options);
 
 class AdapterSet {
  public:
@@ -68,10 +88,14 @@ class AdapterSet {
   // A (r, K) and B (N, r) of an entry, in the dtype of products, and their gradients.
   TensorView A(const AdapterEntry& entry, const TensorView& flat) const;
   TensorView B(const AdapterEntry& entry, const TensorView& flat) const;
+  // DoRA's magnitudes (N).
+  TensorView Magnitude(const AdapterEntry& entry, const TensorView& flat) const;
+  // A table (V, C) that is trained in full.
+  TensorView Module(const ModuleEntry& entry, const TensorView& flat) const;
   TensorView compute() const { return compute_; }
 
   // A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT), B zero; a function of
-  // the seed alone.
+  // the seed alone. Magnitudes and modules are as the model has them, once it is loaded.
   void Initialise(const LayerContext& ctx, uint64_t seed);
   // Copies the master weights into the dtype of products. After every change of the master.
   void RefreshCompute(const LayerContext& ctx);

@@ -71,6 +71,9 @@ struct ModelConfig {
   double norm_weight_offset = 0;  // RMSNorm multiplies with weight + offset
   Activation activation = Activation::kSilu;
   bool tied_embeddings = false;  // the head is the embedding table
+  // pad_token_id: the token whose row of the table training leaves alone, as torch's Embedding does
+  // with it. -1: none
+  int64_t padding_id = -1;
 
   bool fused_modules = false;  // q, k, v are one module and one weight; gate and up too
   bool qkv_bias = false;

@@ -49,7 +49,6 @@ constexpr absl::string_view kHarmless[] = {
     "num_beams",
     "num_labels",
     "num_return_sequences",
-    "pad_token_id",
     "pretraining_tp",
     "pruned_heads",
     "repetition_penalty",
@@ -223,6 +222,10 @@ void ReadSizes(ConfigReader* reader, const ConfigDefaults& defaults, ModelConfig
   c->max_positions = reader->Integer("max_position_embeddings", 1, kMaxPositions);
   c->rms_norm_eps = reader->Number("rms_norm_eps", 0, 1);
   c->tied_embeddings = reader->BoolOr("tie_word_embeddings", defaults.tied_embeddings);
+  constexpr int64_t kNoId = INT64_MAX;
+  const int64_t padding = reader->IntegerOr("pad_token_id", INT32_MIN, INT32_MAX, kNoId);
+  c->padding_id = padding < 0 ? padding + c->vocab_size : padding;  // torch counts from the end
+  if (c->padding_id >= c->vocab_size || c->padding_id < 0) c->padding_id = -1;
   c->activation = ReadActivation(reader, "hidden_act", Activation::kSilu);
   c->head_dim = reader->IntegerOr("head_dim", 2, kMaxHeadDim, defaults.head_dim);
   if (!reader->ok()) return;

@@ -164,17 +164,15 @@ absl::StatusOr<Nf4Weight> WeightSource::FindNf4(const std::string& name, const L
 }
 
 Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
-             const AdapterSet* adapters)
+             AdapterSet* adapters)
     : config_(config),
-      embedding_on_host_(options.embedding_on_host && !config.tied_embeddings),
+      embedding_on_host_(false),
       policy_(options.activations),
       adapters_(adapters) {
   const auto dense = [&](std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
   };
   const int64_t C = config.hidden_size;
-  embedding_ = embedding_on_host_ ? TensorView(nullptr, ctx.dtype, {config.vocab_size, C})
-                                  : dense({config.vocab_size, C});
   weights_.reserve(config.num_layers);
   blocks_.resize(config.num_layers);
   for (int64_t i = 0; i < config.num_layers; ++i) {
@@ -182,7 +180,7 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     block.shape = ShapeOfBlock(i);
     block.mlp_tile = options.activations.mlp_tile;
     for (BlockNorm norm : NormsOf(config)) NormOf(&block, norm) = dense({SizeOf(config, norm)});
-    if (adapters != nullptr) Adapt(*adapters, i);
+    if (adapters != nullptr) Adapt(ctx, *adapters, i);
     const auto frozen = [&](const LoraLinear& linear, int matrix) {
       std::vector<FrozenPart> parts;
       int64_t in = 0;
@@ -225,13 +223,48 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     }
   }
   head_ = {.norm = dense({C}),
-           .weight = config.tied_embeddings ? embedding_ : dense({config.vocab_size, C}),
            .rms_norm_eps = config.rms_norm_eps,
            .norm_weight_offset = config.norm_weight_offset,
            .logit_scale = config.logit_scale,
            .logit_softcap = config.logit_softcap,
            .logits_bytes = options.logits_bytes};
+  MakeTables(ctx, options);
   MakeRopes(ctx);
+}
+
+const ModuleEntry* Model::TrainedTable(bool ModuleEntry::*which) const {
+  if (adapters_ == nullptr) return nullptr;
+  for (const ModuleEntry& entry : adapters_->layout().modules) {
+    if (entry.*which) return &entry;
+  }
+  return nullptr;
+}
+
+void Model::MakeTables(const LayerContext& ctx, const ModelOptions& options) {
+  const int64_t V = config_.vocab_size, C = config_.hidden_size;
+  const auto frozen = [&] {
+    return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, {V, C});
+  };
+  const bool train = adapters_ != nullptr && adapters_->grad_with_tail().defined();
+  const ModuleEntry* const embedding = TrainedTable(&ModuleEntry::is_embedding);
+  const ModuleEntry* const head = TrainedTable(&ModuleEntry::is_head);
+  const bool tied = config_.tied_embeddings;
+  embedding_on_host_ = options.embedding_on_host && !tied && embedding == nullptr;
+  if (tied && (embedding == nullptr || head == nullptr)) tied_table_ = frozen();
+  const auto place = [&](const ModuleEntry* entry, TensorView* table, TensorView* gradient) {
+    if (entry != nullptr) {
+      *table = adapters_->Module(*entry, adapters_->compute());
+      if (train) *gradient = adapters_->Module(*entry, adapters_->grad());
+    } else {
+      *table = tied ? tied_table_ : frozen();
+    }
+  };
+  if (embedding_on_host_) {
+    embedding_ = TensorView(nullptr, ctx.dtype, {V, C});
+  } else {
+    place(embedding, &embedding_, &dembedding_);
+  }
+  place(head, &head_.weight, &head_.dweight);
 }
 
 BlockShape Model::ShapeOfBlock(int64_t layer) const {
@@ -274,7 +307,7 @@ void Model::MakeRopes(const LayerContext& ctx) {
 }
 
 // Gives the linears of a block their adapters.
-void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
+void Model::Adapt(const LayerContext& ctx, const AdapterSet& adapters, int64_t layer) {
   const AdapterLayout& layout = adapters.layout();
   const bool train = adapters.grad_with_tail().defined();
   TransformerBlock& block = blocks_[layer];
@@ -290,6 +323,16 @@ void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
                      .module = static_cast<uint32_t>(entry.linear),
                      .a = adapters.A(entry, adapters.compute()),
                      .b = adapters.B(entry, adapters.compute())};
+    if (layout.use_dora) {
+      const auto derived = [&] {
+        return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kAdapter, ctx.accumulator(),
+                              {entry.shape.out});
+      };
+      part.magnitude = adapters.Magnitude(entry, adapters.master());
+      if (train) part.dmagnitude = adapters.Magnitude(entry, adapters.grad());
+      part.norm = derived();
+      part.factor = derived();
+    }
     // Of the linear's parts, which lie one behind the other: from the first to this one.
     const auto all = [&](const TensorView& flat) {
       const int64_t before = linear->columns(), rows = before + layout.r, K = entry.shape.in;
@@ -308,18 +351,13 @@ void Model::Adapt(const AdapterSet& adapters, int64_t layer) {
 
 absl::Status Model::Load(const LayerContext& ctx, const WeightNames& names,
                          const WeightSource& source, const std::function<void()>& progress) {
-  LayerContext embedding_ctx = ctx;
-  if (embedding_on_host_) embedding_ctx.exec.device = DeviceKind::kCpu;
-  absl::Status status = LoadDense(embedding_ctx, source, names.embedding, embedding_);
+  absl::Status status = LoadTables(ctx, names, source);
   if (!status.ok()) return status;
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     if (status = LoadBlock(ctx, names, source, layer); !status.ok()) return status;
     progress();
   }
   if (status = LoadDense(ctx, source, names.final_norm, head_.norm); !status.ok()) return status;
-  if (!config_.tied_embeddings) {
-    if (status = LoadDense(ctx, source, names.head, head_.weight); !status.ok()) return status;
-  }
   for (size_t i = 0; i < ropes_.size(); ++i) {
     for (const bool is_long : {false, true}) {
       const TensorView to =
@@ -331,6 +369,27 @@ absl::Status Model::Load(const LayerContext& ctx, const WeightNames& names,
     }
   }
   return absl::OkStatus();
+}
+
+// A table that is trained goes into the master weights.
+absl::Status Model::LoadTables(const LayerContext& ctx, const WeightNames& names,
+                               const WeightSource& source) {
+  LayerContext embedding_ctx = ctx;
+  if (embedding_on_host_) embedding_ctx.exec.device = DeviceKind::kCpu;
+  const ModuleEntry* const embedding = TrainedTable(&ModuleEntry::is_embedding);
+  const ModuleEntry* const head = TrainedTable(&ModuleEntry::is_head);
+  const auto place = [&](const ModuleEntry* entry, const TensorView& frozen) {
+    return entry != nullptr ? adapters_->Module(*entry, adapters_->master()) : frozen;
+  };
+  const std::string& head_name = config_.tied_embeddings ? names.embedding : names.head;
+  absl::Status status =
+      LoadDense(embedding_ctx, source, names.embedding, place(embedding, embedding_));
+  const bool one_table = config_.tied_embeddings && head == embedding;
+  if (status.ok() && !one_table) {
+    status = LoadDense(ctx, source, head_name, place(head, head_.weight));
+  }
+  if (status.ok() && (embedding != nullptr || head != nullptr)) adapters_->RefreshCompute(ctx);
+  return status;
 }
 
 absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
@@ -354,6 +413,7 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
     }
     matrices[i]->EndLoad(ctx);
   }
+  for (const LoraLinear* linear : linears) linear->ResetMagnitudes(ctx);
   return absl::OkStatus();
 }
 
@@ -436,18 +496,18 @@ int64_t Model::GateUpBytes(const LayerContext& ctx, int64_t tokens) const {
   return most;
 }
 
-void Model::RefreshExpansions(const LayerContext& ctx) const {
-  if (adapters_ == nullptr || adapters_->version() == expanded_version_) return;
+void Model::RefreshLinears(const LayerContext& ctx) const {
+  if (adapters_ == nullptr || adapters_->version() == refreshed_version_) return;
   for (const TransformerBlock& block : blocks_) {
     for (const LoraLinear* linear : {&block.qkv, &block.o, &block.gate_up, &block.down}) {
-      linear->RefreshExpansion(ctx);
+      linear->Refresh(ctx);
     }
   }
-  expanded_version_ = adapters_->version();
+  refreshed_version_ = adapters_->version();
 }
 
 LayerContext Model::BeginPass(const LayerContext& ctx) const {
-  RefreshExpansions(ctx);
+  RefreshLinears(ctx);
   LayerContext pass = ctx;
   if (prefetch_bytes_ > 0) {
     prefetcher_.BeginPass(ctx, prefetch_bytes_, gather_bytes_);
@@ -484,15 +544,16 @@ void Model::PlaceSaved(const LayerContext& ctx, int64_t layer, int64_t tokens,
                    saved);
 }
 
-void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const {
-  // In bf16 the factor is one too, as in Transformers, where Gemma was trained.
+// In bf16 the factor is one too, as in Transformers, where Gemma was trained.
+double Model::EmbeddingScale(const LayerContext& ctx) const {
   const double scale = config_.embedding_scale;
-  const bool bf16 = ctx.dtype == DType::kBF16;
-  EmbeddingForward(
-      ctx.exec, {.ids = batch.ids,
-                 .table = embedding_,
-                 .y = x,
-                 .scale = bf16 ? static_cast<float>(BFloat16(static_cast<float>(scale))) : scale});
+  return ctx.dtype == DType::kBF16 ? static_cast<float>(BFloat16(static_cast<float>(scale)))
+                                   : scale;
+}
+
+void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const {
+  EmbeddingForward(ctx.exec,
+                   {.ids = batch.ids, .table = embedding_, .y = x, .scale = EmbeddingScale(ctx)});
 }
 
 Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedModel* saved) const {
@@ -573,10 +634,17 @@ void Model::Backward(const LayerContext& outer, const PackBatch& batch, const Sa
     if (i + 1 < config_.num_layers) {
       blocks_[i].Rebuild(ctx, batch, places.stream_saved, saved.blocks[i]);
     }
-    blocks_[i].Backward(ctx, batch, saved.blocks[i], dx, {.want_dx = i > 0});
+    const bool want_dx = i > 0 || dembedding_.defined();
+    blocks_[i].Backward(ctx, batch, saved.blocks[i], dx, {.want_dx = want_dx});
     if (places.stream_travels) streams_.EndRead(ctx.exec, places.stream);
     if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.EndRead(ctx.exec, places.gate_up);
   }
+  if (!dembedding_.defined()) return;
+  EmbeddingBackward(ctx.exec, {.ids = batch.ids,
+                               .dy = dx.Slice(1, 0, config_.hidden_size),
+                               .dtable = dembedding_,
+                               .scale = EmbeddingScale(ctx),
+                               .padding_id = config_.padding_id});
 }
 
 }  // namespace attune

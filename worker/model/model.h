@@ -72,12 +72,13 @@ class Model {
  public:
   // `adapters` may be null: the base model alone. Both outlive the model.
   Model(const LayerContext& ctx, const ModelConfig& config, const ModelOptions& options,
-        const AdapterSet* adapters);
+        AdapterSet* adapters);
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
   // Reads every weight. Shapes are checked, and on the plan device, where every job goes first,
-  // finiteness too. INVALID_ARGUMENT names the tensor.
+  // finiteness too. INVALID_ARGUMENT names the tensor. What the adapters train in full, and DoRA's
+  // magnitudes, start as they are in the checkpoint.
   // `progress` is called after every tensor.
   absl::Status Load(const LayerContext& ctx, const WeightNames& names, const WeightSource& source,
                     const std::function<void()>& progress);
@@ -100,7 +101,7 @@ class Model {
   // C, and the room that Backward needs behind it.
   int64_t dx_columns() const;
   // [dx|.] (T, dx_columns()): gradient of Forward's x + delta; overwritten. May be the memory of
-  // Forward's delta. Gradients of adapters accumulate.
+  // Forward's delta. Gradients of what is trained accumulate.
   void Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
                 const TensorView& dx) const;
 
@@ -115,9 +116,15 @@ class Model {
 
   BlockShape ShapeOfBlock(int64_t layer) const;
   void MakeRopes(const LayerContext& ctx);
-  void Adapt(const AdapterSet& adapters, int64_t layer);
+  void MakeTables(const LayerContext& ctx, const ModelOptions& options);
+  absl::Status LoadTables(const LayerContext& ctx, const WeightNames& names,
+                          const WeightSource& source);
+  // The table that is trained as the embeddings (or the head), null if it is frozen.
+  const ModuleEntry* TrainedTable(bool ModuleEntry::*which) const;
+  void Adapt(const LayerContext& ctx, const AdapterSet& adapters, int64_t layer);
+  double EmbeddingScale(const LayerContext& ctx) const;
   void Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const;
-  void RefreshExpansions(const LayerContext& ctx) const;
+  void RefreshLinears(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;
   LayerPlaces PlacesOf(int64_t layer) const {
@@ -145,7 +152,11 @@ class Model {
                         const TensorView& bias) const;
 
   ModelConfig config_;
-  TensorView embedding_;         // (V, C)
+  // The tables (V, C): the base's, if a tied one is not trained in both its places; that of the
+  // embeddings, which may be the adapters'. The head has its own view.
+  TensorView tied_table_;
+  TensorView embedding_;
+  TensorView dembedding_;        // gradient of a trained one
   PinnedMemory host_embedding_;  // behind embedding_, if that is on the host
   bool embedding_on_host_;
   std::vector<BlockWeights> weights_;
@@ -153,13 +164,13 @@ class Model {
   LmHead head_;
   std::vector<RotaryEmbedding> ropes_;
   ActivationPolicy policy_;
-  const AdapterSet* adapters_;
+  AdapterSet* adapters_;
   // State of a pass and caches, not of the model.
   mutable TravellingBuffers streams_, gate_ups_;
   mutable WeightPrefetcher prefetcher_;
   int64_t gather_bytes_ = 0;    // of a prefetch
   int64_t prefetch_bytes_ = 0;  // of a buffer; 0: weights are expanded when they are used
-  mutable int64_t expanded_version_ = -1;
+  mutable int64_t refreshed_version_ = -1;
 };
 
 }  // namespace attune

@@ -2,8 +2,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <set>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "worker/io/file.h"
@@ -31,12 +34,23 @@ std::vector<Slot> Slots(const AdapterLayout& layout) {
         {absl::StrCat(prefix, ".lora_A.weight"), {layout.r, entry.shape.in}, entry.a_offset});
     slots.push_back(
         {absl::StrCat(prefix, ".lora_B.weight"), {entry.shape.out, layout.r}, entry.b_offset});
+    if (!layout.use_dora) continue;
+    slots.push_back({absl::StrCat(prefix, ".lora_magnitude_vector"),
+                     {entry.shape.out},
+                     entry.magnitude_offset});
+  }
+  for (const ModuleEntry& entry : layout.modules) {
+    for (const std::string& module : entry.modules) {
+      slots.push_back({absl::StrCat("base_model.model.", module, ".weight"),
+                       {entry.shape.out, entry.shape.in},
+                       entry.offset});
+    }
   }
   return slots;
 }
 
 int64_t Elements(const Slot& slot) {
-  return slot.shape[0] * slot.shape[1];
+  return std::accumulate(slot.shape.begin(), slot.shape.end(), int64_t{1}, std::multiplies<>());
 }
 
 Json ConfigJson(const AdapterLayout& layout, const PeftWriteOptions& options) {
@@ -49,7 +63,7 @@ Json ConfigJson(const AdapterLayout& layout, const PeftWriteOptions& options) {
                  {"bias", "none"},
                  {"fan_in_fan_out", false},
                  {"use_rslora", layout.use_rslora},
-                 {"use_dora", false},
+                 {"use_dora", layout.use_dora},
                  {"init_lora_weights", true},
                  {"inference_mode", true},
                  {"modules_to_save", nullptr},
@@ -71,7 +85,32 @@ Json ConfigJson(const AdapterLayout& layout, const PeftWriteOptions& options) {
     }
   }
   config["target_modules"] = targets;
+  if (!layout.modules_to_save.empty()) config["modules_to_save"] = layout.modules_to_save;
+  if (layout.ensure_weight_tying) config["ensure_weight_tying"] = true;  // not of every PEFT
   return config;
+}
+
+// Some ways to start an adapter take what A and B hold out of the base, which PEFT does again
+// whenever it loads the adapter: without it the numbers are others.
+absl::Status CheckStart(const JsonField& init) {
+  if (!init.has_value() || !init.json()->is_string()) return absl::OkStatus();
+  const std::string name = absl::AsciiStrToLower(*init.String());
+  if (name == "gaussian" || name == "orthogonal" || name == "eva") return absl::OkStatus();
+  return init.Error(absl::StrCat(
+      "is `", name,
+      "`, which changes the weights of the base, and is not built. Save it with PEFT's "
+      "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"));
+}
+
+absl::Status ReadNames(const JsonField& field, std::vector<std::string>* names) {
+  absl::StatusOr<const Json*> list = field.Array();
+  if (!list.ok()) return list.status();
+  for (size_t i = 0; i < (*list)->size(); ++i) {
+    absl::StatusOr<std::string> name = field.At(i).String();
+    if (!name.ok()) return name.status();
+    names->push_back(*name);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -108,13 +147,13 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
   if (*type != "LORA") {
     return absl::UnimplementedError(absl::StrCat(path, ": peft_type `", *type, "` is not LORA"));
   }
-  for (const char* flag : {"use_dora", "fan_in_fan_out"}) {
-    absl::StatusOr<bool> value = root.Get(flag).BoolOr(false);
-    if (!value.ok()) return value.status();
-    if (*value) return absl::UnimplementedError(absl::StrCat(path, ": ", flag, " is not built"));
+  absl::StatusOr<bool> transposed = root.Get("fan_in_fan_out").BoolOr(false);
+  if (!transposed.ok()) return transposed.status();
+  if (*transposed) {
+    return absl::UnimplementedError(absl::StrCat(path, ": fan_in_fan_out is not built"));
   }
-  for (const char* field :
-       {"modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern"}) {
+  if (absl::Status s = CheckStart(root.Get("init_lora_weights")); !s.ok()) return s;
+  for (const char* field : {"layers_to_transform", "rank_pattern", "alpha_pattern"}) {
     const JsonField value = root.Get(field);
     if (value.has_value() && !value.json()->empty()) {
       return absl::UnimplementedError(absl::StrCat(path, ": ", field, " is not built"));
@@ -125,12 +164,22 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
   absl::StatusOr<double> alpha = root.Get("lora_alpha").Double();
   absl::StatusOr<double> dropout = root.Get("lora_dropout").DoubleOr(0);
   absl::StatusOr<bool> use_rslora = root.Get("use_rslora").BoolOr(false);
-  for (const absl::Status& s :
-       {r.status(), alpha.status(), dropout.status(), use_rslora.status()}) {
+  absl::StatusOr<bool> use_dora = root.Get("use_dora").BoolOr(false);
+  absl::StatusOr<bool> tying = root.Get("ensure_weight_tying").BoolOr(false);
+  for (const absl::Status& s : {r.status(), alpha.status(), dropout.status(), use_rslora.status(),
+                                use_dora.status(), tying.status()}) {
     if (!s.ok()) return s;
   }
   if (*r < 1 || *r > 65536) return root.Get("r").Error("must be from 1 to 65536");
-  config = {.r = *r, .alpha = *alpha, .dropout = *dropout, .use_rslora = *use_rslora};
+  config.r = *r;
+  config.alpha = *alpha;
+  config.dropout = *dropout;
+  config.use_rslora = *use_rslora;
+  config.use_dora = *use_dora;
+  config.ensure_weight_tying = *tying;
+  if (const JsonField modules = root.Get("modules_to_save"); modules.has_value()) {
+    if (absl::Status s = ReadNames(modules, &config.modules_to_save); !s.ok()) return s;
+  }
   const JsonField targets = root.Get("target_modules");
   if (targets.has_value() && targets.json()->is_string()) {
     if (*targets.String() != "all-linear") {
@@ -142,13 +191,7 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
     config.target_modules = {*targets.String()};
     return config;
   }
-  absl::StatusOr<const Json*> list = targets.Array();
-  if (!list.ok()) return list.status();
-  for (size_t i = 0; i < (*list)->size(); ++i) {
-    absl::StatusOr<std::string> target = targets.At(i).String();
-    if (!target.ok()) return target.status();
-    config.target_modules.push_back(*target);
-  }
+  if (absl::Status s = ReadNames(targets, &config.target_modules); !s.ok()) return s;
   return config;
 }
 

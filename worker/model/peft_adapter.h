@@ -1,6 +1,8 @@
 // Adapters as PEFT has them: a directory with
 //   adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, K), ...lora_B.weight
-//   (N, r) adapter_config.json         peft_type LORA, r, lora_alpha, target_modules, ...
+//   (N, r), with DoRA ...lora_magnitude_vector (N), and base_model.model.<module>.weight of modules
+//   that are trained in full adapter_config.json         peft_type LORA, r, lora_alpha,
+//   target_modules, ...
 #pragma once
 
 #include <string>
@@ -11,16 +13,12 @@
 
 namespace attune {
 
-struct PeftConfig {
-  int64_t r = 0;
-  double alpha = 0;
+struct PeftConfig : AdapterOptions {
   double dropout = 0;
-  bool use_rslora = false;
-  std::vector<std::string> target_modules;
 };
 
-// adapter_config.json. UNIMPLEMENTED for what attune does not do (DoRA, biases, patterns of names
-// or layers), by name.
+// adapter_config.json. UNIMPLEMENTED for what attune does not do (biases, patterns of names or
+// layers), by name.
 absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory);
 
 // Writes both files, durably. The weights are the master's, in F32 (F64 for f64 adapters).

@@ -44,7 +44,8 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
                    .deterministic = options.deterministic},
           .arena = &arena_,
           .dtype = options.dtype,
-          .fused_lora = options.fused_lora && options.spec.lora().dropout() == 0};
+          .fused_lora = options.fused_lora && options.spec.lora().dropout() == 0 &&
+                        !options.adapters.use_dora};
   adapters_ = std::make_unique<AdapterSet>(ctx_, options.adapters, /*train=*/true);
   optimizer_ = std::make_unique<Optimizer>(ctx_, *adapters_, options.spec);
   model_ = std::make_unique<Model>(ctx_, options.model,
@@ -80,11 +81,9 @@ absl::Status Engine::Load(const WeightSource& weights, const std::function<void(
   if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
   adapters_->Initialise(ctx_, options_.spec.seed());
   optimizer_->Reset(ctx_);
-  if (!options_.adapter_directory.empty()) {
-    absl::Status s = ReadPeftAdapter(ctx_, options_.adapter_directory, adapters_.get());
-    if (!s.ok()) return s;
-  }
-  return model_->Load(ctx_, options_.names, weights, progress);
+  if (absl::Status s = model_->Load(ctx_, options_.names, weights, progress); !s.ok()) return s;
+  if (options_.adapter_directory.empty()) return absl::OkStatus();
+  return ReadPeftAdapter(ctx_, options_.adapter_directory, adapters_.get());
 }
 
 absl::StatusOr<v1::MemoryEstimate> Engine::Plan(const EngineOptions& options,

@@ -25,7 +25,7 @@ struct EngineOptions {
   DeviceKind device = DeviceKind::kCpu;
   DType dtype = DType::kF32;
   bool deterministic = true;
-  // Base and adapter as one product; not with dropout.
+  // Base and adapter as one product; not with dropout or DoRA.
   bool fused_lora = true;
   bool resident = false;  // NF4 values kept expanded
   bool prefetch = false;  // else: expanded one ahead

@@ -153,6 +153,7 @@ TEST_P(EngineCuda, Fp8GivesWhatTheCpuGives) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));
+INSTANTIATE_TEST_SUITE_P(Trained, EngineCuda, testing::ValuesIn(kTrainedCases));
 INSTANTIATE_TEST_SUITE_P(Families, EngineCuda, testing::ValuesIn(kFamilyCases));
 
 }  // namespace

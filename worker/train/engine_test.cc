@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numeric>
 
 #include "tests/parity/engine/golden_case.h"
 #include "tests/parity/engine/golden_folder.h"
@@ -34,52 +35,172 @@ ActivationPolicy MostSparing(const GoldenCase& golden) {
 
 class GradientTest : public testing::TestWithParam<std::tuple<const char*, double, bool>> {};
 
-TEST_P(GradientTest, EqualsFiniteDifferencesInDouble) {
-  const auto [name, dropout, sparing] = GetParam();
+// A case in double, with everything that training has, if with dropout.
+GoldenCase InDouble(const std::string& name, double dropout) {
   GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF64);
-  if (sparing) golden.options.activations = MostSparing(golden);
   golden.options.spec.mutable_lora()->set_dropout(dropout);
   golden.options.spec.mutable_optimizer()->set_weight_decay(0);
-  if (dropout > 0) {  // with everything else that training has, too
+  if (dropout > 0) {
     golden.options.spec.mutable_sft()->set_label_smoothing_factor(0.1);
     golden.options.spec.mutable_sft()->set_z_loss_weight(0.01);
     golden.options.spec.mutable_sft()->set_neftune_noise_alpha(5);
   }
+  return golden;
+}
+
+// Every parameter takes part in each trial's direction.
+std::vector<double> RandomDirection(int trial, size_t size) {
+  uint64_t state = 7 + static_cast<uint64_t>(trial);
+  std::vector<double> direction(size);
+  for (double& x : direction) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    x = (static_cast<double>(state >> 33) / (1u << 30)) - 1;
+  }
+  return direction;
+}
+
+constexpr double kStep = 1e-6;
+
+// f at kStep along the direction, minus f at kStep against it, over 2 kStep.
+template <typename F>
+auto Slope(const TensorView& master, const std::vector<double>& direction, const F& f) {
+  double* const values = master.As<double>();
+  const auto at = [&](double h) {
+    for (size_t i = 0; i < direction.size(); ++i) values[i] += h * direction[i];
+    auto result = f();
+    for (size_t i = 0; i < direction.size(); ++i) values[i] -= h * direction[i];
+    return result;
+  };
+  auto up = at(kStep), down = at(-kStep);
+  return (up - down) / (2 * kStep);
+}
+
+double Dot(const std::vector<double>& a, const std::vector<double>& b) {
+  return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+}
+
+TEST_P(GradientTest, EqualsFiniteDifferencesInDouble) {
+  const auto [name, dropout, sparing] = GetParam();
+  GoldenCase golden = InDouble(name, dropout);
+  if (sparing) golden.options.activations = MostSparing(golden);
   std::unique_ptr<Engine> engine = StartEngine(golden);
   const GoldenStep step = StepOf(golden, 0);
   LossAt(engine.get(), step);
   const std::vector<double> grad = Download<double>(*engine, engine->adapters()->grad());
-  const TensorView master = engine->adapters()->master();
-  // Along random directions: every parameter takes part in each.
-  uint64_t state = 7;
   for (int trial = 0; trial < 4; ++trial) {
-    std::vector<double> direction(grad.size());
-    double slope = 0;
-    for (size_t i = 0; i < grad.size(); ++i) {
-      state = state * 6364136223846793005u + 1442695040888963407u;
-      direction[i] = (static_cast<double>(state >> 33) / (1u << 30)) - 1;
-      slope += direction[i] * grad[i];
-    }
-    constexpr double kStep = 1e-6;
-    double side[2];
-    double* const values = master.As<double>();
-    for (int sign : {0, 1}) {
-      const double h = sign ? kStep : -kStep;
-      for (size_t i = 0; i < grad.size(); ++i) values[i] += h * direction[i];
-      side[sign] = LossAt(engine.get(), step);
-      for (size_t i = 0; i < grad.size(); ++i) values[i] -= h * direction[i];
-    }
-    const double numeric = (side[1] - side[0]) / (2 * kStep);
-    EXPECT_NEAR(slope, numeric, 1e-6 * std::abs(numeric) + 1e-9);
+    const std::vector<double> direction = RandomDirection(trial, grad.size());
+    const double numeric =
+        Slope(engine->adapters()->master(), direction, [&] { return LossAt(engine.get(), step); });
+    EXPECT_NEAR(Dot(direction, grad), numeric, 1e-6 * std::abs(numeric) + 1e-9);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GradientTest,
                          testing::Combine(testing::Values("dense", "nf4", "rslora"),
                                           testing::Values(0.0, 0.3), testing::Bool()));
+INSTANTIATE_TEST_SUITE_P(Trained, GradientTest,
+                         testing::Combine(testing::Values("modules", "modules_head", "modules_tied",
+                                                          "drawn"),
+                                          testing::Values(0.0, 0.3), testing::Bool()));
+// With everything in its place their gradients are the oracle's (engine_parity_test).
 INSTANTIATE_TEST_SUITE_P(Families, GradientTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
-                                          testing::Values(0.0, 0.3), testing::Bool()));
+                                          testing::Values(0.0, 0.3), testing::Values(true)));
+
+// DoRA takes the lengths of W + scale B A for constants, which differences do not. A loss hangs on
+// them by g = m / length alone, so its derivative by a length is -dm m / length: with it they
+// agree.
+class DoraGradientTest : public testing::TestWithParam<std::tuple<const char*, double>> {};
+
+// sum over rows of dm m / length^0 * length, where length^0 and the gradients stay as they were.
+class LengthsOfRows {
+ public:
+  LengthsOfRows(const GoldenCase& golden, Engine* engine) : golden_(golden), engine_(engine) {}
+
+  // Of every row of every adapted matrix, by the adapters as they are.
+  std::vector<double> Lengths() const {
+    std::vector<double> lengths;
+    const AdapterSet& adapters = *engine_->adapters();
+    const AdapterLayout& layout = adapters.layout();
+    for (const AdapterEntry& entry : layout.entries) {
+      const TensorView w = golden_.weights->Find(entry.module + ".weight").value();
+      const double* const a = adapters.A(entry, adapters.master()).As<double>();
+      const double* const b = adapters.B(entry, adapters.master()).As<double>();
+      for (int64_t n = 0; n < entry.shape.out; ++n) {
+        double squares = 0;
+        for (int64_t k = 0; k < entry.shape.in; ++k) {
+          const int64_t i = n * entry.shape.in + k;
+          double v =
+              w.dtype == DType::kF32 ? w.As<float>()[i] : static_cast<float>(w.As<BFloat16>()[i]);
+          for (int64_t j = 0; j < layout.r; ++j) {
+            v += layout.scale() * b[n * layout.r + j] * a[j * entry.shape.in + k];
+          }
+          squares += v * v;
+        }
+        lengths.push_back(std::sqrt(squares));
+      }
+    }
+    return lengths;
+  }
+
+  // The loss's derivative by each.
+  std::vector<double> Derivatives() const {
+    const AdapterSet& adapters = *engine_->adapters();
+    const std::vector<double> lengths = Lengths();
+    std::vector<double> out;
+    for (const AdapterEntry& entry : adapters.layout().entries) {
+      const double* const m = adapters.Magnitude(entry, adapters.master()).As<double>();
+      const double* const dm = adapters.Magnitude(entry, adapters.grad()).As<double>();
+      for (int64_t n = 0; n < entry.shape.out; ++n) {
+        out.push_back(-dm[n] * m[n] / lengths[out.size()]);
+      }
+    }
+    return out;
+  }
+
+ private:
+  const GoldenCase& golden_;
+  Engine* engine_;
+};
+
+TEST_P(DoraGradientTest, EqualsFiniteDifferencesInDouble) {
+  const auto [name, dropout] = GetParam();
+  GoldenCase golden = InDouble(name, dropout);
+  golden.options.spec.mutable_quantization()->set_weights(v1::WEIGHT_FORMAT_NONE);
+  std::unique_ptr<Engine> engine = StartEngine(golden);
+  const GoldenStep step = StepOf(golden, 0);
+  LossAt(engine.get(), step);
+  const std::vector<double> grad = Download<double>(*engine, engine->adapters()->grad());
+  const LengthsOfRows rows(golden, engine.get());
+  const std::vector<double> by_length = rows.Derivatives();
+  const TensorView master = engine->adapters()->master();
+  for (int trial = 0; trial < 4; ++trial) {
+    const std::vector<double> direction = RandomDirection(trial, grad.size());
+    const double numeric = Slope(master, direction, [&] { return LossAt(engine.get(), step); });
+    const double through_lengths =
+        Slope(master, direction, [&] { return Dot(by_length, rows.Lengths()); });
+    EXPECT_GT(std::abs(through_lengths), 1e-6 * std::abs(numeric));  // they do matter
+    EXPECT_NEAR(Dot(direction, grad) + through_lengths, numeric,
+                1e-6 * (std::abs(numeric) + std::abs(through_lengths)) + 1e-9);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, DoraGradientTest,
+                         testing::Combine(testing::Values("dora", "drawn_dora"),
+                                          testing::Values(0.0, 0.3)));
+
+// A new adapter's magnitudes are the lengths of the base's rows, so that it changes nothing.
+TEST(EngineTest, ANewDoraAdapterIsTheBase) {
+  for (const char* name : {"dora", "drawn_dora"}) {
+    GoldenCase golden = InDouble(name, 0);
+    golden.options.adapter_directory.clear();
+    const double with = LossAt(StartEngine(golden).get(), StepOf(golden, 0));
+    golden.options.adapters = SelectAdapters(golden.options.model, golden.options.names,
+                                             {.r = 2, .alpha = 2, .target_modules = {"q_proj"}})
+                                  .value();
+    EXPECT_NEAR(LossAt(StartEngine(golden).get(), StepOf(golden, 0)), with, 1e-12) << name;
+  }
+}
 
 // The loss with smoothing, z-loss and noise is another one, its gradient is right, and an
 // evaluation has none of them.
@@ -128,6 +249,9 @@ TEST_P(PlanTest, PeakOfThePlanIsThePeakOfTheRun) {
 INSTANTIATE_TEST_SUITE_P(Cases, PlanTest,
                          testing::Combine(testing::Values("dense", "nf4"),
                                           testing::Values(DType::kF32, DType::kBF16)));
+INSTANTIATE_TEST_SUITE_P(Trained, PlanTest,
+                         testing::Combine(testing::ValuesIn(kTrainedCases),
+                                          testing::Values(DType::kF32, DType::kBF16)));
 INSTANTIATE_TEST_SUITE_P(Families, PlanTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
                                           testing::Values(DType::kF32, DType::kBF16)));
@@ -158,6 +282,8 @@ TEST_P(PackingTest, APackGivesWhatItsDocumentsGiveAlone) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, PackingTest, testing::Values("dense"));
+INSTANTIATE_TEST_SUITE_P(Trained, PackingTest,
+                         testing::Values("modules", "modules_head", "modules_tied", "dora"));
 INSTANTIATE_TEST_SUITE_P(Families, PackingTest, testing::ValuesIn(kFamilyCases));
 
 // What one step gives: the loss and the adapters' gradients.
@@ -201,21 +327,29 @@ std::string PolicyText(const ActivationPolicy& policy) {
   return text;
 }
 
-class PlacesTest : public testing::TestWithParam<std::tuple<const char*, double>> {};
+// The last: each place by itself too, not mixed ones alone.
+class PlacesTest : public testing::TestWithParam<std::tuple<const char*, double, bool>> {};
 
 TEST_P(PlacesTest, WhereActivationsAreKeptChangesNoBit) {
-  const auto [name, dropout] = GetParam();
+  const auto [name, dropout, each] = GetParam();
   GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF32);
   golden.options.spec.mutable_lora()->set_dropout(dropout);
   golden.options.fused_lora = dropout == 0;
   const int64_t L = golden.options.model.num_layers;
   const StepOutcome<float> kept = OneStep(golden);
-  for (const ActivationPolicy& policy :
-       {ActivationPolicy{L, 0, 0}, ActivationPolicy{0, L, 0}, ActivationPolicy{0, 0, L},
-        ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1}, ActivationPolicy{1, 0, 1},
-        ActivationPolicy{0, 0, 0, L, 0}, ActivationPolicy{0, 0, 0, 0, L},
-        ActivationPolicy{L, 0, L, 0, L}, ActivationPolicy{L, L, 0, L - 1, 1},
-        ActivationPolicy{1, 0, 1, 1, L - 1}, ActivationPolicy{L - 1, 1, 0, 1, 0}}) {
+  std::vector<ActivationPolicy> policies = {
+      {L, L, 0, 0, 0}, {L - 1, 1, L - 1, 0, 0}, {L, 0, L, 0, L}, {1, 0, 1, 1, L - 1}};
+  if (each) {
+    policies.insert(policies.end(), {{L, 0, 0, 0, 0},
+                                     {0, L, 0, 0, 0},
+                                     {0, 0, L, 0, 0},
+                                     {0, 0, 0, L, 0},
+                                     {0, 0, 0, 0, L},
+                                     {1, 0, 1, 0, 0},
+                                     {L, L, 0, L - 1, 1},
+                                     {L - 1, 1, 0, 1, 0}});
+  }
+  for (const ActivationPolicy& policy : policies) {
     golden.options.activations = policy;
     const StepOutcome<float> other = OneStep(golden);
     EXPECT_EQ(other.loss, kept.loss) << PolicyText(policy);
@@ -224,17 +358,21 @@ TEST_P(PlacesTest, WhereActivationsAreKeptChangesNoBit) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, PlacesTest,
-                         testing::Combine(testing::Values("nf4"), testing::Values(0.0, 0.3)));
+                         testing::Combine(testing::Values("nf4"), testing::Values(0.0, 0.3),
+                                          testing::Values(true)));
+INSTANTIATE_TEST_SUITE_P(Trained, PlacesTest,
+                         testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.0),
+                                          testing::Values(false)));
 INSTANTIATE_TEST_SUITE_P(Families, PlacesTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
-                                          testing::Values(0.0, 0.3)));
+                                          testing::Values(0.0, 0.3), testing::Values(false)));
 
 // Tiles of rows: the loss is the same, bit by bit where a row's sums do not hang on how many rows
 // there are (f64), and the gradients are but for the order of their sums.
-class TileTest : public testing::TestWithParam<std::tuple<const char*, double>> {};
+class TileTest : public testing::TestWithParam<std::tuple<const char*, double, int64_t>> {};
 
 TEST_P(TileTest, TilesOfTheMlpGiveWhatAllRowsAtOnceGive) {
-  const auto [name, dropout] = GetParam();
+  const auto [name, dropout, tile] = GetParam();
   GoldenCase exact = LoadGoldenCase(kGolden + name, DType::kF64);
   GoldenCase fused = LoadGoldenCase(kGolden + name, DType::kF32);
   exact.options.spec.mutable_lora()->set_dropout(dropout);
@@ -243,27 +381,28 @@ TEST_P(TileTest, TilesOfTheMlpGiveWhatAllRowsAtOnceGive) {
   const int64_t L = exact.options.model.num_layers;
   const StepOutcome<double> whole = OneStep<double>(exact);
   const StepOutcome<float> whole_fused = OneStep<float>(fused);
-  for (const int64_t tile : {1, 7, 1000}) {
-    for (const int64_t rebuilt : {int64_t{0}, L}) {
-      const ActivationPolicy policy{.gate_ups_rebuilt = rebuilt, .mlp_tile = tile};
-      exact.options.activations = fused.options.activations = policy;
-      const StepOutcome<double> tiled = OneStep<double>(exact);
-      EXPECT_EQ(tiled.loss, whole.loss) << PolicyText(policy);
-      EXPECT_LT(GradientError(tiled, whole), 1e-13) << PolicyText(policy);
-      fused.options.prefetch = rebuilt > 0;
-      const StepOutcome<float> tiled_fused = OneStep<float>(fused);
-      EXPECT_NEAR(tiled_fused.loss, whole_fused.loss, 1e-6 * whole_fused.loss);
-      EXPECT_LT(GradientError(tiled_fused, whole_fused), 1e-5) << PolicyText(policy);
-    }
+  for (const int64_t rebuilt : {int64_t{0}, L}) {
+    const ActivationPolicy policy{.gate_ups_rebuilt = rebuilt, .mlp_tile = tile};
+    exact.options.activations = fused.options.activations = policy;
+    const StepOutcome<double> tiled = OneStep<double>(exact);
+    EXPECT_EQ(tiled.loss, whole.loss) << PolicyText(policy);
+    EXPECT_LT(GradientError(tiled, whole), 1e-13) << PolicyText(policy);
+    fused.options.prefetch = rebuilt > 0;
+    const StepOutcome<float> tiled_fused = OneStep<float>(fused);
+    EXPECT_NEAR(tiled_fused.loss, whole_fused.loss, 1e-6 * whole_fused.loss);
+    EXPECT_LT(GradientError(tiled_fused, whole_fused), 1e-5) << PolicyText(policy);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, TileTest,
                          testing::Combine(testing::Values("dense", "nf4"),
-                                          testing::Values(0.0, 0.3)));
+                                          testing::Values(0.0, 0.3), testing::Values(1, 7, 1000)));
+INSTANTIATE_TEST_SUITE_P(Trained, TileTest,
+                         testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.3),
+                                          testing::Values(7)));
 INSTANTIATE_TEST_SUITE_P(Families, TileTest,
-                         testing::Combine(testing::ValuesIn(kFamilyCases),
-                                          testing::Values(0.0, 0.3)));
+                         testing::Combine(testing::ValuesIn(kFamilyCases), testing::Values(0.3),
+                                          testing::Values(7)));
 
 TEST(EngineTest, EmbeddingsOnTheHostChangeNoBit) {
   GoldenCase golden = LoadGoldenCase(kGolden + "dense", DType::kF32);
@@ -276,6 +415,30 @@ TEST(EngineTest, EmbeddingsOnTheHostChangeNoBit) {
   EXPECT_EQ(on_host.grad, on_device.grad);
   const int64_t table = golden.options.model.vocab_size * golden.options.model.hidden_size * 4;
   EXPECT_LE(Engine::Plan(golden.options, *golden.weights).value().peak_bytes(), bytes - table);
+}
+
+// A table that is trained is the adapters', and stays on the device.
+TEST(EngineTest, TrainedEmbeddingsStayOnTheDevice) {
+  GoldenCase golden = LoadGoldenCase(kGolden + "modules", DType::kF32);
+  const StepOutcome on_device = OneStep(golden);
+  golden.options.embedding_on_host = true;
+  const StepOutcome asked = OneStep(golden);
+  EXPECT_EQ(asked.loss, on_device.loss);
+  EXPECT_EQ(asked.grad, on_device.grad);
+}
+
+// Without an adapter to start from, what is trained in full starts as the base has it.
+TEST(EngineTest, TrainedTablesStartAsTheBase) {
+  for (const char* name : {"modules", "modules_head", "modules_tied"}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      GoldenCase golden = LoadGoldenCase(kGolden + name, dtype);
+      golden.options.adapter_directory.clear();
+      const double adapted = LossAt(StartEngine(golden).get(), StepOf(golden, 0));
+      golden.options.adapters.elements = golden.options.adapters.modules.front().offset;
+      golden.options.adapters.modules.clear();
+      EXPECT_EQ(LossAt(StartEngine(golden).get(), StepOf(golden, 0)), adapted) << name;
+    }
+  }
 }
 
 TEST(EngineTest, ExpandingAheadChangesNoBit) {
@@ -309,6 +472,7 @@ TEST_P(FusedTest, OneProductGivesWhatSeparateOnesGive) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, FusedTest, testing::Values("dense", "nf4"));
+INSTANTIATE_TEST_SUITE_P(Trained, FusedTest, testing::ValuesIn(kTrainedCases));
 INSTANTIATE_TEST_SUITE_P(Families, FusedTest, testing::ValuesIn(kFamilyCases));
 
 // Products of 8-bit floats give nearly what those of f32 give, with dropout too.

@@ -87,8 +87,7 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const GeneratorOpti
   if (adapted) {
     absl::StatusOr<PeftConfig> peft = ReadPeftConfig(options.adapter_directory);
     if (!peft.ok()) return peft.status();
-    auto selected = SelectAdapters(loaded->config, loaded->names, peft->r, peft->alpha,
-                                   peft->target_modules, peft->use_rslora);
+    auto selected = SelectAdapters(loaded->config, loaded->names, *peft);
     if (!selected.ok()) return selected.status();
     layout = *std::move(selected);
   }

@@ -96,6 +96,8 @@ TEST_P(FamilyGeneratorTest, GivesTheOraclesLogits) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(Trained, FamilyGeneratorTest,
+                         testing::Values("modules", "modules_head", "modules_tied", "dora"));
 INSTANTIATE_TEST_SUITE_P(Families, FamilyGeneratorTest, testing::ValuesIn(kFamilyCases));
 
 TEST(GeneratorTest, TheAdapterChangesTheLogits) {

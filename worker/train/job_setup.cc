@@ -370,14 +370,36 @@ absl::Status AdoptAdapter(PreparedJob* job) {
   if (lora->has_use_rslora() && lora->use_rslora() != peft->use_rslora) {
     return differs("use_rslora", lora->use_rslora(), peft->use_rslora);
   }
+  if (lora->has_use_dora() && lora->use_dora() != peft->use_dora) {
+    return differs("use_dora", lora->use_dora(), peft->use_dora);
+  }
   if (!ours.empty() && ours != theirs) {
     return differs("target_modules", absl::StrJoin(ours, ", "), absl::StrJoin(theirs, ", "));
+  }
+  const std::set<std::string> saved(peft->modules_to_save.begin(), peft->modules_to_save.end());
+  const std::set<std::string> to_save(lora->modules_to_save().begin(),
+                                      lora->modules_to_save().end());
+  if (!to_save.empty() && to_save != saved) {
+    return differs("modules_to_save", absl::StrJoin(to_save, ", "),
+                   saved.empty() ? "none" : absl::StrJoin(saved, ", "));
+  }
+  if (lora->has_ensure_weight_tying() && lora->ensure_weight_tying() != peft->ensure_weight_tying) {
+    return differs("ensure_weight_tying", lora->ensure_weight_tying(), peft->ensure_weight_tying);
   }
   lora->set_r(static_cast<int32_t>(peft->r));
   lora->set_alpha(peft->alpha);
   lora->set_use_rslora(peft->use_rslora);
+  lora->set_use_dora(peft->use_dora);
   lora->clear_target_modules();
   for (const std::string& target : theirs) lora->add_target_modules(target);
+  lora->clear_modules_to_save();
+  for (const std::string& module : saved) lora->add_modules_to_save(module);
+  lora->set_ensure_weight_tying(peft->ensure_weight_tying);
+  if (saved.empty() && job->assignment.spec().optimizer().has_embedding_learning_rate()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("optimizer.embedding_learning_rate: is of lora.modules_to_save, but ",
+                     directory, " has none; leave it out"));
+  }
   job->engine.adapter_directory = directory;
   return absl::OkStatus();
 }
@@ -402,6 +424,19 @@ absl::Status CheckQuantization(const v1::QuantizationSpec& spec, const std::stri
   return absl::OkStatus();
 }
 
+void WarnOfTying(const ModelConfig& model, const AdapterLayout& layout,
+                 v1::ValidationReport* report) {
+  if (layout.ensure_weight_tying && !model.tied_embeddings) {
+    report->add_warnings(
+        "lora.ensure_weight_tying: does nothing, since the model's embeddings are not tied");
+  } else if (!layout.ensure_weight_tying && model.tied_embeddings && !layout.modules.empty()) {
+    report->add_warnings(
+        "lora.modules_to_save: the model's embeddings and head are one matrix. What is trained of "
+        "them becomes a matrix of its own, and so it is in a merged model; "
+        "lora.ensure_weight_tying keeps them one");
+  }
+}
+
 absl::Status SetUpModel(PreparedJob* job) {
   if (absl::Status s = AdoptAdapter(job); !s.ok()) return s;
   const v1::JobSpec& spec = job->assignment.spec();
@@ -413,11 +448,16 @@ absl::Status SetUpModel(PreparedJob* job) {
   EngineOptions& engine = job->engine;
   engine.model = loaded->config;
   engine.names = loaded->names;
-  const std::vector<std::string> targets(spec.lora().target_modules().begin(),
-                                         spec.lora().target_modules().end());
-  absl::StatusOr<AdapterLayout> layout =
-      SelectAdapters(engine.model, engine.names, spec.lora().r(), spec.lora().alpha(), targets,
-                     spec.lora().use_rslora());
+  const v1::LoraSpec& lora = spec.lora();
+  const AdapterOptions options = {
+      .r = lora.r(),
+      .alpha = lora.alpha(),
+      .target_modules = {lora.target_modules().begin(), lora.target_modules().end()},
+      .use_rslora = lora.use_rslora(),
+      .use_dora = lora.use_dora(),
+      .modules_to_save = {lora.modules_to_save().begin(), lora.modules_to_save().end()},
+      .ensure_weight_tying = lora.ensure_weight_tying()};
+  absl::StatusOr<AdapterLayout> layout = SelectAdapters(engine.model, engine.names, options);
   if (!layout.ok()) return layout.status();
   engine.adapters = *std::move(layout);
   absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(job->assignment.model_directory());
@@ -428,6 +468,7 @@ absl::Status SetUpModel(PreparedJob* job) {
   report.set_model_parameters(CountParameters(engine.model, engine.names));
   report.set_trained_parameters(engine.adapters.elements);
   for (const std::string& warning : engine.model.warnings) report.add_warnings(warning);
+  WarnOfTying(engine.model, engine.adapters, &report);
   if (spec.batch().micro_batch_tokens() > engine.model.max_positions) {
     report.add_warnings(absl::StrCat(
         "batch.micro_batch_tokens is ", spec.batch().micro_batch_tokens(),
@@ -484,6 +525,10 @@ absl::Status CheckFp8Products(const PreparedJob& job) {
     return absl::InvalidArgumentError(
         absl::StrCat(kField, "needs precision bf16: set that, or leave it out"));
   }
+  if (spec.lora().use_dora()) {
+    return absl::UnimplementedError(
+        absl::StrCat(kField, "is not built with lora.use_dora: leave out one of them"));
+  }
   for (Linear linear : LinearsOf(job.engine.model)) {
     const LinearShape shape = ShapeOf(job.engine.model, linear);
     if (shape.in % 16 == 0 && shape.out % 16 == 0) continue;
@@ -499,6 +544,11 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   EngineOptions& engine = job->engine;
   const v1::JobSpec& spec = job->assignment.spec();
   if (engine.device == DeviceKind::kCpu) return Engine::Plan(engine, *job->weights);
+  if (spec.optimizer().kind() == v1::OPTIMIZER_KIND_ADAFACTOR) {
+    return absl::UnimplementedError(
+        "optimizer.kind: adafactor is built for CPUs alone; on a GPU take adamw_8bit, whose states "
+        "take a quarter of adamw's memory, or lion");
+  }
   engine.deterministic = spec.deterministic();
   const PlacementLimits limits = LimitsOf(spec.resources());
   absl::StatusOr<v1::MemoryEstimate> memory =

@@ -14,7 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "kernels/matmul/matmul.h"
+#include "kernels/core/simd.h"
 #include "kernels/nf4/nf4.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
@@ -32,6 +32,7 @@ constexpr int64_t kPieceElements = int64_t{1} << 22;
 constexpr char kPeftPrefix[] = "base_model.model.";
 constexpr char kPeftSuffixA[] = ".lora_A.weight";
 constexpr char kPeftSuffixB[] = ".lora_B.weight";
+constexpr char kPeftSuffixMagnitude[] = ".lora_magnitude_vector";
 
 bool IsFloat(DType dtype) {
   return dtype == DType::kF64 || dtype == DType::kF32 || dtype == DType::kBF16 ||
@@ -138,19 +139,40 @@ std::vector<float> ExpandNf4(const Nf4Tensor& tensor) {
   return values;
 }
 
-// out = scale * b a
-void Product(std::vector<float>* b, int64_t rows, std::vector<float>* a, int64_t columns, int64_t r,
-             double scale, float* out) {
-  const Exec exec;
-  MatMulArgs args = {.a = TensorView(b->data(), DType::kF32, {rows, r}),
-                     .b = TensorView(a->data(), DType::kF32, {r, columns}),
-                     .d = TensorView(out, DType::kF32, {rows, columns}),
-                     .alpha = scale};
-  std::vector<uint8_t> workspace(static_cast<size_t>(MatMulWorkspaceBytes(exec, args)) + 64);
-  const auto address = reinterpret_cast<uintptr_t>(workspace.data());
-  args.workspace = TensorView(reinterpret_cast<void*>((address + 63) / 64 * 64), DType::kU8,
-                              {static_cast<int64_t>(workspace.size()) - 64});
-  MatMul(exec, args);
+// rows += scale * b a, for b (n, r), a (r, columns), to the bit as torch does it on a CPU for r <=
+// 192: each sum is a chain of fused multiply-adds in the order of r, which is what its matrix
+// product is there, then rounded times scale, then added.
+ATTUNE_CLONES void AddProduct(const float* b, const float* a, int64_t n, int64_t columns, int64_t r,
+                              float scale, float* rows) {
+  constexpr int64_t kColumns = 64;
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t begin = 0; begin < columns; begin += kColumns) {
+      const int64_t width = std::min(kColumns, columns - begin);
+      float sum[kColumns] = {};
+      for (int64_t k = 0; k < r; ++k) {
+        const float factor = b[row * r + k];
+        const float* const from = a + k * columns + begin;
+        for (int64_t c = 0; c < width; ++c) sum[c] = std::fma(factor, from[c], sum[c]);
+      }
+      float* const to = rows + row * columns + begin;
+      for (int64_t c = 0; c < width; ++c) to[c] += sum[c] * scale;
+    }
+  }
+}
+
+// DoRA's: each row of `rows` gets its magnitude for its length; [begin, ...) are their numbers.
+void ScaleRows(const std::vector<float>& magnitude, int64_t begin, int64_t columns,
+               std::vector<float>* rows) {
+  if (magnitude.empty()) return;
+  const int64_t n = static_cast<int64_t>(rows->size()) / columns;
+  for (int64_t row = 0; row < n; ++row) {
+    float* const values = rows->data() + row * columns;
+    double squares = 0;
+    for (int64_t c = 0; c < columns; ++c) squares += static_cast<double>(values[c]) * values[c];
+    if (squares == 0) continue;
+    const float factor = magnitude[begin + row] / static_cast<float>(std::sqrt(squares));
+    for (int64_t c = 0; c < columns; ++c) values[c] *= factor;
+  }
 }
 
 class Merger {
@@ -185,6 +207,12 @@ class Merger {
  private:
   struct Adapter {
     TensorInfo a, b;
+    std::vector<float> magnitude;  // of DoRA, else empty
+  };
+  // A module that the adapter has in full, or the head of a base that has it not, since it is tied.
+  struct Replacement {
+    TensorInfo values;
+    DType dtype;  // of the base
   };
   struct Shard {
     std::vector<SafetensorsWriter::Tensor> tensors;
@@ -208,11 +236,15 @@ class Merger {
   absl::Status MatchAdapter() {
     absl::StatusOr<PeftConfig> config = ReadPeftConfig(options_.adapter_directory);
     if (!config.ok()) return config.status();
+    if (absl::Status s = MatchModules(*config); !s.ok()) return s;
     r_ = config->r;
     const double rank = static_cast<double>(r_);
     scale_ = config->alpha / (config->use_rslora ? std::sqrt(rank) : rank);
     for (const std::string& name : adapter_.names()) {
-      if (absl::EndsWith(name, kPeftSuffixB)) continue;
+      if (absl::EndsWith(name, kPeftSuffixB) || absl::EndsWith(name, kPeftSuffixMagnitude) ||
+          modules_.contains(name)) {
+        continue;
+      }
       if (!absl::StartsWith(name, kPeftPrefix) || !absl::EndsWith(name, kPeftSuffixA)) {
         return absl::UnimplementedError(absl::StrCat(
             adapter_.path(), ": ", name, " is no LoRA matrix of a linear layer; only these merge"));
@@ -228,10 +260,59 @@ class Merger {
       }
       if (absl::Status s = CheckShapes(module, *a, *b, *w); !s.ok()) return s;
       adapters_[w->name] = {*a, *b};
+      if (!config->use_dora) continue;
+      absl::StatusOr<TensorInfo> magnitude =
+          adapter_.Find(absl::StrCat(kPeftPrefix, module, kPeftSuffixMagnitude));
+      if (!magnitude.ok()) return magnitude.status();
+      if (magnitude->shape != std::vector<int64_t>{w->shape[0]} || !IsFloat(magnitude->dtype)) {
+        return absl::InvalidArgumentError(absl::StrCat(adapter_.path(), ": ", magnitude->name,
+                                                       " is no magnitude for each of the ",
+                                                       w->shape[0], " rows of ", w->name));
+      }
+      adapters_[w->name].magnitude = ReadAll(*magnitude);
     }
-    if (2 * adapters_.size() != adapter_.names().size()) {
+    const size_t of_each = config->use_dora ? 3 : 2;
+    if (of_each * adapters_.size() + modules_.size() != adapter_.names().size()) {
       return absl::InvalidArgumentError(
-          absl::StrCat(adapter_.path(), ": has a lora_B without its lora_A"));
+          absl::StrCat(adapter_.path(), ": has a lora_B or a magnitude without its lora_A"));
+    }
+    return absl::OkStatus();
+  }
+
+  // The tables that the adapter has in full.
+  absl::Status MatchModules(const PeftConfig& peft) {
+    if (peft.modules_to_save.empty()) return absl::OkStatus();
+    absl::StatusOr<LoadedConfig> loaded = LoadModelConfig(options_.model_directory);
+    if (!loaded.ok()) return loaded.status();
+    absl::StatusOr<AdapterLayout> layout = SelectAdapters(loaded->config, loaded->names, peft);
+    if (!layout.ok()) return layout.status();
+    absl::StatusOr<TensorInfo> table = base_.Find(loaded->names.embedding);
+    if (!table.ok()) return table.status();
+    untied_ = loaded->config.tied_embeddings;
+    if (untied_) replaced_[loaded->names.head] = {*table, table->dtype};
+    for (const ModuleEntry& entry : layout->modules) {
+      TensorInfo values;
+      for (const std::string& module : entry.modules) {
+        absl::StatusOr<TensorInfo> found =
+            adapter_.Find(absl::StrCat(kPeftPrefix, module, ".weight"));
+        if (!found.ok()) return found.status();
+        if (found->shape != table->shape || !IsFloat(found->dtype)) {
+          return absl::InvalidArgumentError(absl::StrCat(
+              adapter_.path(), ": ", module, " has the shape (", absl::StrJoin(found->shape, ", "),
+              "), that of the base (", absl::StrJoin(table->shape, ", "),
+              "): the adapter is of another model"));
+        }
+        modules_.insert(found->name);
+        values = *found;
+      }
+      if (entry.is_embedding) replaced_[loaded->names.embedding] = {values, table->dtype};
+      if (entry.is_head && !entry.is_embedding) {
+        replaced_[loaded->names.head] = {values, table->dtype};
+      }
+      if (entry.is_head && entry.is_embedding) {  // they stay tied
+        replaced_.erase(loaded->names.head);
+        untied_ = false;
+      }
     }
     return absl::OkStatus();
   }
@@ -263,10 +344,15 @@ class Merger {
 
   absl::Status PlanShards() {
     shards_.emplace_back();
-    for (const std::string& name : base_.names()) {
+    std::set<std::string> names(base_.names().begin(), base_.names().end());
+    for (const auto& [name, replacement] : replaced_) names.insert(name);
+    for (const std::string& name : names) {
       if (IsPartOfQuantized(name)) continue;
-      absl::StatusOr<TensorInfo> info = FindBase(name);
+      const auto replaced = replaced_.find(name);
+      absl::StatusOr<TensorInfo> info =
+          replaced == replaced_.end() ? FindBase(name) : replaced->second.values;
       if (!info.ok()) return info.status();
+      if (replaced != replaced_.end()) info->dtype = replaced->second.dtype;
       const DType dtype = IsFloat(info->dtype) ? options_.dtype.value_or(info->dtype) : info->dtype;
       int64_t bytes = DTypeBytes(dtype);
       for (int64_t extent : info->shape) bytes *= extent;
@@ -277,7 +363,7 @@ class Merger {
       shards_.back().bytes += bytes;
       ++report_.tensors;
     }
-    report_.merged = static_cast<int64_t>(adapters_.size());
+    report_.merged = static_cast<int64_t>(adapters_.size() + replaced_.size());
     report_.shards = static_cast<int64_t>(shards_.size());
     return absl::OkStatus();
   }
@@ -325,6 +411,9 @@ class Merger {
   }
 
   absl::Status WriteTensor(const SafetensorsWriter::Tensor& tensor, SafetensorsWriter* writer) {
+    if (const auto replaced = replaced_.find(tensor.name); replaced != replaced_.end()) {
+      return Cast(replaced->second.values, tensor, writer);
+    }
     absl::StatusOr<TensorInfo> info = FindBase(tensor.name);
     if (!info.ok()) return info.status();
     const auto adapter = adapters_.find(tensor.name);
@@ -336,9 +425,9 @@ class Merger {
     }
     const int64_t rows = info->shape[0], columns = info->shape[1];
     const bool adapted = adapter != adapters_.end();
-    std::vector<float> a = adapted ? ReadAll(adapter->second.a) : std::vector<float>();
+    const std::vector<float> a = adapted ? ReadAll(adapter->second.a) : std::vector<float>();
     const int64_t step = std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, columns));
-    std::vector<float> b, delta, piece;
+    std::vector<float> b, piece;
     for (int64_t begin = 0; begin < rows; begin += step) {
       const int64_t n = std::min(step, rows - begin);
       piece.resize(static_cast<size_t>(n * columns));
@@ -349,18 +438,21 @@ class Merger {
       }
       if (adapted) {
         b.resize(static_cast<size_t>(n * r_));
-        delta.resize(piece.size());
         ReadFloats(adapter->second.b, begin * r_, n * r_, b.data());
-        Product(&b, n, &a, columns, r_, scale_, delta.data());
-        for (size_t i = 0; i < piece.size(); ++i) piece[i] += delta[i];
+        AddProduct(b.data(), a.data(), n, columns, r_, static_cast<float>(scale_), piece.data());
+        ScaleRows(adapter->second.magnitude, begin, columns, &piece);
       }
-      for (const float value : piece) {
-        if (!std::isfinite(value)) {
-          return absl::InvalidArgumentError(
-              absl::StrCat(tensor.name, " becomes NaN or infinite: base or adapter is damaged"));
-        }
-      }
+      if (absl::Status s = CheckFinite(tensor.name, piece); !s.ok()) return s;
       if (absl::Status s = WriteFloats(piece, tensor.dtype, writer); !s.ok()) return s;
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status CheckFinite(const std::string& name, const std::vector<float>& values) {
+    for (const float value : values) {
+      if (std::isfinite(value)) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, " becomes NaN or infinite: base or adapter is damaged"));
     }
     return absl::OkStatus();
   }
@@ -380,6 +472,7 @@ class Merger {
       const int64_t n = std::min(kPieceElements, info.num_elements() - begin);
       piece.resize(static_cast<size_t>(n));
       ReadFloats(info, begin, n, piece.data());
+      if (absl::Status s = CheckFinite(to.name, piece); !s.ok()) return s;
       if (absl::Status s = WriteFloats(piece, to.dtype, writer); !s.ok()) return s;
     }
     return absl::OkStatus();
@@ -390,6 +483,7 @@ class Merger {
         ReadJsonFile(absl::StrCat(options_.model_directory, "/config.json"));
     if (!config.ok()) return config.status();
     config->erase("quantization_config");
+    if (untied_) (*config)["tie_word_embeddings"] = false;
     if (options_.dtype.has_value()) {
       const char* name = *options_.dtype == DType::kF32    ? "float32"
                          : *options_.dtype == DType::kBF16 ? "bfloat16"
@@ -433,7 +527,10 @@ class Merger {
   SafetensorsFile adapter_;
   int64_t r_ = 0;
   double scale_ = 0;
-  std::map<std::string, Adapter> adapters_;  // by the name of the weight
+  std::map<std::string, Adapter> adapters_;      // by the name of the weight
+  std::set<std::string> modules_;                // names in the adapter
+  std::map<std::string, Replacement> replaced_;  // by the name of the weight
+  bool untied_ = false;
   std::set<std::string> quantized_;
   std::vector<Shard> shards_;
   MergeReport report_;

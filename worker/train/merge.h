@@ -1,8 +1,11 @@
 // Merge: a base model and a PEFT adapter become one Hugging Face checkpoint,
-//   W' = W + scale * B A    (scale = alpha / r, or alpha / sqrt(r))
+//   W' = W + scale * B A    scale = alpha / r, or alpha / sqrt(r); with DoRA each row of W' is then
+//                           scaled to its length m
 // for every module that the adapter has, where W is as the adapter was trained on it: as stored, or
 // through NF4. What is stored as NF4 is expanded, whatever MergeOptions::storage is. Sums are in
-// f32 and rounded once, to the type of the output.
+// f32, in torch's order, and rounded once, to the type of the output. Modules that the adapter has
+// in full take the place of the base's; where that unties embeddings and head, both are written, as
+// PEFT does.
 //
 // Tensor by tensor: beside the mapped files no more is in memory than one tensor in f32 (a piece of
 // it, without NF4). Reads no model family, but to know which tensors NF4 is for.

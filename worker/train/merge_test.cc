@@ -160,6 +160,42 @@ TEST_F(MergeTest, AnNf4CheckpointIsExpanded) {
   }
 }
 
+// Tables trained in full, tied or not, and DoRA: the merged model is the base with the adapter.
+TEST_F(MergeTest, WhatIsTrainedBesideAAndBIsMerged) {
+  const struct {
+    const char* name;
+    bool head, tied;
+  } cases[] = {{"modules", true, false},
+               {"modules_head", true, false},
+               {"modules_tied", false, true},
+               {"dora", true, false},
+               {"drawn_dora", true, false}};
+  for (const auto& c : cases) {
+    SCOPED_TRACE(c.name);
+    MergeOptions options = Options(c.name);
+    options.output_directory = root_ + "/" + c.name;
+    options.dtype = DType::kF32;
+    const GoldenCase golden = LoadGoldenCase(kGolden + c.name, DType::kF32);
+    if (golden.json["nf4"].get<bool>()) options.storage = WeightStorage::kNf4Double;
+    ASSERT_TRUE(Merge(options).ok());
+    EXPECT_LT(LogitsError(options.output_directory, golden), 2e-5);
+    const Checkpoint merged = Checkpoint::Open(options.output_directory).value();
+    const auto& names = merged.names();
+    EXPECT_EQ(std::find(names.begin(), names.end(), "lm_head.weight") != names.end(), c.head);
+    const Json config = ReadJsonFile(options.output_directory + "/config.json").value();
+    EXPECT_EQ(config.value("tie_word_embeddings", true), c.tied);
+  }
+}
+
+TEST_F(MergeTest, ATableOfAnotherModelIsRefused) {
+  MergeOptions options = Options("modules");
+  options.adapter_directory = kGolden + "modules_tied/adapter";
+  const absl::Status status = Merge(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("the adapter is of another model"));
+  EXPECT_TRUE(fs::is_empty(root_));
+}
+
 TEST_F(MergeTest, AnNf4CheckpointBecomesOfTheTypeThatItHadBefore) {
   ASSERT_TRUE(Merge(Options("nf4_phi3")).ok());
   const Checkpoint merged = Checkpoint::Open(root_ + "/merged").value();

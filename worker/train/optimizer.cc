@@ -9,47 +9,77 @@ namespace attune {
 
 Optimizer::Optimizer(const LayerContext& ctx, const AdapterSet& adapters, const v1::JobSpec& spec)
     : spec_(spec.optimizer()) {
-  const AdapterLayout& layout = adapters.layout();
-  const bool is_8bit = spec_.kind() == v1::OPTIMIZER_KIND_ADAMW_8BIT;
-  const double ratio = spec.lora().loraplus_lr_ratio();
-  if (!is_8bit && ratio == 1) {
-    AddRange(0, layout.elements, 1);
-  } else {
-    for (const AdapterEntry& entry : layout.entries) {
-      AddRange(entry.a_offset, layout.r * entry.shape.in, 1);
-      AddRange(entry.b_offset, layout.r * entry.shape.out, ratio);
-    }
-  }
-  const auto add = [&](const char* name, DType dtype, int64_t n, bool of_blocks = false) {
+  const double of_modules = spec_.has_embedding_learning_rate() && spec_.learning_rate() > 0
+                                ? spec_.embedding_learning_rate() / spec_.learning_rate()
+                                : 1;
+  AddRanges(adapters.layout(), spec.lora().loraplus_lr_ratio(), of_modules);
+  const auto add = [&](const char* name, DType dtype, Per per = Per::kParameter) {
+    const int64_t n = Count(adapters, per);
     const TensorView value = ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kOptimizer, dtype, {n});
-    states_.push_back({name, value, of_blocks});
+    states_.push_back({name, value, per});
   };
   switch (spec_.kind()) {
-    case v1::OPTIMIZER_KIND_ADAMW_8BIT: {
-      const Range& last = ranges_.back();
-      const int64_t blocks = last.first_block + AdamW8bitBlocks(last.end - last.begin);
-      add("m", DType::kU8, layout.elements);
-      add("v", DType::kU8, layout.elements);
-      add("m_absmax", DType::kF32, blocks, /*of_blocks=*/true);
-      add("v_absmax", DType::kF32, blocks, /*of_blocks=*/true);
+    case v1::OPTIMIZER_KIND_ADAMW_8BIT:
+      add("m", DType::kU8);
+      add("v", DType::kU8);
+      add("m_absmax", DType::kF32, Per::kBlock);
+      add("v_absmax", DType::kF32, Per::kBlock);
       return;
-    }
+    case v1::OPTIMIZER_KIND_ADAFACTOR:
+      if (spec_.beta1() > 0) add("m", ctx.accumulator());
+      add("v_row", ctx.accumulator(), Per::kRow);
+      add("v_column", ctx.accumulator(), Per::kColumn);
+      return;
     case v1::OPTIMIZER_KIND_LION:
-      add("m", ctx.accumulator(), layout.elements);
+      add("m", ctx.accumulator());
       return;
     default:
-      add("m", ctx.accumulator(), layout.elements);
-      add("v", ctx.accumulator(), layout.elements);
+      add("m", ctx.accumulator());
+      add("v", ctx.accumulator());
   }
 }
 
-void Optimizer::AddRange(int64_t begin, int64_t size, double lr_scale) {
-  int64_t first_block = 0;
+void Optimizer::AddRanges(const AdapterLayout& layout, double of_b, double of_modules) {
+  const bool each_matrix = spec_.kind() == v1::OPTIMIZER_KIND_ADAMW_8BIT ||
+                           spec_.kind() == v1::OPTIMIZER_KIND_ADAFACTOR || of_b != 1;
+  if (each_matrix) {
+    for (const AdapterEntry& entry : layout.entries) {
+      AddRange(entry.a_offset, layout.r, entry.shape.in, 1);
+      AddRange(entry.b_offset, entry.shape.out, layout.r, of_b);
+      if (layout.use_dora) AddRange(entry.magnitude_offset, entry.shape.out, 0, of_b);
+    }
+  } else {
+    AddRange(0, layout.modules.empty() ? layout.elements : layout.modules[0].offset, 0, 1);
+  }
+  for (const ModuleEntry& entry : layout.modules) {
+    AddRange(entry.offset, entry.shape.out, entry.shape.in, of_modules);
+  }
+}
+
+void Optimizer::AddRange(int64_t begin, int64_t rows, int64_t columns, double lr_scale) {
+  Range range = {.begin = begin, .rows = rows, .columns = columns, .lr_scale = lr_scale};
   if (!ranges_.empty()) {
     const Range& last = ranges_.back();
-    first_block = last.first_block + AdamW8bitBlocks(last.end - last.begin);
+    range.first_block = last.first_block + AdamW8bitBlocks(last.size());
+    range.first_row = last.first_row + last.rows;
+    range.first_column = last.first_column + last.columns;
   }
-  ranges_.push_back({begin, begin + size, lr_scale, first_block});
+  ranges_.push_back(range);
+}
+
+int64_t Optimizer::Count(const AdapterSet& adapters, Per per) const {
+  const Range& last = ranges_.back();
+  switch (per) {
+    case Per::kBlock:
+      return last.first_block + AdamW8bitBlocks(last.size());
+    case Per::kRow:
+      return last.first_row + last.rows;
+    case Per::kColumn:
+      return last.first_column + last.columns;
+    case Per::kParameter:
+      break;
+  }
+  return adapters.layout().elements;
 }
 
 void Optimizer::Reset(const LayerContext& ctx) const {
@@ -67,9 +97,17 @@ void Optimizer::Reset(const LayerContext& ctx) const {
 TensorView Optimizer::StateOf(const char* name, const Range& range) const {
   for (const State& state : states_) {
     if (std::strcmp(state.name, name) != 0) continue;
-    if (!state.of_blocks) return state.value.Slice(0, range.begin, range.end);
-    const int64_t blocks = AdamW8bitBlocks(range.end - range.begin);
-    return state.value.Slice(0, range.first_block, range.first_block + blocks);
+    switch (state.per) {
+      case Per::kBlock:
+        return state.value.Slice(0, range.first_block,
+                                 range.first_block + AdamW8bitBlocks(range.size()));
+      case Per::kRow:
+        return state.value.Slice(0, range.first_row, range.first_row + range.rows);
+      case Per::kColumn:
+        return state.value.Slice(0, range.first_column, range.first_column + range.columns);
+      case Per::kParameter:
+        return state.value.Slice(0, range.begin, range.end());
+    }
   }
   CHECK(false && "an optimiser without this state");
   return {};
@@ -80,8 +118,8 @@ std::vector<T> Optimizer::Tensors(const AdapterSet& adapters, const F& set_state
   std::vector<T> tensors;
   for (const Range& range : ranges_) {
     T& tensor = tensors.emplace_back();
-    tensor.param = adapters.master().Slice(0, range.begin, range.end);
-    tensor.grad = adapters.grad().Slice(0, range.begin, range.end);
+    tensor.param = adapters.master().Slice(0, range.begin, range.end());
+    tensor.grad = adapters.grad().Slice(0, range.begin, range.end());
     tensor.weight_decay = spec_.weight_decay();
     tensor.lr_scale = range.lr_scale;
     set_states(range, &tensor);
@@ -94,6 +132,8 @@ void Optimizer::Step(const LayerContext& ctx, const AdapterSet& adapters,
   switch (spec_.kind()) {
     case v1::OPTIMIZER_KIND_ADAMW_8BIT:
       return StepAdamW8bit(ctx, adapters, args);
+    case v1::OPTIMIZER_KIND_ADAFACTOR:
+      return StepAdafactor(ctx, adapters, args);
     case v1::OPTIMIZER_KIND_LION:
       return StepLion(ctx, adapters, args);
     default:
@@ -131,6 +171,29 @@ void Optimizer::StepAdamW8bit(const LayerContext& ctx, const AdapterSet& adapter
                        .beta1 = spec_.beta1(),
                        .beta2 = spec_.beta2(),
                        .eps = spec_.epsilon(),
+                       .step = args.step});
+}
+
+void Optimizer::StepAdafactor(const LayerContext& ctx, const AdapterSet& adapters,
+                              const StepArgs& args) const {
+  const auto tensors =
+      Tensors<AdafactorTensor>(adapters, [&](const Range& range, AdafactorTensor* t) {
+        t->v_row = StateOf("v_row", range);
+        if (range.columns > 0) {
+          t->param = t->param.Reshape({range.rows, range.columns});
+          t->grad = t->grad.Reshape({range.rows, range.columns});
+          t->v_column = StateOf("v_column", range);
+        }
+        if (spec_.beta1() > 0) t->m = StateOf("m", range);
+      });
+  Adafactor(ctx.exec, {.tensors = tensors,
+                       .grad_scale = args.grad_scale,
+                       .lr = args.learning_rate,
+                       .beta1 = spec_.beta1(),
+                       .eps = spec_.epsilon(),
+                       .clip_threshold = spec_.clip_threshold(),
+                       .decay_rate = spec_.decay_rate(),
+                       .scale_parameter = spec_.scale_parameter(),
                        .step = args.step});
 }
 

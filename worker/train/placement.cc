@@ -86,7 +86,7 @@ SavedSizes SavedSizesOf(const EngineOptions& options) {
   Arena arena = Arena::Plan();
   const LayerContext ctx{
       .exec = {.device = options.device, .plan = true}, .arena = &arena, .dtype = options.dtype};
-  const AdapterSet adapters(ctx, options.adapters, /*train=*/true);
+  AdapterSet adapters(ctx, options.adapters, /*train=*/true);
   const Model model(ctx, options.model, {}, &adapters);
   const int64_t tokens = options.spec.batch().micro_batch_tokens();
   SavedSizes sizes{.gate_up = model.GateUpBytes(ctx, tokens)};
@@ -133,6 +133,9 @@ Footprint FootprintOf(const ActivationPolicy& policy, int64_t layers, const Save
 // Of the table of embeddings, where it may lie on the host.
 int64_t EmbeddingBytes(const EngineOptions& options) {
   if (options.model.tied_embeddings) return 0;
+  for (const ModuleEntry& entry : options.adapters.modules) {
+    if (entry.is_embedding) return 0;  // trained, with the adapters
+  }
   return options.model.vocab_size * options.model.hidden_size * DTypeBytes(options.dtype);
 }
 

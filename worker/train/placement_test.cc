@@ -37,7 +37,10 @@ EngineOptions Llama8B(int64_t micro_batch_tokens, int64_t r = 16) {
   names.linear = [](int64_t layer, Linear linear) {
     return "layers." + std::to_string(layer) + ".linear" + std::to_string(static_cast<int>(linear));
   };
-  options.adapters = SelectAdapters(c, names, r, static_cast<double>(r), {"all-linear"}).value();
+  options.adapters =
+      SelectAdapters(c, names,
+                     {.r = r, .alpha = static_cast<double>(r), .target_modules = {"all-linear"}})
+          .value();
   return options;
 }
 

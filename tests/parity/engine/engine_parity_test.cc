@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "absl/strings/match.h"
 #include "kernels/elementwise/elementwise.h"
 #include "tests/parity/engine/golden_case.h"
 #include "tests/parity/engine/golden_folder.h"
@@ -27,6 +28,12 @@ std::vector<float> Values(const Exec& exec, const TensorView& view) {
   std::vector<float> values(view.size());
   CopyToHost(exec, view, values.data());
   return values;
+}
+
+int GradientsOf(const SafetensorsFile& expected) {
+  return static_cast<int>(
+      std::count_if(expected.names().begin(), expected.names().end(),
+                    [](const std::string& name) { return absl::StartsWith(name, "grad."); }));
 }
 
 class EngineParityTest : public testing::TestWithParam<const char*> {
@@ -98,8 +105,24 @@ TEST_P(EngineParityTest, LossGradientNormAndEveryGradient) {
               1e-3)
         << entry.module;
     compared += 2;
+    if (!adapters.layout().use_dora) continue;
+    EXPECT_LT(
+        RelativeError(Values(engine->context().exec, adapters.Magnitude(entry, adapters.grad())),
+                      golden_.Expected(prefix + ".lora_magnitude_vector")),
+        1e-3)
+        << entry.module;
+    ++compared;
   }
-  EXPECT_GE(compared, 8);
+  for (const ModuleEntry& entry : adapters.layout().modules) {
+    const std::string name = "grad.base_model.model." + entry.modules[0] + ".weight";
+    EXPECT_LT(RelativeError(Values(engine->context().exec, adapters.Module(entry, adapters.grad())),
+                            golden_.Expected(name)),
+              1e-3)
+        << name;
+    ++compared;
+  }
+  EXPECT_GE(compared, 4);
+  EXPECT_EQ(compared, GradientsOf(*golden_.expected));
 }
 
 TEST_P(EngineParityTest, EveryLossOfTheRun) {
@@ -115,6 +138,7 @@ TEST_P(EngineParityTest, EveryLossOfTheRun) {
 const auto kName = [](const auto& info) { return std::string(info.param); };
 INSTANTIATE_TEST_SUITE_P(Cases, EngineParityTest,
                          testing::Values("dense", "nf4", "qlora60", "rslora"), kName);
+INSTANTIATE_TEST_SUITE_P(Trained, EngineParityTest, testing::ValuesIn(kTrainedCases), kName);
 INSTANTIATE_TEST_SUITE_P(Families, EngineParityTest, testing::ValuesIn(kFamilyCases), kName);
 
 using EngineParityOfAdapters = EngineParityTest;
@@ -128,10 +152,26 @@ TEST_P(EngineParityOfAdapters, TheAdapterAfterTheRun) {
                             golden_.Expected(prefix + ".lora_B.weight")),
               2e-2)
         << entry.module;
+    if (!adapters.layout().use_dora) continue;
+    EXPECT_LT(
+        RelativeError(Values(engine->context().exec, adapters.Magnitude(entry, adapters.master())),
+                      golden_.Expected(prefix + ".lora_magnitude_vector")),
+        1e-4)
+        << entry.module;
+  }
+  for (const ModuleEntry& entry : adapters.layout().modules) {
+    const std::string name = "final.base_model.model." + entry.modules[0] + ".weight";
+    EXPECT_LT(
+        RelativeError(Values(engine->context().exec, adapters.Module(entry, adapters.master())),
+                      golden_.Expected(name)),
+        1e-3)
+        << name;
   }
 }
 INSTANTIATE_TEST_SUITE_P(Cases, EngineParityOfAdapters,
-                         testing::Values("dense", "nf4", "qlora60", "rslora"), kName);
+                         testing::Values("dense", "nf4", "qlora60", "rslora", "modules",
+                                         "modules_head", "drawn", "drawn_dora"),
+                         kName);
 
 // What a family's case is worth: without any one of the things that make the model another than
 // Llama 2, the logits are others. (The case's weights are those of the whole model.)
@@ -229,6 +269,8 @@ TEST_P(EngineParityControl, ZeroedGradientsFailTheSameCheck) {
   EXPECT_GT(outside, static_cast<int>(losses.size()) * 3 / 4);
 }
 INSTANTIATE_TEST_SUITE_P(Cases, EngineParityControl, testing::Values("qlora60"), kName);
+INSTANTIATE_TEST_SUITE_P(Trained, EngineParityControl,
+                         testing::Values("modules", "modules_head", "modules_tied", "dora"), kName);
 INSTANTIATE_TEST_SUITE_P(Families, EngineParityControl, testing::ValuesIn(kFamilyCases), kName);
 
 }  // namespace

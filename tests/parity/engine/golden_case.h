@@ -74,6 +74,10 @@ constexpr const char* kFamilyCases[] = {"smollm2", "llama_biases", "qwen2",     
                                         "gemma",   "gemma2",       "gemma3",    "granite",
                                         "smollm3", "nf4_llama",    "nf4_qwen2", "nf4_phi3"};
 
+// Cases of what is trained beside A and B, and of what is drawn.
+constexpr const char* kTrainedCases[] = {"modules", "modules_head", "modules_tied",
+                                         "dora",    "drawn",        "drawn_dora"};
+
 inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   GoldenCase golden;
   golden.directory = directory;
@@ -86,6 +90,12 @@ inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   const bool use_rslora = json.value("use_rslora", false);
   spec.mutable_lora()->set_use_rslora(use_rslora);
   spec.mutable_lora()->set_loraplus_lr_ratio(json.value("loraplus", 1.0));
+  spec.mutable_lora()->set_use_dora(json.value("use_dora", false));
+  spec.mutable_lora()->set_dropout(json.value("dropout", 0.0));
+  spec.mutable_sft()->set_neftune_noise_alpha(json.value("neftune", 0.0));
+  if (json.contains("embedding_lr")) {
+    spec.mutable_optimizer()->set_embedding_learning_rate(json["embedding_lr"]);
+  }
   spec.mutable_quantization()->set_weights(json["nf4"].get<bool>() ? v1::WEIGHT_FORMAT_NF4
                                                                    : v1::WEIGHT_FORMAT_NONE);
   spec.mutable_quantization()->set_double_quantization(json.value("double_quantization", true));
@@ -104,12 +114,18 @@ inline GoldenCase LoadGoldenCase(const std::string& directory, DType dtype) {
   } else {
     targets = json["targets"].get<std::vector<std::string>>();
   }
+  const AdapterOptions adapter = {
+      .r = json["r"],
+      .alpha = json["alpha"],
+      .target_modules = targets,
+      .use_rslora = use_rslora,
+      .use_dora = json.value("use_dora", false),
+      .modules_to_save = json.value("modules_to_save", std::vector<std::string>()),
+      .ensure_weight_tying = json.value("ensure_weight_tying", false)};
   golden.options = {.dtype = dtype,
                     .model = loaded.config,
                     .names = loaded.names,
-                    .adapters = SelectAdapters(loaded.config, loaded.names, json["r"],
-                                               json["alpha"], targets, use_rslora)
-                                    .value(),
+                    .adapters = SelectAdapters(loaded.config, loaded.names, adapter).value(),
                     .adapter_directory = directory + "/adapter",
                     .spec = spec};
   golden.weights =

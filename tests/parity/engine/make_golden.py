@@ -3,7 +3,7 @@
 
     python3 tests/parity/engine/make_golden.py [--out tests/parity/engine/golden] [CASE ...]
 
-Each case (those of CASES, OPTIONS and QUANTIZED here, and those of families.py) is a directory:
+Each case (those of CASES, OPTIONS, QUANTIZED and TRAINED here, and those of families.py) is a directory:
   model/              config.json, model.safetensors: random weights, odd sizes
   adapter/            PEFT adapter with random A and B
   case.json           documents of each pack of each step, optimiser and schedule, losses
@@ -21,6 +21,7 @@ import shutil
 import tempfile
 
 import bitsandbytes.functional as bnb
+import drawn
 import families
 import numpy as np
 import torch
@@ -91,6 +92,42 @@ QUANTIZED = {
                      bnb=dict(double=True, dtype=torch.float16)),
 }
 
+# Of what is trained beside A and B: sixty QLoRA steps, a small pack a step as for families.
+def small_llama(**config):
+    return dict(vocab_size=61, hidden_size=36, intermediate_size=44, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=18, rms_norm_eps=1e-5,
+                max_position_embeddings=256, tie_word_embeddings=False,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0)) | config
+
+
+TRAINED = {
+    # the embeddings and the head in full, with a learning rate of their own
+    "modules": dict(config=small_llama(), embedding_lr=4e-3,
+                    lora=dict(r=2, alpha=5.0, targets="all-linear",
+                              modules_to_save=["embed_tokens", "lm_head"])),
+    # of tied ones one alone: the other stays what it was
+    "modules_head": dict(config=small_llama(tie_word_embeddings=True), embedding_lr=4e-3,
+                         lora=dict(r=2, alpha=5.0, targets=["q_proj", "down_proj"],
+                                   modules_to_save=["lm_head"])),
+    # kept tied; Gemma scales its embeddings
+    "modules_tied": dict(release=families.FAMILIES["gemma"]["release"],
+                         cut=dict(families.FAMILIES["gemma"]["cut"], num_hidden_layers=1),
+                         embedding_lr=2e-3,
+                         lora=dict(r=2, alpha=5.0, targets="all-linear",
+                                   modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    # DoRA; q, k and v have biases, which it leaves alone
+    "dora": dict(release=families.FAMILIES["qwen2"]["release"],
+                 cut=dict(families.SMALL, num_hidden_layers=1),
+                 lora=dict(r=2, alpha=5.0, targets="all-linear", use_dora=True)),
+    # what is drawn, as attune draws it: dropout and noise on the embeddings
+    "drawn": dict(config=small_llama(), neftune=5.0,
+                  lora=dict(r=3, alpha=5.0, targets="all-linear", dropout=0.2)),
+    # DoRA drops the input of the base's share too
+    "drawn_dora": dict(config=small_llama(), nf4=False, loraplus=2.0, lr=1e-2,
+                       lora=dict(r=3, alpha=5.0, targets=["q_proj", "v_proj", "up_proj"],
+                                 use_dora=True, dropout=0.2)),
+}
+
 
 def expand_nf4(w):
     """w as NF4 with double quantisation gives it back; the second level to the nearest code."""
@@ -142,6 +179,7 @@ def make_documents(rng, vocab, structured, pack_tokens, packs_per_step, starts):
 def loss_of(model, documents):
     """Sum over trained tokens of the cross entropy, their number, and logits of all rows."""
     total, count, rows = 0.0, 0, []
+    drawn.Place.row = 0
     for document in documents:
         ids = torch.tensor([document["ids"]])
         logits = model(input_ids=ids).logits[0].float()
@@ -150,6 +188,7 @@ def loss_of(model, documents):
         losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
         total = total + losses[mask].sum()
         count += int(mask.sum())
+        drawn.Place.row += len(document["ids"])
     return total, count, torch.cat(rows)
 
 
@@ -255,6 +294,13 @@ def check_expansion(name, tensors, expanded):
                                rtol=1e-6, atol=0)
 
 
+def key_of(name):
+    """A parameter's name in PEFT's files."""
+    return (name.replace(".modules_to_save.default", "")
+            .replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+            .replace(".default", ""))
+
+
 def build(case, seed, out):
     torch.manual_seed(seed)
     family = "release" in case
@@ -271,45 +317,68 @@ def build(case, seed, out):
                 if name.endswith("_proj.weight"):
                     parameter.copy_(expand_nf4(parameter.data))
     lora = case["lora"]
-    peft = get_peft_model(model, LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=0.0,
+    peft = get_peft_model(model, LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora.get("dropout", 0.0),
+                                            use_dora=lora.get("use_dora", False),
                                             use_rslora=lora.get("use_rslora", False),
                                             target_modules=lora["targets"],
+                                            modules_to_save=lora.get("modules_to_save", [])[:] or None,
+                                            ensure_weight_tying=lora.get("ensure_weight_tying", False),
                                             task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_B" in name and (family or case["steps"] < 10):
+            if "lora_B" in name and (case["small"] or case["steps"] < 10):
                 parameter.normal_(0, 0.1)  # zero would hide every gradient of A
+            if "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))  # another than the base's
     peft.peft_config["default"].base_model_name_or_path = "model"  # not where it was made
     peft.save_pretrained(out / "adapter", safe_serialization=True)
     (out / "adapter" / "README.md").unlink(missing_ok=True)
     return peft
 
 
-def run(case, seed, out):
-    family = "release" in case
-    peft = build(case, seed, out)
-    rng = np.random.default_rng(seed)
-    trained = [p for p in peft.parameters() if p.requires_grad]
+def make_optimizer(case, peft):
     arguments = dict(lr=case["lr"], betas=(0.9, 0.999), eps=1e-8, foreach=False)
     if "loraplus" in case:
-        optimizer = create_loraplus_optimizer(peft, torch.optim.AdamW, **arguments,
-                                              loraplus_lr_ratio=case["loraplus"],
-                                              loraplus_weight_decay=case["weight_decay"])
-    else:
-        optimizer = torch.optim.AdamW(trained, weight_decay=case["weight_decay"], **arguments)
+        return create_loraplus_optimizer(peft, torch.optim.AdamW, **arguments,
+                                         loraplus_lr_ratio=case["loraplus"],
+                                         loraplus_weight_decay=case["weight_decay"])
+    named = [(name, p) for name, p in peft.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for name, p in named if "modules_to_save" not in name]),
+              dict(params=[p for name, p in named if "modules_to_save" in name],
+                   lr=case.get("embedding_lr", case["lr"]))]
+    return torch.optim.AdamW([group for group in groups if group["params"]],
+                             weight_decay=case["weight_decay"], **arguments)
+
+
+def run(case, seed, out):
+    small = case["small"]
+    peft = build(case, seed, out)
+    if "dropout" in case["lora"]:
+        drawn.draw_dropout(peft, case["lora"]["dropout"])
+    if "neftune" in case:
+        drawn.draw_noise(peft, case["neftune"])
+    rng = np.random.default_rng(seed)
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    optimizer = make_optimizer(case, peft)
     scheduler = get_scheduler(case["schedule"], optimizer, num_warmup_steps=case["warmup"],
                               num_training_steps=case["steps"])
     steps, losses, norms, expected = [], [], [], {}
     vocab = peft.config.vocab_size
-    pack_tokens, packs_per_step = (72, 1) if family else (96, 2)
+    pack_tokens, packs_per_step = (72, 1) if small else (96, 2)
     for step in range(case["steps"]):
         packs = make_documents(rng, vocab, case["steps"] >= 10, pack_tokens, packs_per_step,
-                               starts=5 if family else vocab)
+                               starts=5 if small else vocab)
         count = sum(sum(d["trained"][1:]) for pack in packs for d in pack)
         optimizer.zero_grad()
         loss = 0.0
         for i, pack in enumerate(packs):
-            total, _, rows = loss_of(peft, pack)
+            if step == 0:
+                peft.eval()
+                with torch.no_grad():
+                    rows = loss_of(peft, pack)[2]
+                peft.train("dropout" in case["lora"] or "neftune" in case)
+            drawn.Place.step, drawn.Place.pack = step, i
+            total = loss_of(peft, pack)[0]
             (total / count).backward()
             loss += total.item() / count
             if step == 0:
@@ -317,19 +386,21 @@ def run(case, seed, out):
         if step == 0:
             for name, parameter in peft.named_parameters():
                 if parameter.requires_grad:
-                    key = name.replace(".default", "")
-                    expected["grad." + key] = parameter.grad.detach().clone().contiguous()
+                    expected["grad." + key_of(name)] = parameter.grad.detach().clone().contiguous()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         losses.append(loss)
-        steps.append([[d["rule"] if family else dict(ids=d["ids"], trained=d["trained"])
+        steps.append([[d["rule"] if small else dict(ids=d["ids"], trained=d["trained"])
                        for d in pack] for pack in packs])
         optimizer.step()
         scheduler.step()
     for name, parameter in peft.named_parameters():
-        if parameter.requires_grad and not family:
-            expected["final." + name.replace(".default", "")] = parameter.detach().contiguous()
+        if parameter.requires_grad and "release" not in case:
+            expected["final." + key_of(name)] = parameter.detach().contiguous()
     save_file(expected, out / "expected.safetensors")
-    (out / "case.json").write_text(json.dumps(dict(
+    given = {key: options[key] for options, keys in (
+        (case["lora"], ("modules_to_save", "ensure_weight_tying", "use_dora", "dropout")),
+        (case, ("embedding_lr", "neftune"))) for key in keys if key in options}
+    (out / "case.json").write_text(json.dumps(given | dict(
         pack_tokens=pack_tokens, nf4=case["nf4"],
         double_quantization=case.get("bnb", {}).get("double", True), r=case["lora"]["r"], alpha=case["lora"]["alpha"],
         use_rslora=case["lora"].get("use_rslora", False), loraplus=case.get("loraplus", 1.0),
@@ -346,14 +417,15 @@ def main():
     parser.add_argument("cases", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    of_families = [{name: FAMILY | case for name, case in group.items()}
-                   for group in (families.FAMILIES, QUANTIZED)]
-    cases = CASES | of_families[0] | OPTIONS | of_families[1]
+    of_families, quantized, trained = [
+        {name: FAMILY | dict(small=True) | case for name, case in group.items()}
+        for group in (families.FAMILIES, QUANTIZED, TRAINED)]
+    cases = CASES | of_families | OPTIONS | quantized | trained
     for seed, (name, case) in enumerate(cases.items(), start=11):
         if args.cases and name not in args.cases:
             continue
         shutil.rmtree(args.out / name, ignore_errors=True)
-        run(case, seed, args.out / name)
+        run(dict(small=False) | case, seed, args.out / name)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
     python3 tests/parity/merge/check_merge.py BIN_DIR [CASE ...]
 
 CASEs are directories with model/ and adapter/, as tests/parity/engine/golden has them [dense, nf4,
-rslora, phi3, and those whose base is NF4 already]. For dense and NF4 bases, and for f32 and bf16 outputs, against PEFT's merge in f32 (of
-a base that went through NF4 as bitsandbytes has it), rounded to the output's type: in bf16 every
-value within one unit in the last place; in f32, in which PEFT's sums are rounded as ours are, within
-three units of the largest of base, result and sum of |terms|. Transformers then loads the directory and gives the logits of base and adapter.
+rslora, phi3, those whose base is NF4 already, those with DoRA, and those with tables trained in full].
+For dense and NF4 bases, and for f32 and bf16 outputs, against PEFT's merge in f32 (of a base that went
+through NF4 as bitsandbytes has it), rounded to the output's type: in f32 the same bits, but for DoRA,
+whose lengths of rows are sums in another order, within three units in the last place; in bf16 every
+value within one unit. Transformers then loads the directory and gives the logits of base and adapter.
 Needs torch, transformers, peft and bitsandbytes.
 """
 import json
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "engine"))
-from make_golden import QUANTIZED, expand_nf4, read_checkpoint  # noqa: E402
+from make_golden import QUANTIZED, TRAINED, expand_nf4, read_checkpoint  # noqa: E402
 
 TYPES = {"f32": (torch.float32, 23), "bf16": (torch.bfloat16, 7)}
 
@@ -49,19 +50,15 @@ def base_model(directory, nf4):
 
 
 def merged_by_peft(case, nf4):
-    """State of the merged model, sizes of what was summed, and logits with the adapter beside."""
+    """State of the merged model, and logits with the adapter beside."""
     model = base_model(case / "model", nf4)
-    sizes = {name: p.detach().abs() for name, p in model.state_dict().items()}
     base = {name: p.detach().clone() for name, p in model.state_dict().items()}
     peft = PeftModel.from_pretrained(model, case / "adapter").eval()
     ids = torch.arange(1, 30)[None] % model.config.vocab_size
     with torch.no_grad():
         logits = peft(input_ids=ids).logits
-        for name, module in peft.base_model.model.named_modules():
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                terms = module.lora_B["default"].weight.abs() @ module.lora_A["default"].weight.abs()
-                sizes[f"{name}.weight"] += terms * module.scaling["default"]
-    return peft.merge_and_unload().state_dict(), base, sizes, logits, ids
+    merged = peft.merge_and_unload()
+    return merged.state_dict(), merged.config.tie_word_embeddings, base, logits, ids
 
 
 def read(directory):
@@ -76,7 +73,8 @@ def read(directory):
 
 
 def check(binary, case, nf4, dtype):
-    want, base, sizes, logits, ids = merged_by_peft(case, nf4)
+    want, tied, base, logits, ids = merged_by_peft(case, nf4)
+    dora = json.loads((case / "adapter/adapter_config.json").read_text())["use_dora"]
     kind, bits = TYPES[dtype]
     with tempfile.TemporaryDirectory() as scratch:
         out = pathlib.Path(scratch) / "merged"
@@ -90,13 +88,13 @@ def check(binary, case, nf4, dtype):
         for name, value in got.items():
             assert value.dtype == kind, (name, value.dtype)
             expected = want[name].to(kind).double()
-            size = expected.abs()
-            if dtype == "f32":
-                size = torch.maximum(sizes[name].double(), size)
-            unit = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))) - bits)
+            unit = torch.exp2(torch.floor(torch.log2(expected.abs().clamp(min=1e-30))) - bits)
             worst = max(worst, float(((value.double() - expected).abs() / unit).max()))
             changed += not torch.equal(want[name], base[name])
-        assert worst <= (3 if dtype == "f32" else 1), (case.name, worst)
+        assert worst <= (1 if dtype == "bf16" else 3 if dora else 0), (case.name, worst)
+        config = AutoConfig.from_pretrained(out)
+        assert config.tie_word_embeddings == tied, case.name
+        assert set(got) == set(want) - ({"lm_head.weight"} if tied else set()), case.name
         assert changed > 0, "the adapter changes nothing"
         loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32,
                                                       attn_implementation="eager").eval()
@@ -111,7 +109,7 @@ def main():
     binary = sys.argv[1]
     golden = HERE.parent / "engine/golden"
     cases = [pathlib.Path(c) for c in sys.argv[2:]] or [
-        golden / name for name in ("dense", "nf4", "rslora", "phi3", *QUANTIZED)]
+        golden / name for name in ("dense", "nf4", "rslora", "phi3", *QUANTIZED, *TRAINED)]
     for case in cases:
         for nf4 in (False, True):
             for dtype in TYPES:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Optimisers over 100 steps, from bitsandbytes on a CPU, for optimizer_test.
+"""Optimisers over 100 steps, from bitsandbytes and transformers on a CPU, for optimizer_test.
 
     python3 tests/parity/optimizer/make_golden.py [--out tests/parity/optimizer/golden.json]
 
 Parameters and gradients are a formula that the test has too, so that the file holds only the ends:
-parameters, and the codes and maxima of 8-bit states. Needs torch, numpy and bitsandbytes.
+parameters, and the codes and maxima of 8-bit states. Needs torch, numpy, bitsandbytes and
+transformers.
 
 bitsandbytes quantises on a CPU through a table of 65,536 places and so takes the neighbouring code
 for about one value in a thousand, where its CUDA kernels take the nearest code: here its optimiser
@@ -18,6 +19,7 @@ import bitsandbytes as bnb
 import bitsandbytes.backends.cpu.ops as cpu_ops
 import numpy as np
 import torch
+from transformers.optimization import Adafactor
 
 SIZE = 600  # two blocks of 256 and a part of one
 STEPS = 100
@@ -48,11 +50,11 @@ def nearest(values, code, absmax_out, codes_out, blocksize):
         absmax_out[block] = float(absmax)
 
 
-def run(make):
-    p = torch.nn.Parameter(parameters())
+def run(make, shape=(SIZE,)):
+    p = torch.nn.Parameter(parameters().reshape(shape))
     optimizer = make([p])
     for step in range(STEPS):
-        p.grad = gradient(step)
+        p.grad = gradient(step).reshape(shape)
         optimizer.step()
     return p.detach(), optimizer.state[p]
 
@@ -79,6 +81,18 @@ def main():
     p, state = run(lambda ps: bnb.optim.Lion(ps, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1,
                                              optim_bits=32))
     golden["lion"] = dict(param=numbers(p), m=numbers(state["state1"]))
+    # A matrix as most have it; one with every option; a vector.
+    plain = dict(lr=1e-2, relative_step=False, scale_parameter=False)
+    for name, shape, options in (
+            ("adafactor", (24, 25), plain),
+            ("adafactor_options", (24, 25), plain | dict(
+                scale_parameter=True, beta1=0.9, weight_decay=0.1, clip_threshold=0.3,
+                decay_rate=-0.6, eps=(1e-12, 1e-3))),
+            ("adafactor_vector", (SIZE,), plain)):
+        p, state = run(lambda ps: Adafactor(ps, **options), shape)
+        golden[name] = {key: numbers(state[key]) for key in
+                        ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq") if key in state}
+        golden[name]["param"] = numbers(p)
     args.out.write_text(json.dumps(golden, separators=(",", ":")) + "\n")
 
 
