@@ -1,0 +1,438 @@
+// LoraBackward in one pass over dy, on the tensor cores.
+//
+// dy_p is cut into strips of kColumns columns, a strip into tiles of 16 rows; a unit is a tile of a
+// strip. Units are numbered strip by strip, and every block takes an equal run of them, so that all
+// multiprocessors are busy to the end, whatever T and N. Tiles come through shared memory, several
+// ahead (cp.async). A warp has 64 columns and 16 ranks: its share of db stays in registers until
+// the strip ends (or the block's run), its share of ds of a tile goes through shared memory, where
+// the block adds up those of its warps. The sums of a strip and tile (ds) and of a strip and block
+// (db) go to the workspace; a second, small kernel adds them up in the order of their numbers. So
+// the order of every sum hangs on T, N_p and r alone.
+//
+// Partial sums: r / kColumns of the bytes of dy twice (written and read), and 64 KiB per block and
+// strip.
+#include "kernels/core/cuda.cuh"
+#include "kernels/lora/lora_backward.h"
+
+namespace attune {
+
+bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a);
+
+namespace {
+
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kRows = 16;         // of a tile
+constexpr int kWarpColumns = 64;  // of a warp
+constexpr int kBlocks = 132;      // one per multiprocessor of an H100; others run as many
+constexpr int kMaxGroups = 4;
+
+// kGroups groups of warps with 16 ranks each.
+template <int kGroups>
+struct Shape {
+  static constexpr int kRank = 16 * kGroups;
+  static constexpr int kColumnGroups = kWarps / kGroups;
+  static constexpr int kColumns = kColumnGroups * kWarpColumns;
+  static constexpr int kStages = 4 * kGroups;
+  // Rows in shared memory lie apart so that no two of eight share a bank.
+  static constexpr int kPitch = kColumns + 8;
+  static constexpr int kRankPitch = kRank + 8;
+  static constexpr int kTileElements = kRows * kPitch;
+  static constexpr int kSElements = kRows * kRankPitch;
+  static constexpr int kSumElements = kColumnGroups * kRows * kRankPitch;
+  static constexpr int kBytes =
+      2 * (kStages * kTileElements + 2 * kSElements) + 4 * 2 * kSumElements;
+  static_assert(kBytes <= 227 << 10);
+};
+constexpr int kStripSums = kThreads * 32;  // of db, for every kGroups: kColumns kRank
+
+struct Part {
+  const Bf16* b;
+  float* db;
+  int64_t b_stride, db_stride;
+  int column_begin, columns;
+  int first_strip;
+};
+struct Params {
+  Part part[kMaxLoraParts];
+  int parts, r;
+  int rows;           // of dy, s and ds
+  int tiles, strips;  // tiles of a strip, strips of all parts
+  int blocks;
+  const Bf16* dy;
+  const Bf16* s;
+  Bf16* ds;
+  int64_t dy_stride, s_stride, ds_stride;
+  int ds_columns;
+  float* ds_sums;  // (strips, rows, kRank)
+  float* db_sums;  // (blocks + strips - 1, kColumns, kRank): of block b and strip q at b + q
+  float scale, db_scale;
+};
+
+__device__ int PartOf(const Params& x, int strip) {
+  int p = 0;
+  while (p + 1 < x.parts && strip >= x.part[p + 1].first_strip) ++p;
+  return p;
+}
+// Block b has the units [FirstUnit(b), FirstUnit(b + 1)).
+__device__ int FirstUnit(const Params& x, int block) {
+  return static_cast<int>(static_cast<int64_t>(block) * x.strips * x.tiles / x.blocks);
+}
+__device__ int BlockOf(const Params& x, int unit) {
+  return static_cast<int>((static_cast<int64_t>(unit + 1) * x.blocks - 1) / (x.strips * x.tiles));
+}
+
+__device__ uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// 16 bytes, of which those behind the first `bytes` are zero.
+__device__ void CopyAsync(Bf16* to, const Bf16* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four matrices of 8 x 8; the lanes name their rows.
+__device__ void LoadMatrices(uint32_t (&m)[4], const Bf16* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+__device__ void LoadTransposed(uint32_t (&m)[4], const Bf16* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+// d (16, 8) += a (16, 16) b (16, 8).
+__device__ void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ uint32_t PairOf(Bf16 low, Bf16 high) {
+  return static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16 | __bfloat16_as_ushort(low);
+}
+
+template <int kGroups>
+struct Block {
+  using S = Shape<kGroups>;
+  static constexpr int kSLoads = (kRows * S::kRank + kThreads - 1) / kThreads;
+
+  const Params& x;
+  Bf16* tiles;    // kStages of them
+  Bf16* s_tiles;  // two
+  float* sums;    // two
+  // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
+  // twice 8 ranks; and B, whose rows are columns of dy.
+  float db[4][2][4];
+  uint32_t b[4][2][2];
+
+  __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
+  __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
+  __device__ int StripOf(int unit) const { return unit / x.tiles; }
+  __device__ int RowOf(int unit) const { return unit % x.tiles * kRows; }
+
+  __device__ void LoadTile(int unit, int stage) {
+    const int strip = StripOf(unit), row_begin = RowOf(unit);
+    const Part& part = x.part[PartOf(x, strip)];
+    const int begin = (strip - part.first_strip) * S::kColumns;
+    constexpr int kRowCopies = S::kColumns / 8;
+#pragma unroll
+    for (int i = 0; i < kRows * kRowCopies / kThreads; ++i) {
+      const int copy = i * kThreads + static_cast<int>(threadIdx.x);
+      const int row = copy / kRowCopies, column = copy % kRowCopies * 8;
+      const int left = part.columns - begin - column;
+      const bool any = row_begin + row < x.rows && left > 0;
+      const Bf16* from = x.dy;
+      if (any) from += (row_begin + row) * x.dy_stride + part.column_begin + begin + column;
+      CopyAsync(tiles + stage * S::kTileElements + row * S::kPitch + column, from,
+                any ? 2 * min(left, 8) : 0);
+    }
+  }
+
+  // The tile of s: by way of registers, since its rows may lie anywhere.
+  __device__ void LoadS(int unit, Bf16 (&values)[kSLoads]) const {
+    const int p = PartOf(x, StripOf(unit)), row_begin = RowOf(unit);
+#pragma unroll
+    for (int i = 0; i < kSLoads; ++i) {
+      const int at = i * kThreads + static_cast<int>(threadIdx.x);
+      const int row = row_begin + at / S::kRank, c = at % S::kRank;
+      values[i] = FromFloat<Bf16>(0.0f);
+      if (at < kRows * S::kRank && row < x.rows && c < x.r) {
+        values[i] = x.s[row * x.s_stride + p * x.r + c];
+      }
+    }
+  }
+  __device__ void StoreS(int buffer, const Bf16 (&values)[kSLoads]) {
+#pragma unroll
+    for (int i = 0; i < kSLoads; ++i) {
+      const int at = i * kThreads + static_cast<int>(threadIdx.x);
+      if (at >= kRows * S::kRank) continue;
+      s_tiles[buffer * S::kSElements + at / S::kRank * S::kRankPitch + at % S::kRank] = values[i];
+    }
+  }
+
+  __device__ void BeginStrip(int strip) {
+    const Part& part = x.part[PartOf(x, strip)];
+    const int lane = threadIdx.x % 32;
+    const int n0 = (strip - part.first_strip) * S::kColumns + Column() + lane % 4 * 2;
+    const int c0 = Rank() + lane / 4;
+    const auto value = [&](int n, int c) {
+      return n < part.columns && c < x.r ? part.b[n * part.b_stride + c] : FromFloat<Bf16>(0.0f);
+    };
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int n = n0 + k * 16 + i * 8, c = c0 + half * 8;
+          b[k][half][i] = PairOf(value(n, c), value(n + 1, c));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) db[k][half][i] = 0.0f;
+      }
+    }
+  }
+
+  __device__ void EndStrip(int strip) const {
+    const int lane = threadIdx.x % 32;
+    float* to = x.db_sums + static_cast<int64_t>(blockIdx.x + strip) * kStripSums;
+    to += (Column() + lane / 4) * S::kRank + Rank() + lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* pair = to + k * 16 * S::kRank + half * 8;
+        *reinterpret_cast<float2*>(pair) = make_float2(db[k][half][0], db[k][half][1]);
+        *reinterpret_cast<float2*>(pair + 8 * S::kRank) =
+            make_float2(db[k][half][2], db[k][half][3]);
+      }
+    }
+  }
+
+  __device__ void Multiply(int stage, int buffer) {
+    const int lane = threadIdx.x % 32;
+    const Bf16* tile = tiles + stage * S::kTileElements + Column();
+    // Rows 0-7, 8-15, 0-7, 8-15 of columns 0-7, 0-7, 8-15, 8-15; and across.
+    const int down = lane % 16, right = lane / 16 * 8;
+    const int across_down = lane / 16 * 8 + lane % 8, across_right = lane / 8 % 2 * 8;
+    uint32_t s[4];
+    LoadTransposed(s, s_tiles + buffer * S::kSElements + down * S::kRankPitch + Rank() + right);
+    float ds[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t rows[4], columns[4];
+      LoadMatrices(rows, tile + down * S::kPitch + k * 16 + right);
+      LoadTransposed(columns, tile + across_down * S::kPitch + k * 16 + across_right);
+      MultiplyAdd(ds[0], rows, b[k][0][0], b[k][0][1]);
+      MultiplyAdd(ds[1], rows, b[k][1][0], b[k][1][1]);
+      MultiplyAdd(db[k][0], columns, s[0], s[1]);
+      MultiplyAdd(db[k][1], columns, s[2], s[3]);
+    }
+    float* to = sums + buffer * S::kSumElements;
+    to += (Column() / kWarpColumns * kRows + lane / 4) * S::kRankPitch + Rank() + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* pair = to + half * 8;
+      *reinterpret_cast<float2*>(pair) = make_float2(ds[half][0], ds[half][1]);
+      *reinterpret_cast<float2*>(pair + 8 * S::kRankPitch) = make_float2(ds[half][2], ds[half][3]);
+    }
+  }
+
+  // The sums over the columns of the strip.
+  __device__ void StoreDs(int unit, int buffer) const {
+    const int strip = StripOf(unit), row_begin = RowOf(unit);
+    for (int at = threadIdx.x; at < kRows * S::kRank; at += kThreads) {
+      const int row = at / S::kRank, c = at % S::kRank;
+      const float* from = sums + buffer * S::kSumElements + row * S::kRankPitch + c;
+      float sum = 0.0f;
+#pragma unroll
+      for (int g = 0; g < S::kColumnGroups; ++g) sum += from[g * kRows * S::kRankPitch];
+      if (row_begin + row >= x.rows) continue;
+      x.ds_sums[(static_cast<int64_t>(strip) * x.rows + row_begin + row) * S::kRank + c] = sum;
+    }
+  }
+
+  __device__ void Run() {
+    const int begin = FirstUnit(x, blockIdx.x), end = FirstUnit(x, blockIdx.x + 1);
+    for (int i = 0; i < S::kStages - 1; ++i) {
+      if (begin + i < end) LoadTile(begin + i, i);
+      CommitCopies();
+    }
+    Bf16 s_values[kSLoads];
+    LoadS(begin, s_values);
+    StoreS(0, s_values);
+    int strip = StripOf(begin), stage = 0;
+    BeginStrip(strip);
+    for (int unit = begin; unit < end; ++unit) {
+      // Even and odd units have buffers of their own, so one barrier per unit is enough.
+      const int buffer = (unit - begin) & 1;
+      WaitForCopies<S::kStages - 2>();
+      __syncthreads();
+      const int ahead = unit + S::kStages - 1;
+      if (ahead < end) LoadTile(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
+      CommitCopies();
+      if (unit + 1 < end) LoadS(unit + 1, s_values);
+      if (unit > begin) StoreDs(unit - 1, buffer ^ 1);
+      if (StripOf(unit) != strip) {
+        EndStrip(strip);
+        strip = StripOf(unit);
+        BeginStrip(strip);
+      }
+      Multiply(stage, buffer);
+      StoreS(buffer ^ 1, s_values);
+      if (++stage == S::kStages) stage = 0;
+    }
+    __syncthreads();
+    StoreDs(end - 1, (end - 1 - begin) & 1);
+    EndStrip(strip);
+  }
+};
+
+template <int kGroups>
+__global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+  using S = Shape<kGroups>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  Bf16* tiles = reinterpret_cast<Bf16*>(memory);
+  Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
+  float* sums = reinterpret_cast<float*>(s_tiles + 2 * S::kSElements);
+  Block<kGroups>{x, tiles, s_tiles, sums, {}, {}}.Run();
+}
+
+// A thread per element of ds, then one per column of a strip and rank.
+template <int kGroups>
+__global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
+  using S = Shape<kGroups>;
+  int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
+  if (at < x.rows * x.ds_columns) {
+    const int row = at / x.ds_columns, column = at % x.ds_columns, p = column / x.r;
+    float sum = 0.0f;
+    if (p < x.parts) {
+      const int end = p + 1 < x.parts ? x.part[p + 1].first_strip : x.strips;
+      const int64_t stride = static_cast<int64_t>(x.rows) * S::kRank;
+      const float* from = x.ds_sums + x.part[p].first_strip * stride + row * S::kRank;
+      from += column - p * x.r;
+#pragma unroll 4
+      for (int strip = x.part[p].first_strip; strip < end; ++strip, from += stride) sum += *from;
+    }
+    x.ds[row * x.ds_stride + column] = FromFloat<Bf16>(x.scale * sum);
+    return;
+  }
+  at -= x.rows * x.ds_columns;
+  const int c = at % x.r, strip = at / x.r / S::kColumns, column = at / x.r % S::kColumns;
+  if (strip >= x.strips) return;
+  const Part& part = x.part[PartOf(x, strip)];
+  const int n = (strip - part.first_strip) * S::kColumns + column;
+  if (n >= part.columns) return;
+  const int first = BlockOf(x, strip * x.tiles), last = BlockOf(x, (strip + 1) * x.tiles - 1);
+  const float* from = x.db_sums + static_cast<int64_t>(first + strip) * kStripSums;
+  from += column * S::kRank + c;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int block = first; block <= last; ++block, from += kStripSums) sum += *from;
+  part.db[n * part.db_stride + c] += x.db_scale * sum;
+}
+
+int Divide(int64_t a, int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
+// Strips of all parts.
+template <int kGroups>
+int StripsOf(const LoraBackwardArgs& a) {
+  int strips = 0;
+  for (const LoraBackwardPart& part : a.parts) {
+    strips += Divide(part.b.dim(0), Shape<kGroups>::kColumns);
+  }
+  return strips;
+}
+
+// How many rows' partial sums fit into the workspace; in whole tiles, and in equal shares of T.
+template <int kGroups>
+int64_t RowsAtOnce(const LoraBackwardArgs& a) {
+  const int64_t strips = StripsOf<kGroups>(a), T = a.dy.dim(0);
+  const int64_t left = a.workspace.bytes() - (kBlocks + strips - 1) * kStripSums * 4;
+  const int64_t most = left / (strips * Shape<kGroups>::kRank * 4) / kRows * kRows;
+  if (most <= 0) return 0;
+  return Divide(Divide(T, Divide(T, most)), kRows) * kRows;
+}
+
+template <int kGroups>
+Params ParamsOf(const LoraBackwardArgs& a) {
+  Params x{};
+  x.parts = static_cast<int>(a.parts.size());
+  x.r = static_cast<int>(a.parts[0].b.dim(1));
+  for (int p = 0; p < x.parts; ++p) {
+    const LoraBackwardPart& part = a.parts[p];
+    x.part[p] = {Data<const Bf16>(part.b),
+                 Data<float>(part.db),
+                 part.b.stride(0),
+                 part.db.stride(0),
+                 static_cast<int>(part.column_begin),
+                 static_cast<int>(part.b.dim(0)),
+                 x.strips};
+    x.strips += Divide(part.b.dim(0), Shape<kGroups>::kColumns);
+  }
+  x.dy_stride = a.dy.stride(0);
+  x.s_stride = a.s.stride(0);
+  x.ds_stride = a.ds.stride(0);
+  x.ds_columns = static_cast<int>(a.ds.dim(1));
+  x.db_sums = Data<float>(a.workspace);
+  x.ds_sums = x.db_sums + static_cast<int64_t>(kBlocks + x.strips - 1) * kStripSums;
+  x.scale = static_cast<float>(a.scale);
+  x.db_scale = static_cast<float>(a.db_scale);
+  return x;
+}
+
+template <int kGroups>
+bool Run(const Exec& exec, const LoraBackwardArgs& a) {
+  using S = Shape<kGroups>;
+  const int64_t T = a.dy.dim(0), step = RowsAtOnce<kGroups>(a);
+  if (step == 0) return false;
+  const OpTraceScope trace(exec, "LoraBackward");
+  CUDA_CHECK(cudaFuncSetAttribute(PassKernel<kGroups>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  S::kBytes));
+  Params x = ParamsOf<kGroups>(a);
+  for (int64_t begin = 0; begin < T; begin += step) {
+    x.rows = static_cast<int>(std::min(step, T - begin));
+    x.tiles = Divide(x.rows, kRows);
+    x.blocks = std::min(kBlocks, x.strips * x.tiles);
+    x.dy = Data<const Bf16>(a.dy) + begin * x.dy_stride;
+    x.s = Data<const Bf16>(a.s) + begin * x.s_stride;
+    x.ds = Data<Bf16>(a.ds) + begin * x.ds_stride;
+    PassKernel<kGroups><<<x.blocks, kThreads, S::kBytes, StreamOf(exec.stream)>>>(x);
+    CUDA_CHECK(cudaGetLastError());
+    const int64_t elements = static_cast<int64_t>(x.rows) * x.ds_columns +
+                             static_cast<int64_t>(x.strips) * S::kColumns * x.r;
+    AddUpKernel<kGroups><<<Divide(elements, 256), 256, 0, StreamOf(exec.stream)>>>(x);
+    CUDA_CHECK(cudaGetLastError());
+  }
+  return true;
+}
+
+}  // namespace
+
+bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
+  const int64_t r = a.parts[0].b.dim(1);
+  if (a.dy.dtype != DType::kBF16 || r == 0 || r > 16 * kMaxGroups || a.dy.dim(0) == 0) return false;
+  if (reinterpret_cast<uintptr_t>(a.dy.data) % 16 != 0) return false;
+  if (a.dy.dim(0) > 1 && a.dy.stride(0) % 8 != 0) return false;
+  for (const LoraBackwardPart& part : a.parts) {
+    if (part.column_begin % 8 != 0 || part.b.dim(0) == 0) return false;
+  }
+  if (r <= 16) return Run<1>(exec, a);
+  return r <= 32 ? Run<2>(exec, a) : Run<4>(exec, a);
+}
+
+}  // namespace attune
