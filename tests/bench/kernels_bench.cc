@@ -18,6 +18,7 @@
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
 #include "kernels/gated_activation/gated_activation.h"
+#include "kernels/lora/lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
@@ -139,6 +140,64 @@ void BenchProducts(Bench* b) {
                      .beta = 1.0,
                      .workspace = b->workspace});
   });
+}
+
+// GB/s of reading dy once; and the same by two products per part, which are what other dtypes and
+// ranks get.
+void BenchLoraBackward(Bench* b) {
+  struct Case {
+    const char* name;
+    const char* products;
+    int64_t T, r;
+    std::vector<int64_t> rows;  // of the parts
+  };
+  for (const Case& c :
+       {Case{"LoraBackward gate, up 16384x28672 r 16", "  by products", 16384, 16, {kF, kF}},
+        Case{"LoraBackward gate, up 2048x28672 r 16", "  by products", 2048, 16, {kF, kF}},
+        Case{"LoraBackward gate, up 2048x28672 r 32", "  by products", 2048, 32, {kF, kF}},
+        Case{"LoraBackward gate, up 16384x28672 r 32", "  by products", 16384, 32, {kF, kF}},
+        Case{"LoraBackward gate, up 16384x28672 r 64", "  by products", 16384, 64, {kF, kF}},
+        Case{"LoraBackward q, k, v 16384x6144 r 16", "  by products", 16384, 16, {kC, 1024, 1024}},
+        Case{"LoraBackward q, k, v 2048x6144 r 16", "  by products", 2048, 16, {kC, 1024, 1024}},
+        Case{"LoraBackward o 16384x4096 r 16", "  by products", 16384, 16, {kC}},
+        Case{"LoraBackward o 2048x4096 r 16", "  by products", 2048, 16, {kC}}}) {
+    const int64_t E = LoraExtension(static_cast<int64_t>(c.rows.size()), c.r);
+    int64_t N = 0;
+    std::vector<LoraBackwardPart> parts;
+    for (int64_t rows : c.rows) {
+      parts.push_back({Device(DType::kBF16, {rows, c.r}), Device(DType::kF32, {rows, c.r}), N});
+      N += rows;
+    }
+    const TensorView rows = Device(DType::kBF16, {c.T, N + E});
+    LoraBackwardArgs args{.parts = parts,
+                          .dy = rows.Slice(1, 0, N),
+                          .s = Device(DType::kBF16, {c.T, E}),
+                          .ds = rows.Slice(1, N, N + E),
+                          .scale = 1e-3,
+                          .db_scale = 1e-3};
+    args.workspace = b->workspace;
+    const double bytes = 2.0 * static_cast<double>(c.T) * static_cast<double>(N);
+    b->Bytes(c.name, bytes, [&] { LoraBackward(b->exec, args); });
+    b->Bytes(c.products, bytes, [&] {
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const int64_t begin = parts[i].column_begin, at = static_cast<int64_t>(i) * c.r;
+        const TensorView dy = args.dy.Slice(1, begin, begin + c.rows[i]);
+        MatMul(b->exec, {.a = dy,
+                         .b = parts[i].b,
+                         .d = args.ds.Slice(1, at, at + c.r),
+                         .alpha = 1e-3,
+                         .workspace = b->workspace});
+        MatMul(b->exec, {.a = dy,
+                         .b = args.s.Slice(1, at, at + c.r),
+                         .d = parts[i].db,
+                         .trans_a = true,
+                         .alpha = 1e-3,
+                         .beta = 1.0,
+                         .workspace = b->workspace});
+      }
+    });
+    CUDA_CHECK(cudaFree(rows.data));
+  }
 }
 
 void BenchNf4(Bench* b) {
@@ -272,6 +331,7 @@ int main() {
   bench.exec.device = DeviceKind::kCuda;
   MeasureRoofs(&bench);
   BenchProducts(&bench);
+  BenchLoraBackward(&bench);
   BenchNf4(&bench);
   BenchNormAndRope(&bench);
   BenchMlpAndLoss(&bench);
