@@ -267,20 +267,26 @@ TEST_F(CudaOps, Rope) {
                           {Random(DType::kF32, {kT, rotary / 2})},
                           {Random(DType::kF32, {kT, rotary / 2})}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
-                           Rope(exec, {.x = v[0],
+                           const RopeHeads heads[] = {{.x = v[0]}};
+                           Rope(exec, {.heads = heads,
                                        .cos = v[1],
                                        .sin = v[2],
                                        .rotary_dim = rotary,
                                        .inverse = inverse});
                          });
-          ExpectGpuAsCpu("rope into another buffer",
-                         {{Random(dtype, {kT, kH, 64}, pad)},
+          ExpectGpuAsCpu("rope of q, k, v into other buffers",
+                         {{Random(dtype, {kT, kH + 4, 64}, pad)},
                           {Random(DType::kF32, {kT, rotary / 2})},
                           {Random(DType::kF32, {kT, rotary / 2})},
-                          {Tensor(dtype, {kT, kH, 64}, 2 * pad), Loose(dtype)}},
+                          {Tensor(dtype, {kT, kH, 64}, 2 * pad), Loose(dtype)},
+                          {Tensor(dtype, {kT, 2, 64}, pad), Loose(dtype)},
+                          {Tensor(dtype, {kT, 2, 64})}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
-                           Rope(exec, {.x = v[0],
-                                       .y = v[3],
+                           const RopeHeads heads[] = {
+                               {v[0].Slice(1, 0, kH), v[3]},
+                               {v[0].Slice(1, kH, kH + 2), v[4]},
+                               {v[0].Slice(1, kH + 2, kH + 4), v[5], /*turned=*/false}};
+                           Rope(exec, {.heads = heads,
                                        .cos = v[1],
                                        .sin = v[2],
                                        .rotary_dim = rotary,

@@ -233,10 +233,14 @@ void BenchNormAndRope(Bench* b) {
     RmsNormBackward(b->exec,
                     {.dy = y, .x = sum, .rstd = rstd, .w = w, .dresidual = delta, .dx = x});
   });
-  const TensorView q = Device(DType::kBF16, {kT, 40, 128});
+  const auto heads = [](int64_t h) { return Device(DType::kBF16, {kT, h, 128}); };
+  const TensorView rows = heads(48);
+  const RopeHeads moved[] = {{rows.Slice(1, 0, 32), heads(32)},
+                             {rows.Slice(1, 32, 40), heads(8)},
+                             {rows.Slice(1, 40, 48), heads(8), /*turned=*/false}};
   const TensorView cos = Device(DType::kF32, {kT, 64}), sin = Device(DType::kF32, {kT, 64});
-  b->Bytes("Rope 8192x40x128", 2.0 * q.bytes() + 2.0 * cos.bytes(),
-           [&] { Rope(b->exec, {.x = q, .cos = cos, .sin = sin, .rotary_dim = 128}); });
+  b->Bytes("Rope q, k, v 8192x48x128", 2.0 * rows.bytes() + 2.0 * cos.bytes(),
+           [&] { Rope(b->exec, {.heads = moved, .cos = cos, .sin = sin, .rotary_dim = 128}); });
   const TensorView table = Device(DType::kBF16, {32000, kC}), ids = Device(DType::kI32, {kT});
   b->Bytes("EmbeddingForward 8192x4096", pass + 2.0 * 1000 * kC,
            [&] { EmbeddingForward(b->exec, {.ids = ids, .table = table, .y = y}); });

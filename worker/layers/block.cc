@@ -36,12 +36,11 @@ QkvHeads HeadsOf(const TensorView& q, const TensorView& k, const TensorView& v,
           .v = Heads(v, 0, shape.kv_heads, D)};
 }
 
-// y = rope(x); rotary_dim 0: y = x.
-void MoveHeads(const LayerContext& ctx, const RotaryTable& table, const TensorView& x,
-               const TensorView& y, int64_t rotary_dim, bool inverse) {
+// Moves heads to where they are used, turned by their positions; v as it is.
+void MoveHeads(const LayerContext& ctx, const RotaryTable& table,
+               std::initializer_list<RopeHeads> heads, int64_t rotary_dim, bool inverse) {
   const int64_t half = rotary_dim / 2;
-  Rope(ctx.exec, {.x = x,
-                  .y = y,
+  Rope(ctx.exec, {.heads = {heads.begin(), heads.size()},
                   .cos = Columns(table.cos, 0, half),
                   .sin = Columns(table.sin, 0, half),
                   .rotary_dim = rotary_dim,
@@ -177,12 +176,12 @@ void TransformerBlock::PositionHeads(const LayerContext& ctx, const PackBatch& b
                                      const TensorView& rows, const QkvHeads& to) const {
   const RotaryTable& table = batch.rotary[shape.rope];
   const QkvHeads from = Split(rows, shape);
-  MoveHeads(ctx, table, from.v, to.v, 0, /*inverse=*/false);
+  const RopeHeads v = {from.v, to.v, /*turned=*/false};
   if (!shape.qk_norm) {
-    MoveHeads(ctx, table, from.q, to.q, shape.rotary_dim, /*inverse=*/false);
-    MoveHeads(ctx, table, from.k, to.k, shape.rotary_dim, /*inverse=*/false);
-    return;
+    return MoveHeads(ctx, table, {{from.q, to.q}, {from.k, to.k}, v}, shape.rotary_dim,
+                     /*inverse=*/false);
   }
+  MoveHeads(ctx, table, {v}, 0, /*inverse=*/false);
   QkNormForwardArgs norm = {.x = from.q,
                             .w = q_norm,
                             .cos = table.cos,
@@ -205,12 +204,12 @@ void TransformerBlock::PositionHeadsBackward(const LayerContext& ctx, const Pack
                                              const QkvHeads& to, const TensorView& d_rows) const {
   const RotaryTable& table = batch.rotary[shape.rope];
   const QkvHeads d_from = Split(d_rows, shape);
-  MoveHeads(ctx, table, d_to.v, d_from.v, 0, /*inverse=*/true);
+  const RopeHeads v = {d_to.v, d_from.v, /*turned=*/false};
   if (!shape.qk_norm) {
-    MoveHeads(ctx, table, d_to.q, d_from.q, shape.rotary_dim, /*inverse=*/true);
-    MoveHeads(ctx, table, d_to.k, d_from.k, shape.rotary_dim, /*inverse=*/true);
-    return;
+    return MoveHeads(ctx, table, {{d_to.q, d_from.q}, {d_to.k, d_from.k}, v}, shape.rotary_dim,
+                     /*inverse=*/true);
   }
+  MoveHeads(ctx, table, {v}, 0, /*inverse=*/true);
   const QkvHeads from = Split(rows, shape);
   QkNormBackwardArgs norm = {.dy = d_to.q,
                              .x = from.q,
