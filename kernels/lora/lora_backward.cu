@@ -39,8 +39,7 @@ struct Shape {
   static constexpr int kTileElements = kRows * kPitch;
   static constexpr int kSElements = kRows * kRankPitch;
   static constexpr int kSumElements = kColumnGroups * kRows * kRankPitch;
-  static constexpr int kBytes =
-      2 * (kStages * kTileElements + 2 * kSElements) + 4 * 2 * kSumElements;
+  static constexpr int kBytes = 2 * kStages * (kTileElements + kSElements) + 4 * 2 * kSumElements;
   static_assert(kBytes <= 227 << 10);
 };
 constexpr int kStripSums = kThreads * 32;  // of db, for every kGroups: kColumns kRank
@@ -123,15 +122,30 @@ __device__ uint32_t PairOf(Bf16 low, Bf16 high) {
   return static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16 | __bfloat16_as_ushort(low);
 }
 
+// The units in their order.
+struct Unit {
+  int strip, tile;
+  __device__ void Next(int tiles) {
+    if (++tile == tiles) tile = 0, ++strip;
+  }
+};
+
 template <int kGroups>
 struct Block {
   using S = Shape<kGroups>;
-  static constexpr int kSLoads = (kRows * S::kRank + kThreads - 1) / kThreads;
+  // Copies of 16 bytes in a row of a tile, and rows that the block copies at once.
+  static constexpr int kRowCopies = S::kColumns / 8, kCopiedRows = kThreads / kRowCopies;
+  static constexpr int kRankCopies = S::kRank / 8;
+  static_assert(kRows * kRankCopies <= kThreads);
 
   const Params& x;
   Bf16* tiles;    // kStages of them
-  Bf16* s_tiles;  // two
+  Bf16* s_tiles;  // likewise
   float* sums;    // two
+  // What the thread copies first in the first tile of the strip, and the columns left from there.
+  const Bf16* dy_from;
+  const Bf16* s_from;
+  int left;
   // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
   // twice 8 ranks; and B, whose rows are columns of dy.
   float db[4][2][4];
@@ -139,47 +153,31 @@ struct Block {
 
   __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
   __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
-  __device__ int StripOf(int unit) const { return unit / x.tiles; }
-  __device__ int RowOf(int unit) const { return unit % x.tiles * kRows; }
 
-  __device__ void LoadTile(int unit, int stage) {
-    const int strip = StripOf(unit), row_begin = RowOf(unit);
-    const Part& part = x.part[PartOf(x, strip)];
-    const int begin = (strip - part.first_strip) * S::kColumns;
-    constexpr int kRowCopies = S::kColumns / 8;
+  __device__ void AimAt(int strip) {
+    const int p = PartOf(x, strip), thread = threadIdx.x;
+    const Part& part = x.part[p];
+    const int column = (strip - part.first_strip) * S::kColumns + thread % kRowCopies * 8;
+    left = part.columns - column;
+    dy_from = x.dy + thread / kRowCopies * x.dy_stride + part.column_begin + column;
+    s_from = x.s + thread / kRankCopies * x.s_stride + p * x.r + thread % kRankCopies * 8;
+  }
+
+  __device__ void LoadTile(int tile, int stage) const {
+    const int row_begin = tile * kRows, thread = threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kRows * kRowCopies / kThreads; ++i) {
-      const int copy = i * kThreads + static_cast<int>(threadIdx.x);
-      const int row = copy / kRowCopies, column = copy % kRowCopies * 8;
-      const int left = part.columns - begin - column;
+    for (int i = 0; i < kRows; i += kCopiedRows) {
+      const int row = i + thread / kRowCopies;
       const bool any = row_begin + row < x.rows && left > 0;
-      const Bf16* from = x.dy;
-      if (any) from += (row_begin + row) * x.dy_stride + part.column_begin + begin + column;
-      CopyAsync(tiles + stage * S::kTileElements + row * S::kPitch + column, from,
+      Bf16* to = tiles + stage * S::kTileElements + row * S::kPitch + thread % kRowCopies * 8;
+      CopyAsync(to, any ? dy_from + (row_begin + i) * x.dy_stride : x.dy,
                 any ? 2 * min(left, 8) : 0);
     }
-  }
-
-  // The tile of s: by way of registers, since its rows may lie anywhere.
-  __device__ void LoadS(int unit, Bf16 (&values)[kSLoads]) const {
-    const int p = PartOf(x, StripOf(unit)), row_begin = RowOf(unit);
-#pragma unroll
-    for (int i = 0; i < kSLoads; ++i) {
-      const int at = i * kThreads + static_cast<int>(threadIdx.x);
-      const int row = row_begin + at / S::kRank, c = at % S::kRank;
-      values[i] = FromFloat<Bf16>(0.0f);
-      if (at < kRows * S::kRank && row < x.rows && c < x.r) {
-        values[i] = x.s[row * x.s_stride + p * x.r + c];
-      }
-    }
-  }
-  __device__ void StoreS(int buffer, const Bf16 (&values)[kSLoads]) {
-#pragma unroll
-    for (int i = 0; i < kSLoads; ++i) {
-      const int at = i * kThreads + static_cast<int>(threadIdx.x);
-      if (at >= kRows * S::kRank) continue;
-      s_tiles[buffer * S::kSElements + at / S::kRank * S::kRankPitch + at % S::kRank] = values[i];
-    }
+    if (thread >= kRows * kRankCopies) return;
+    const int row = thread / kRankCopies, c = thread % kRankCopies * 8;
+    const bool any = row_begin + row < x.rows && c < x.r;
+    CopyAsync(s_tiles + stage * S::kSElements + row * S::kRankPitch + c,
+              any ? s_from + row_begin * x.s_stride : x.s, any ? 16 : 0);
   }
 
   __device__ void BeginStrip(int strip) {
@@ -228,7 +226,7 @@ struct Block {
     const int down = lane % 16, right = lane / 16 * 8;
     const int across_down = lane / 16 * 8 + lane % 8, across_right = lane / 8 % 2 * 8;
     uint32_t s[4];
-    LoadTransposed(s, s_tiles + buffer * S::kSElements + down * S::kRankPitch + Rank() + right);
+    LoadTransposed(s, s_tiles + stage * S::kSElements + down * S::kRankPitch + Rank() + right);
     float ds[2][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -251,8 +249,8 @@ struct Block {
   }
 
   // The sums over the columns of the strip.
-  __device__ void StoreDs(int unit, int buffer) const {
-    const int strip = StripOf(unit), row_begin = RowOf(unit);
+  __device__ void StoreDs(const Unit& unit, int buffer) const {
+    const int row_begin = unit.tile * kRows;
     for (int at = threadIdx.x; at < kRows * S::kRank; at += kThreads) {
       const int row = at / S::kRank, c = at % S::kRank;
       const float* from = sums + buffer * S::kSumElements + row * S::kRankPitch + c;
@@ -260,43 +258,45 @@ struct Block {
 #pragma unroll
       for (int g = 0; g < S::kColumnGroups; ++g) sum += from[g * kRows * S::kRankPitch];
       if (row_begin + row >= x.rows) continue;
-      x.ds_sums[(static_cast<int64_t>(strip) * x.rows + row_begin + row) * S::kRank + c] = sum;
+      x.ds_sums[(static_cast<int64_t>(unit.strip) * x.rows + row_begin + row) * S::kRank + c] = sum;
     }
   }
 
   __device__ void Run() {
-    const int begin = FirstUnit(x, blockIdx.x), end = FirstUnit(x, blockIdx.x + 1);
-    for (int i = 0; i < S::kStages - 1; ++i) {
-      if (begin + i < end) LoadTile(begin + i, i);
+    const int begin = FirstUnit(x, blockIdx.x), count = FirstUnit(x, blockIdx.x + 1) - begin;
+    Unit unit{begin / x.tiles, begin % x.tiles}, ahead = unit, done = unit;
+    int loaded = 0, stage = 0;  // stage: of `unit`
+    const auto load = [&](int to) {
+      if (loaded < count) {
+        if (loaded == 0 || ahead.tile == 0) AimAt(ahead.strip);
+        LoadTile(ahead.tile, to);
+        ahead.Next(x.tiles);
+        ++loaded;
+      }
       CommitCopies();
-    }
-    Bf16 s_values[kSLoads];
-    LoadS(begin, s_values);
-    StoreS(0, s_values);
-    int strip = StripOf(begin), stage = 0;
-    BeginStrip(strip);
-    for (int unit = begin; unit < end; ++unit) {
-      // Even and odd units have buffers of their own, so one barrier per unit is enough.
-      const int buffer = (unit - begin) & 1;
+    };
+    for (int i = 0; i < S::kStages - 1; ++i) load(i);
+    BeginStrip(unit.strip);
+    for (int i = 0; i < count; ++i) {
+      // Even and odd units have sums of their own, so one barrier per unit is enough.
       WaitForCopies<S::kStages - 2>();
       __syncthreads();
-      const int ahead = unit + S::kStages - 1;
-      if (ahead < end) LoadTile(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
-      CommitCopies();
-      if (unit + 1 < end) LoadS(unit + 1, s_values);
-      if (unit > begin) StoreDs(unit - 1, buffer ^ 1);
-      if (StripOf(unit) != strip) {
-        EndStrip(strip);
-        strip = StripOf(unit);
-        BeginStrip(strip);
+      load(stage == 0 ? S::kStages - 1 : stage - 1);
+      if (i > 0) {
+        StoreDs(done, (i - 1) & 1);
+        if (unit.strip != done.strip) {
+          EndStrip(done.strip);
+          BeginStrip(unit.strip);
+        }
       }
-      Multiply(stage, buffer);
-      StoreS(buffer ^ 1, s_values);
+      Multiply(stage, i & 1);
+      done = unit;
+      unit.Next(x.tiles);
       if (++stage == S::kStages) stage = 0;
     }
     __syncthreads();
-    StoreDs(end - 1, (end - 1 - begin) & 1);
-    EndStrip(strip);
+    StoreDs(done, (count - 1) & 1);
+    EndStrip(done.strip);
   }
 };
 
@@ -306,8 +306,8 @@ __global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant_
   extern __shared__ __align__(16) unsigned char memory[];
   Bf16* tiles = reinterpret_cast<Bf16*>(memory);
   Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
-  float* sums = reinterpret_cast<float*>(s_tiles + 2 * S::kSElements);
-  Block<kGroups>{x, tiles, s_tiles, sums, {}, {}}.Run();
+  float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
+  Block<kGroups>{x, tiles, s_tiles, sums, nullptr, nullptr, 0, {}, {}}.Run();
 }
 
 // A thread per element of ds, then one per column of a strip and rank.
@@ -323,7 +323,7 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
       const int64_t stride = static_cast<int64_t>(x.rows) * S::kRank;
       const float* from = x.ds_sums + x.part[p].first_strip * stride + row * S::kRank;
       from += column - p * x.r;
-#pragma unroll 4
+#pragma unroll 8
       for (int strip = x.part[p].first_strip; strip < end; ++strip, from += stride) sum += *from;
     }
     x.ds[row * x.ds_stride + column] = FromFloat<Bf16>(x.scale * sum);
@@ -339,7 +339,7 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   const float* from = x.db_sums + static_cast<int64_t>(first + strip) * kStripSums;
   from += column * S::kRank + c;
   float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
   for (int block = first; block <= last; ++block, from += kStripSums) sum += *from;
   part.db[n * part.db_stride + c] += x.db_scale * sum;
 }
@@ -425,9 +425,11 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
-  if (a.dy.dtype != DType::kBF16 || r == 0 || r > 16 * kMaxGroups || a.dy.dim(0) == 0) return false;
-  if (reinterpret_cast<uintptr_t>(a.dy.data) % 16 != 0) return false;
-  if (a.dy.dim(0) > 1 && a.dy.stride(0) % 8 != 0) return false;
+  if (a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups) return false;
+  for (const TensorView* view : {&a.dy, &a.s}) {
+    if (view->dim(0) == 0 || reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;
+    if (view->dim(0) > 1 && view->stride(0) % 8 != 0) return false;
+  }
   for (const LoraBackwardPart& part : a.parts) {
     if (part.column_begin % 8 != 0 || part.b.dim(0) == 0) return false;
   }
