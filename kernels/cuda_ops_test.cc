@@ -603,17 +603,23 @@ TEST_F(CudaOps, Lion) {
 TEST_F(CudaOps, LoraExtend) {
   for (DType dtype : kDTypes) {
     for (int64_t r : {3, 16}) {
-      const int64_t K = 40, N = 50, E = LoraExtension(2, r);
-      ExpectGpuAsCpu("lora",
-                     {{Random(dtype, {r, K})},
-                      {Random(dtype, {20, r})},
-                      {Random(dtype, {r, K})},
-                      {Random(dtype, {25, r})},
-                      {Tensor(dtype, {N + E, K + E}, 4)}},
-                     [&](const Exec& exec, const Views& v, Scratch&) {
-                       const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
-                       LoraExtend(exec, {.parts = parts, .w = v[4], .scale = 0.25});
-                     });
+      for (int which = 0; which < 3; ++which) {
+        const int64_t K = 40, N = 50, E = LoraExtension(2, r);
+        ExpectGpuAsCpu("lora",
+                       {{Random(dtype, {r, K})},
+                        {Random(dtype, {20, r})},
+                        {Random(dtype, {r, K})},
+                        {Random(dtype, {25, r})},
+                        {Tensor(dtype, {N + E, K + E}, which == 0 ? 4 : 8)}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
+                         LoraExtend(exec, {.parts = parts,
+                                           .w = v[4],
+                                           .scale = 0.25,
+                                           .beside = which != 1,
+                                           .below = which != 2});
+                       });
+      }
     }
   }
 }

@@ -52,6 +52,19 @@ TEST(LoraExtendTest, PutsBBesideAndABelow) {
       }
     }
     w.ExpectGuardsIntact();
+    // Either of the two alone.
+    for (const bool beside : {false, true}) {
+      const Tensor one(dtype, {kN + kE, kK + kE});
+      LoraExtend(CpuExec(),
+                 {.parts = parts, .w = one, .scale = 0.5, .beside = beside, .below = !beside});
+      for (int64_t n = 0; n < kN + kE; ++n) {
+        for (int64_t c = 0; c < kK + kE; ++c) {
+          const double value = one[n * (kK + kE) + c];
+          const bool written = beside ? n < kN && c >= kK : n >= kN && c < kK;
+          EXPECT_TRUE(written ? value == got[n * (kK + kE) + c] : std::isnan(value));
+        }
+      }
+    }
   }
 }
 

@@ -55,16 +55,20 @@ void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
+  const bool backward = direction == Direction::kBackward;
   if (w->fp8()) {
-    const bool transposed = direction == Direction::kBackward;
-    return Fp8Extend(ctx.exec, {.parts = {parts, adapters.size()},
-                                .scale = w->scale(),
-                                .q = Columns(expansion, transposed ? w->rows() : w->in(),
-                                             Fp8Extension(columns())),
-                                .transposed = transposed,
-                                .factor = scale});
+    return Fp8Extend(
+        ctx.exec, {.parts = {parts, adapters.size()},
+                   .scale = w->scale(),
+                   .q = Columns(expansion, backward ? w->rows() : w->in(), Fp8Extension(columns())),
+                   .transposed = backward,
+                   .factor = scale});
   }
-  LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
+  LoraExtend(ctx.exec, {.parts = {parts, adapters.size()},
+                        .w = expansion,
+                        .scale = scale,
+                        .beside = !backward,
+                        .below = backward});
 }
 
 void LoraLinear::FillExpansion(const LayerContext& ctx, Direction direction,
@@ -73,10 +77,11 @@ void LoraLinear::FillExpansion(const LayerContext& ctx, Direction direction,
   if (Fused(ctx)) Extend(ctx, direction, expansion);
 }
 
-// The one for the other direction serves as well where they are the same.
+// The one for the other direction serves as well where they are the same: W alone.
 const HeldExpansion* LoraLinear::Held(const LayerContext& ctx, Direction direction) const {
   const HeldExpansion* held = ctx.held;
-  while (held != nullptr && (held->linear != this || (w->fp8() && held->direction != direction))) {
+  const bool differs = w->fp8() || Fused(ctx);
+  while (held != nullptr && (held->linear != this || (differs && held->direction != direction))) {
     held = held->outer;
   }
   return held;
@@ -84,7 +89,14 @@ const HeldExpansion* LoraLinear::Held(const LayerContext& ctx, Direction directi
 
 void LoraLinear::Hold(Direction direction, HeldExpansion* held, LayerContext* ctx) const {
   if (w->expanded() || ctx->prefetcher != nullptr || Held(*ctx, direction) != nullptr) return;
-  *held = {this, direction, Expand(*ctx, direction), ctx->held};
+  const HeldExpansion* other =
+      Held(*ctx, direction == Direction::kForward ? Direction::kBackward : Direction::kForward);
+  if (other != nullptr && !w->fp8()) {  // W is there
+    Extend(*ctx, direction, other->expansion);
+    *held = {this, direction, other->expansion, ctx->held};
+  } else {
+    *held = {this, direction, Expand(*ctx, direction), ctx->held};
+  }
   ctx->held = held;
 }
 
@@ -109,8 +121,9 @@ void LoraLinear::Refresh(const LayerContext& ctx) const {
     return;
   }
   if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
-  Extend(ctx, Direction::kForward, w->Expand(ctx, Direction::kForward));
-  if (w->fp8()) Extend(ctx, Direction::kBackward, w->Expand(ctx, Direction::kBackward));
+  for (Direction direction : {Direction::kForward, Direction::kBackward}) {
+    Extend(ctx, direction, w->Expand(ctx, direction));
+  }
 }
 
 void LoraLinear::ResetMagnitudes(const LayerContext& ctx) const {
@@ -164,15 +177,13 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
     MultiplyA(ctx, x, s);
     return MultiplyFp8(ctx, Direction::kForward, Columns(x_s, 0, K + columns()), columns(), y);
   }
-  const TensorView expansion = Expand(ctx, Direction::kForward);
   if (Fused(ctx)) {
-    const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
-    MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
-    MatMul(
-        ctx,
-        {.a = x_s, .b = expansion.Slice(0, 0, N), .d = y, .trans_b = true, .alpha = output_scale});
+    MultiplyA(ctx, x, s);
+    const TensorView w_b = Expand(ctx, Direction::kForward).Slice(0, 0, N);
+    MatMul(ctx, {.a = x_s, .b = w_b, .d = y, .trans_b = true, .alpha = output_scale});
     return GiveBack(ctx);
   }
+  const TensorView expansion = Expand(ctx, Direction::kForward);
   MatMul(ctx, {.a = x,
                .b = Columns(expansion.Slice(0, 0, N), 0, K),
                .d = y,
@@ -273,6 +284,9 @@ void LoraLinear::Backward(const LayerContext& ctx, const TensorView& dy_ds, cons
 void LoraLinear::MultiplyA(const LayerContext& ctx, const TensorView& x,
                            const TensorView& s) const {
   if (adapters.empty()) return;
+  if (s.dim(1) > columns()) {
+    Fill(ctx.exec, {.x = Columns(s, columns(), s.dim(1) - columns())});
+  }
   if (ctx.dropout.p == 0) {
     return MatMul(ctx, {.a = x, .b = a, .d = Columns(s, 0, columns()), .trans_b = true});
   }

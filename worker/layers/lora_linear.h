@@ -103,7 +103,7 @@ struct LoraLinear {
                                const TensorView& dx) const;
   bool IsDora() const { return !adapters.empty() && adapters[0].magnitude.defined(); }
   bool Fused(const LayerContext& ctx) const;
-  // s = x A^T, each part by itself.
+  // s = x A^T; columns behind those that are used are zero.
   void MultiplyA(const LayerContext& ctx, const TensorView& x, const TensorView& s) const;
   // ds = scale * dy B, and accumulates the gradient of B.
   void BackwardB(const LayerContext& ctx, const TensorView& dy, const TensorView& s,
