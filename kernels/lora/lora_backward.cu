@@ -303,6 +303,7 @@ struct Block {
 template <int kGroups>
 __global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
+  cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
   extern __shared__ __align__(16) unsigned char memory[];
   Bf16* tiles = reinterpret_cast<Bf16*>(memory);
   Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
@@ -314,6 +315,7 @@ __global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant_
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
+  cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   if (at < x.rows * x.ds_columns) {
     const int row = at / x.ds_columns, column = at % x.ds_columns, p = column / x.r;
@@ -395,6 +397,23 @@ Params ParamsOf(const LoraBackwardArgs& a) {
   return x;
 }
 
+// Its blocks may start while the last of the pass run; they wait for its end.
+template <int kGroups>
+void RunAddUp(const Exec& exec, const Params& x) {
+  const int64_t elements = static_cast<int64_t>(x.rows) * x.ds_columns +
+                           static_cast<int64_t>(x.strips) * Shape<kGroups>::kColumns * x.r;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(Divide(elements, 256)));
+  config.blockDim = dim3(256);
+  config.stream = StreamOf(exec.stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, AddUpKernel<kGroups>, x));
+}
+
 template <int kGroups>
 bool Run(const Exec& exec, const LoraBackwardArgs& a) {
   using S = Shape<kGroups>;
@@ -413,10 +432,7 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
     x.ds = Data<Bf16>(a.ds) + begin * x.ds_stride;
     PassKernel<kGroups><<<x.blocks, kThreads, S::kBytes, StreamOf(exec.stream)>>>(x);
     CUDA_CHECK(cudaGetLastError());
-    const int64_t elements = static_cast<int64_t>(x.rows) * x.ds_columns +
-                             static_cast<int64_t>(x.strips) * S::kColumns * x.r;
-    AddUpKernel<kGroups><<<Divide(elements, 256), 256, 0, StreamOf(exec.stream)>>>(x);
-    CUDA_CHECK(cudaGetLastError());
+    RunAddUp<kGroups>(exec, x);
   }
   return true;
 }

@@ -283,6 +283,15 @@ void BenchOptimizer(Bench* b) {
   GradNormArgs args{.grads = grads, .norm_sq = norm};
   args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
   b->Bytes("GradNorm 448 tensors, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
+  // As the trainer has them: in one piece.
+  const auto flat = [&] { return Device(DType::kF32, {static_cast<int64_t>(elements)}); };
+  const AdamWTensor all[] = {{flat(), flat(), flat(), flat()}};
+  Fill(b->exec, {.x = all[0].v, .value = 1.0});
+  b->Bytes("AdamW 1 tensor, 42 M elements", elements * 28,
+           [&] { AdamW(b->exec, {.tensors = all, .lr = 1e-5}); });
+  args.grads = {&all[0].grad, 1};
+  args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
+  b->Bytes("GradNorm 1 tensor, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
 }
 
 void BenchAttention(Bench* b) {
