@@ -206,7 +206,7 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t 
 
 template <bool kCapped, typename T, int N>
 __global__ __launch_bounds__(kThreads,
-                             2) void CrossEntropyKernel(const __grid_constant__ Args<T> a) {
+                             3) void CrossEntropyKernel(const __grid_constant__ Args<T> a) {
   const auto cluster = cooperative_groups::this_cluster();
   const int64_t row = blockIdx.x / cluster.num_blocks(), target = a.targets[row];
   const bool first = cluster.block_rank() == 0 && threadIdx.x == 0;
