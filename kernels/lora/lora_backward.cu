@@ -24,7 +24,8 @@ constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kRows = 16;         // of a tile
 constexpr int kWarpColumns = 64;  // of a warp
 constexpr int kBlocks = 132;      // one per multiprocessor of an H100; others run as many
-constexpr int kMaxGroups = 4;
+// Beyond 32 ranks there is more to add up than to read: the products of MatMul are faster.
+constexpr int kMaxGroups = 2;
 
 // kGroups groups of warps with 16 ranks each.
 template <int kGroups>
@@ -72,12 +73,13 @@ __device__ int PartOf(const Params& x, int strip) {
   while (p + 1 < x.parts && strip >= x.part[p + 1].first_strip) ++p;
   return p;
 }
-// Block b has the units [FirstUnit(b), FirstUnit(b + 1)).
+// Block b has the units [FirstUnit(b), FirstUnit(b + 1)). There are fewer than 2^16 units: the
+// workspace holds no more.
 __device__ int FirstUnit(const Params& x, int block) {
-  return static_cast<int>(static_cast<int64_t>(block) * x.strips * x.tiles / x.blocks);
+  return block * (x.strips * x.tiles) / x.blocks;
 }
 __device__ int BlockOf(const Params& x, int unit) {
-  return static_cast<int>((static_cast<int64_t>(unit + 1) * x.blocks - 1) / (x.strips * x.tiles));
+  return ((unit + 1) * x.blocks - 1) / (x.strips * x.tiles);
 }
 
 __device__ uint32_t SharedAddress(const void* p) {
@@ -311,39 +313,54 @@ __global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant_
   Block<kGroups>{x, tiles, s_tiles, sums, nullptr, nullptr, 0, {}, {}}.Run();
 }
 
-// A thread per element of ds, then one per column of a strip and rank.
+// Adds up `count` times four sums, `stride` apart.
+__device__ Pack<float, 4> SumOf(const float* from, int64_t stride, int count) {
+  using P = Pack<float, 4>;
+  P sum = P::Load(from);
+#pragma unroll 8
+  for (int i = 1; i < count; ++i) {
+    const P next = P::Load(from + i * stride);
+    for (int k = 0; k < 4; ++k) sum.v[k] += next.v[k];
+  }
+  return sum;
+}
+
+// A thread per four elements of ds, then one per column of a strip and four ranks.
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
   cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
-  if (at < x.rows * x.ds_columns) {
-    const int row = at / x.ds_columns, column = at % x.ds_columns, p = column / x.r;
-    float sum = 0.0f;
+  const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
+  if (at < x.rows * ds_packs) {
+    const int row = at / ds_packs, column = (at - row * ds_packs) * 4, p = column / x.r;
+    Pack<Bf16, 4> ds;
+    for (int k = 0; k < 4; ++k) ds.Set(k, 0.0f);
     if (p < x.parts) {
+      const int begin = x.part[p].first_strip;
       const int end = p + 1 < x.parts ? x.part[p + 1].first_strip : x.strips;
       const int64_t stride = static_cast<int64_t>(x.rows) * S::kRank;
-      const float* from = x.ds_sums + x.part[p].first_strip * stride + row * S::kRank;
-      from += column - p * x.r;
-#pragma unroll 8
-      for (int strip = x.part[p].first_strip; strip < end; ++strip, from += stride) sum += *from;
+      const float* from = x.ds_sums + begin * stride + row * S::kRank + column - p * x.r;
+      const Pack<float, 4> sum = SumOf(from, stride, end - begin);
+      for (int k = 0; k < 4; ++k) ds.Set(k, x.scale * sum.v[k]);
     }
-    x.ds[row * x.ds_stride + column] = FromFloat<Bf16>(x.scale * sum);
+    ds.Store(x.ds + row * x.ds_stride + column);
     return;
   }
-  at -= x.rows * x.ds_columns;
-  const int c = at % x.r, strip = at / x.r / S::kColumns, column = at / x.r % S::kColumns;
+  at -= x.rows * ds_packs;
+  const int line = at / rank_packs, c = (at - line * rank_packs) * 4;
+  const int strip = line / S::kColumns, column = line % S::kColumns;
   if (strip >= x.strips) return;
   const Part& part = x.part[PartOf(x, strip)];
   const int n = (strip - part.first_strip) * S::kColumns + column;
   if (n >= part.columns) return;
   const int first = BlockOf(x, strip * x.tiles), last = BlockOf(x, (strip + 1) * x.tiles - 1);
   const float* from = x.db_sums + static_cast<int64_t>(first + strip) * kStripSums;
-  from += column * S::kRank + c;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int block = first; block <= last; ++block, from += kStripSums) sum += *from;
-  part.db[n * part.db_stride + c] += x.db_scale * sum;
+  const Pack<float, 4> sum = SumOf(from + column * S::kRank + c, kStripSums, last - first + 1);
+  float* to = part.db + n * part.db_stride + c;
+  Pack<float, 4> db = Pack<float, 4>::Load(to);
+  for (int k = 0; k < 4; ++k) db.v[k] += x.db_scale * sum.v[k];
+  db.Store(to);
 }
 
 int Divide(int64_t a, int64_t b) {
@@ -400,13 +417,13 @@ Params ParamsOf(const LoraBackwardArgs& a) {
 // Its blocks may start while the last of the pass run; they wait for its end.
 template <int kGroups>
 void RunAddUp(const Exec& exec, const Params& x) {
-  const int64_t elements = static_cast<int64_t>(x.rows) * x.ds_columns +
-                           static_cast<int64_t>(x.strips) * Shape<kGroups>::kColumns * x.r;
+  const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
+                        static_cast<int64_t>(x.strips) * Shape<kGroups>::kColumns * (x.r / 4);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(Divide(elements, 256)));
+  config.gridDim = dim3(static_cast<unsigned>(Divide(packs, 256)));
   config.blockDim = dim3(256);
   config.stream = StreamOf(exec.stream);
   config.attrs = &early;
@@ -442,15 +459,16 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
   if (a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups) return false;
+  if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;
+  // Of dy and s it is the rows' places that count: the last copy of a row may be a short one.
   for (const TensorView* view : {&a.dy, &a.s}) {
-    if (view->dim(0) == 0 || reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;
+    if (reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;
     if (view->dim(0) > 1 && view->stride(0) % 8 != 0) return false;
   }
   for (const LoraBackwardPart& part : a.parts) {
-    if (part.column_begin % 8 != 0 || part.b.dim(0) == 0) return false;
+    if (part.column_begin % 8 != 0 || part.b.dim(0) == 0 || !Packable(4, {&part.db})) return false;
   }
-  if (r <= 16) return Run<1>(exec, a);
-  return r <= 32 ? Run<2>(exec, a) : Run<4>(exec, a);
+  return r <= 16 ? Run<1>(exec, a) : Run<2>(exec, a);
 }
 
 }  // namespace attune
