@@ -3,11 +3,12 @@
 // dy_p is cut into strips of kColumns columns, a strip into tiles of 16 rows; a unit is a tile of a
 // strip. Units are numbered strip by strip, and every block takes an equal run of them, so that all
 // multiprocessors are busy to the end, whatever T and N. Tiles come through shared memory, several
-// ahead (cp.async). A warp has 64 columns and 16 ranks: its share of db stays in registers until
-// the strip ends (or the block's run), its share of ds of a tile goes through shared memory, where
-// the block adds up those of its warps. The sums of a strip and tile (ds) and of a strip and block
-// (db) go to the workspace; a second, small kernel adds them up in the order of their numbers. So
-// the order of every sum hangs on T, N_p and r alone.
+// ahead, by bulk copies: copies of 16 bytes, waiting for memory, were seen to hold up the loads of
+// matrices behind them. A warp has 64 columns and 16 ranks: its share of db stays in registers
+// until the strip ends (or the block's run), its share of ds of a tile goes through shared memory,
+// where the block adds up those of its warps. The sums of a strip and tile (ds) and of a strip and
+// block (db) go to the workspace; a second, small kernel adds them up in the order of their
+// numbers. So the order of every sum hangs on T, N_p and r alone.
 //
 // Partial sums: r / kColumns of the bytes of dy twice (written and read), and 64 KiB per block and
 // strip.
@@ -40,7 +41,10 @@ struct Shape {
   static constexpr int kTileElements = kRows * kPitch;
   static constexpr int kSElements = kRows * kRankPitch;
   static constexpr int kSumElements = kColumnGroups * kRows * kRankPitch;
-  static constexpr int kBytes = 2 * kStages * (kTileElements + kSElements) + 4 * 2 * kSumElements;
+  static constexpr int kBarrierBytes = 128;
+  static_assert(8 * kStages <= kBarrierBytes);
+  static constexpr int kBytes =
+      kBarrierBytes + 2 * kStages * (kTileElements + kSElements) + 4 * 2 * kSumElements;
   static_assert(kBytes <= 227 << 10);
 };
 constexpr int kStripSums = kThreads * 32;  // of db, for every kGroups: kColumns kRank
@@ -63,6 +67,7 @@ struct Params {
   Bf16* ds;
   int64_t dy_stride, s_stride, ds_stride;
   int ds_columns;
+  bool ragged;     // some tiles are not full
   float* ds_sums;  // (strips, rows, kRank)
   float* db_sums;  // (blocks + strips - 1, kColumns, kRank): of block b and strip q at b + q
   float scale, db_scale;
@@ -97,6 +102,41 @@ __device__ void CommitCopies() {
 template <int kPending>
 __device__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The barrier of a bulk copy: its one arrival says how many bytes are to come.
+__device__ void InitBarrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+}
+__device__ void ExpectBytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+__device__ void WaitFor(uint64_t* barrier, int parity) {
+  int done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+        "selp.b32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+// Bulk copies from here on see what this thread has written to shared memory.
+__device__ void FenceBulkCopies() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Addresses and bytes in multiples of 16.
+__device__ void BulkCopy(Bf16* to, const Bf16* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
 }
 
 // Four matrices of 8 x 8; the lanes name their rows.
@@ -135,19 +175,19 @@ struct Unit {
 template <int kGroups>
 struct Block {
   using S = Shape<kGroups>;
-  // Copies of 16 bytes in a row of a tile, and rows that the block copies at once.
-  static constexpr int kRowCopies = S::kColumns / 8, kCopiedRows = kThreads / kRowCopies;
-  static constexpr int kRankCopies = S::kRank / 8;
+  static constexpr int kRankCopies = S::kRank / 8;  // of 16 bytes, in a row of s
   static_assert(kRows * kRankCopies <= kThreads);
 
   const Params& x;
-  Bf16* tiles;    // kStages of them
-  Bf16* s_tiles;  // likewise
-  float* sums;    // two
-  // What the thread copies first in the first tile of the strip, and the columns left from there.
+  uint64_t* barriers;  // one per stage
+  Bf16* tiles;         // kStages of them
+  Bf16* s_tiles;       // likewise
+  float* sums;         // two
+  // Of the first tile of the strip: the row that the lane copies, the bytes of a row, and what the
+  // thread copies of s.
   const Bf16* dy_from;
+  int row_bytes;
   const Bf16* s_from;
-  int left;
   // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
   // twice 8 ranks; and B, whose rows are columns of dy.
   float db[4][2][4];
@@ -159,27 +199,40 @@ struct Block {
   __device__ void AimAt(int strip) {
     const int p = PartOf(x, strip), thread = threadIdx.x;
     const Part& part = x.part[p];
-    const int column = (strip - part.first_strip) * S::kColumns + thread % kRowCopies * 8;
-    left = part.columns - column;
-    dy_from = x.dy + thread / kRowCopies * x.dy_stride + part.column_begin + column;
+    const int column = (strip - part.first_strip) * S::kColumns;
+    row_bytes = 2 * min(part.columns - column, S::kColumns);
+    dy_from = x.dy + thread % 32 * x.dy_stride + part.column_begin + column;
     s_from = x.s + thread / kRankCopies * x.s_stride + p * x.r + thread % kRankCopies * 8;
   }
 
   __device__ void LoadTile(int tile, int stage) const {
     const int row_begin = tile * kRows, thread = threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < kRows; i += kCopiedRows) {
-      const int row = i + thread / kRowCopies;
-      const bool any = row_begin + row < x.rows && left > 0;
-      Bf16* to = tiles + stage * S::kTileElements + row * S::kPitch + thread % kRowCopies * 8;
-      CopyAsync(to, any ? dy_from + (row_begin + i) * x.dy_stride : x.dy,
-                any ? 2 * min(left, 8) : 0);
+    if (thread / 32 == kWarps - 1) {
+      const int lane = thread % 32, rows = min(kRows, x.rows - row_begin);
+      if (lane == 0) ExpectBytes(barriers + stage, rows * row_bytes);
+      __syncwarp();
+      if (lane < rows) {
+        BulkCopy(tiles + stage * S::kTileElements + lane * S::kPitch,
+                 dy_from + row_begin * x.dy_stride, row_bytes, barriers + stage);
+      }
     }
     if (thread >= kRows * kRankCopies) return;
     const int row = thread / kRankCopies, c = thread % kRankCopies * 8;
     const bool any = row_begin + row < x.rows && c < x.r;
     CopyAsync(s_tiles + stage * S::kSElements + row * S::kRankPitch + c,
               any ? s_from + row_begin * x.s_stride : x.s, any ? 16 : 0);
+  }
+
+  // What no copy writes must be a number: it is multiplied with zeros.
+  __device__ void Prepare() const {
+    if (threadIdx.x < S::kStages) InitBarrier(barriers + threadIdx.x);
+    if (x.ragged) {
+      for (int i = threadIdx.x * 8; i < S::kStages * S::kTileElements; i += kThreads * 8) {
+        *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    FenceBulkCopies();
+    __syncthreads();
   }
 
   __device__ void BeginStrip(int strip) {
@@ -267,7 +320,8 @@ struct Block {
   __device__ void Run() {
     const int begin = FirstUnit(x, blockIdx.x), count = FirstUnit(x, blockIdx.x + 1) - begin;
     Unit unit{begin / x.tiles, begin % x.tiles}, ahead = unit, done = unit;
-    int loaded = 0, stage = 0;  // stage: of `unit`
+    int loaded = 0, stage = 0, turn = 0;  // of `unit`; the turn's parity
+    Prepare();
     const auto load = [&](int to) {
       if (loaded < count) {
         if (loaded == 0 || ahead.tile == 0) AimAt(ahead.strip);
@@ -282,6 +336,7 @@ struct Block {
     for (int i = 0; i < count; ++i) {
       // Even and odd units have sums of their own, so one barrier per unit is enough.
       WaitForCopies<S::kStages - 2>();
+      WaitFor(barriers + stage, turn);
       __syncthreads();
       load(stage == 0 ? S::kStages - 1 : stage - 1);
       if (i > 0) {
@@ -294,7 +349,7 @@ struct Block {
       Multiply(stage, i & 1);
       done = unit;
       unit.Next(x.tiles);
-      if (++stage == S::kStages) stage = 0;
+      if (++stage == S::kStages) stage = 0, turn ^= 1;
     }
     __syncthreads();
     StoreDs(done, (count - 1) & 1);
@@ -306,11 +361,12 @@ template <int kGroups>
 __global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
   cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-  extern __shared__ __align__(16) unsigned char memory[];
-  Bf16* tiles = reinterpret_cast<Bf16*>(memory);
+  extern __shared__ __align__(128) unsigned char memory[];
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
+  Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
   Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
   float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-  Block<kGroups>{x, tiles, s_tiles, sums, nullptr, nullptr, 0, {}, {}}.Run();
+  Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.Run();
 }
 
 // Adds up `count` times four sums, `stride` apart.
@@ -402,7 +458,9 @@ Params ParamsOf(const LoraBackwardArgs& a) {
                  static_cast<int>(part.b.dim(0)),
                  x.strips};
     x.strips += Divide(part.b.dim(0), Shape<kGroups>::kColumns);
+    x.ragged = x.ragged || part.b.dim(0) % Shape<kGroups>::kColumns != 0;
   }
+  x.ragged = x.ragged || a.dy.dim(0) % kRows != 0;
   x.dy_stride = a.dy.stride(0);
   x.s_stride = a.s.stride(0);
   x.ds_stride = a.ds.stride(0);
@@ -460,13 +518,13 @@ bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
   if (a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups) return false;
   if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;
-  // Of dy and s it is the rows' places that count: the last copy of a row may be a short one.
   for (const TensorView* view : {&a.dy, &a.s}) {
     if (reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;
     if (view->dim(0) > 1 && view->stride(0) % 8 != 0) return false;
   }
   for (const LoraBackwardPart& part : a.parts) {
-    if (part.column_begin % 8 != 0 || part.b.dim(0) == 0 || !Packable(4, {&part.db})) return false;
+    if (part.column_begin % 8 != 0 || part.b.dim(0) % 8 != 0 || part.b.dim(0) == 0) return false;
+    if (!Packable(4, {&part.db})) return false;
   }
   return r <= 16 ? Run<1>(exec, a) : Run<2>(exec, a);
 }

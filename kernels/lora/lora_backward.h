@@ -4,11 +4,13 @@
 //
 // Sums are in f32 (f64 for f64) in a fixed order; ds is rounded once. ds may lie behind dy in the
 // same rows; otherwise outputs overlap nothing.
-// CUDA, bf16, r a multiple of 8 to 32 and rows of dy and s at multiples of 16 bytes: dy is read
-// once, by one kernel for both products of all parts. Everywhere else they are MatMul's, two per
-// part, and dy is read twice.
-// Cost: 4 T N r operations, N the sum of N_p. The workspace is what MatMul wants; the one pass
-// makes do with it by taking so many rows at once that its partial sums fit.
+//
+// CUDA, bf16, r a multiple of 8 to 32 and dy_p and s in multiples of 16 bytes: dy is read once, by
+// one kernel for both products of all parts. Everywhere else they are MatMul's, two per part, and
+// dy is read twice. The workspace is what MatMul wants; the one pass makes do with it by taking so
+// many rows at once that its partial sums fit.
+//
+// Cost: 4 T N r operations, N the sum of N_p.
 #pragma once
 
 #include <span>
