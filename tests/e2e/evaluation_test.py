@@ -26,7 +26,7 @@ lora: {{r: 8, dropout: 0.05}}
 precision: f32
 optimizer: {{learning_rate: {rate}}}
 schedule: {{kind: constant, warmup_steps: {warmup}, steps: {steps}}}
-batch: {{micro_batch_tokens: 512, micro_batches: 1}}
+batch: {{micro_batch_tokens: {tokens}, micro_batches: 1}}
 checkpoints: {{every_steps: 1000, keep: 1}}
 resources: {{devices: 1}}
 """
@@ -45,7 +45,8 @@ class Standalone(unittest.TestCase):
         write_few(self.directory)
 
     def write_spec(self, **values):
-        fields = dict(model=MODEL, data=".", patience=3, rate=0.02, steps=200, warmup=0)
+        fields = dict(model=MODEL, data=".", patience=3, rate=0.02, steps=200, warmup=0,
+                      tokens=256)
         fields.update(values)
         spec = self.directory / "job.yaml"
         spec.write_text(SPEC.format(**fields))
@@ -114,7 +115,8 @@ class Standalone(unittest.TestCase):
 
     def test_a_run_that_diverges_says_so_and_what_to_do(self):
         # The learning rate rises until no loss can bear it.
-        process = self.start("diverges", rate=0.3, warmup=100, steps=80, patience=0)
+        process = self.start("diverges", rate=0.3, warmup=100, steps=80, patience=0,
+                             tokens=512)
         self.assertIn(process.wait(timeout=200), (0, 12), self.log("diverges"))
         self.assertRegex(self.log("diverges"),
                          r"warning: the training loss is about \S+ at step \d+, after it had been "
@@ -128,7 +130,7 @@ class ThroughTheService(unittest.TestCase):
             spec = service.directory / "early.yaml"
             spec.write_text("name: early\n" +
                             SPEC.format(model="model", data="data", patience=2, rate=0.02, steps=200,
-                                        warmup=0))
+                                        warmup=0, tokens=256))
             name = json.loads(service.cli("submit", spec, "-o", "json").stdout)["name"]
             job = service.finish(name)
             self.assertEqual(job["state"], "JOB_STATE_SUCCEEDED", job.get("message"))
