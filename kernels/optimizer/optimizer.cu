@@ -42,12 +42,20 @@ struct DeviceOutput {
   }
 };
 
-// Which tensor of the batch piece `block` belongs to; first_piece ascends.
+// Which tensor of the batch piece `block` belongs to; first_piece ascends. By halves: a look at a
+// parameter takes tens of cycles.
 template <typename Batch>
 __device__ int TensorOf(const Batch& batch, int64_t block) {
-  int t = 0;
-  while (t + 1 < batch.count && batch.first_piece[t + 1] <= block) ++t;
-  return t;
+  int low = 0, high = batch.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (batch.first_piece[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 struct AdamWBatch {
