@@ -3,8 +3,7 @@
 // dy_p is cut into strips of kColumns columns, a strip into tiles of 16 rows; a unit is a tile of a
 // strip. Units are numbered strip by strip, and every block takes an equal run of them, so that all
 // multiprocessors are busy to the end, whatever T and N. Tiles come through shared memory, several
-// ahead, by bulk copies: copies of 16 bytes, waiting for memory, were seen to hold up the loads of
-// matrices behind them. A warp has 64 columns and 16 ranks: its share of db stays in registers
+// ahead, by bulk copies. A warp has 64 columns and 16 ranks: its share of db stays in registers
 // until the strip ends (or the block's run), its share of ds of a tile goes through shared memory,
 // where the block adds up those of its warps. The sums of a strip and tile (ds) and of a strip and
 // block (db) go to the workspace; a second, small kernel adds them up in the order of their
