@@ -1,117 +1,155 @@
-// fp8 on CUDA. Every product is rounded on its own (no fused multiply-add), as on the CPU: the bits
-// are the same.
-#include <cuda_fp8.h>
-
-#include "kernels/core/cuda.cuh"
-#include "kernels/fp8/fp8.h"
+// fp8 on CUDA.
+#include "kernels/fp8/fp8.cuh"
 
 namespace attune {
 namespace {
 
 constexpr int kThreads = 256;
 
-__device__ uint8_t Encode(float v) {
-  return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
-}
 __device__ float Decode(uint8_t code) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
 }
 
 struct TwoCodes {
   uint8_t high, low;
-  __device__ explicit TwoCodes(float v) : high(Encode(v)), low(Encode(v - Decode(high))) {}
+  __device__ explicit TwoCodes(float v) : high(Fp8Encode(v)), low(Fp8Encode(v - Decode(high))) {}
 };
 
-// The largest of a block, in every thread.
-__device__ float BlockMax(float x) {
-  __shared__ float partial[32];
-  x = WarpMax(x);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = threadIdx.x % 32 < (blockDim.x + 31) / 32 ? partial[threadIdx.x % 32] : 0.0f;
-  return WarpMax(x);
+// ---- Rows of activations ----
+
+constexpr int kHeld = 8;  // packs that a thread keeps from one reading to the other
+constexpr int64_t kMostThreads = 1024;
+
+template <typename T>
+struct RowsToCodes {
+  Rows<const T> x;
+  Rows<uint8_t> q;
+  float* scale;
+  int64_t rows;
+  int k, e, extension;  // extension: Fp8Extension(e)
+};
+
+template <typename T>
+RowsToCodes<T> RowsToCodesOf(const TensorView& x, int64_t e, const TensorView& q,
+                             const TensorView& scale) {
+  return {RowsOf<const T>(x),
+          RowsOf<uint8_t>(q),
+          Data<float>(scale),
+          x.dim(0),
+          static_cast<int>(x.dim(1) - e),
+          static_cast<int>(e),
+          static_cast<int>(Fp8Extension(e))};
 }
 
-// ---- Rows of activations: a block per row ----
-
-constexpr int kHeld = 4;  // packs of 8 elements that a thread keeps from one reading to the other
-
-template <typename T, int N>
-struct alignas(N) Codes {
-  uint8_t v[N];
-  __device__ Codes(const Pack<T, N>& x, float inverse) {
-    if constexpr (N == 1) {
-      v[0] = Encode(__fmul_rn(x[0], inverse));
-    } else {
-      for (int i = 0; i < N; i += 2) {
-        const float2 pair{__fmul_rn(x[i], inverse), __fmul_rn(x[i + 1], inverse)};
-        const __nv_fp8x2_storage_t codes =
-            __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-        v[i] = static_cast<uint8_t>(codes);
-        v[i + 1] = static_cast<uint8_t>(codes >> 8);
-      }
-    }
+// The threads of a row put s behind its codes: this one those from `first`, `step` apart.
+template <typename T>
+__device__ void EncodeAdapter(const T* s, int e, int extension, float inverse, uint8_t* q,
+                              int first, int step) {
+  const float own = __fmul_rn(inverse, 1.0f / kFp8AdapterRoom);
+  for (int j = first; j < e; j += step) {
+    const TwoCodes codes(__fmul_rn(ToFloat(s[j]), own));
+    q[j] = q[2 * e + j] = codes.high;
+    q[e + j] = codes.low;
   }
-  __device__ void Store(uint8_t* to) const { *reinterpret_cast<Codes*>(to) = *this; }
-};
-
-template <typename T, int N>
-__device__ float LargestOf(const Pack<T, N>& x) {
-  float largest = 0.0f;
-  for (int i = 0; i < N; ++i) largest = fmaxf(largest, fabsf(x[i]));
-  return largest;
+  for (int j = 3 * e + first; j < extension; j += step) q[j] = 0;
 }
 
-template <typename T, int N>
-__global__ void QuantizeRowsKernel(const T* x_data, int64_t x_stride, int k, int e, uint8_t* q_data,
-                                   int64_t q_stride, int extension, float* scale) {
-  const T* x = x_data + blockIdx.x * x_stride;
-  uint8_t* q = q_data + blockIdx.x * q_stride;
-  const int step = blockDim.x * N, begin = threadIdx.x * N;
-  Pack<T, N> held[kHeld];
+template <typename T>
+__device__ float LargestOfAdapter(const T* s, int e, int first, int step) {
   float largest = 0.0f;
+  for (int j = first; j < e; j += step) largest = fmaxf(largest, fabsf(ToFloat(s[j])));
+  return __fmul_rn(largest, 1.0f / kFp8AdapterRoom);
+}
+
+// A block of threads per row; with kShort one of its warps.
+template <typename T, int N, bool kShort>
+__global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
+    const __grid_constant__ RowsToCodes<T> a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= a.rows) return;
+  const T* x = a.x(row, 0);
+  uint8_t* q = a.q(row, 0);
+  const int step = static_cast<int>(blockDim.x) * N, begin = static_cast<int>(threadIdx.x) * N;
+  const int rest = begin + kHeld * step;
+  Pack<T, N> held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int c = begin + i * step;
-    if (c >= k) continue;
-    held[i] = Pack<T, N>::Load(x + c);
-    largest = fmaxf(largest, LargestOf(held[i]));
+    held[i] = c < a.k ? Pack<T, N>::Load(x + c) : Pack<T, N>{};
   }
-  for (int c = begin + kHeld * step; c < k; c += step) {
+  float largest = LargestOfAdapter(x + a.k, a.e, threadIdx.x, blockDim.x);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, LargestOf(held[i]));
+  for (int c = rest; c < a.k; c += step) {
     largest = fmaxf(largest, LargestOf(Pack<T, N>::Load(x + c)));
   }
-  for (int j = threadIdx.x; j < e; j += blockDim.x)
-    largest = fmaxf(largest, fabsf(ToFloat(x[k + j])));
-  largest = BlockMax(largest);
-  if (threadIdx.x == 0) scale[blockIdx.x] = __fdiv_rn(largest, Float8E4M3::kMax);
-  const float inverse = largest > 0.0f ? __fdiv_rn(Float8E4M3::kMax, largest) : 0.0f;
+  largest = kShort ? WarpMax(largest) : BlockMax(largest);
+  const float scale = Fp8ScaleOf(largest), inverse = Fp8InverseOf(scale);
+  if (threadIdx.x == 0) a.scale[row] = scale;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int c = begin + i * step;
-    if (c < k) Codes<T, N>(held[i], inverse).Store(q + c);
+    if (c < a.k) StoreFp8(held[i], inverse, q + c);
   }
-  for (int c = begin + kHeld * step; c < k; c += step) {
-    Codes<T, N>(Pack<T, N>::Load(x + c), inverse).Store(q + c);
-  }
-  for (int j = threadIdx.x; j < e; j += blockDim.x) {
-    const TwoCodes codes(__fmul_rn(ToFloat(x[k + j]), inverse));
-    q[k + j] = q[k + 2 * e + j] = codes.high;
-    q[k + e + j] = codes.low;
-  }
-  for (int j = 3 * e + threadIdx.x; j < extension; j += blockDim.x) q[k + j] = 0;
+  for (int c = rest; c < a.k; c += step) StoreFp8(Pack<T, N>::Load(x + c), inverse, q + c);
+  EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, threadIdx.x, blockDim.x);
 }
 
 template <typename T, int N>
-void QuantizeRows(const Exec& exec, const Fp8QuantizeArgs& a) {
-  const int64_t M = a.x.dim(0), K = a.x.dim(1) - a.e;
-  if (M == 0) return;
-  const int64_t wanted = (K / N + kHeld - 1) / kHeld;
-  const unsigned threads =
-      static_cast<unsigned>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, 1024));
-  QuantizeRowsKernel<T, N><<<static_cast<unsigned>(M), threads, 0, StreamOf(exec.stream)>>>(
-      Data<const T>(a.x), a.x.stride(0), static_cast<int>(K), static_cast<int>(a.e),
-      Data<uint8_t>(a.q), a.q.stride(0), static_cast<int>(Fp8Extension(a.e)), Data<float>(a.scale));
+void QuantizeRows(const RowsToCodes<T>& a, cudaStream_t stream) {
+  if (a.rows == 0) return;
+  const int64_t wanted = (a.k / N + kHeld - 1) / kHeld;
+  const auto threads =
+      static_cast<unsigned>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, kMostThreads));
+  if (threads == 32) {
+    constexpr unsigned kRows = 4;
+    const auto blocks = static_cast<unsigned>((a.rows + kRows - 1) / kRows);
+    QuantizeRowsKernel<T, N, true><<<blocks, dim3(threads, kRows), 0, stream>>>(a);
+  } else {
+    QuantizeRowsKernel<T, N, false><<<static_cast<unsigned>(a.rows), threads, 0, stream>>>(a);
+  }
   CUDA_CHECK(cudaGetLastError());
+}
+
+// A warp per row.
+template <typename T, int N>
+__global__ __launch_bounds__(kThreads) void QuantizeAdapterKernel(
+    const __grid_constant__ RowsToCodes<T> a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= a.rows) return;
+  const T* x = a.x(row, 0);
+  uint8_t* q = a.q(row, 0);
+  float scale = a.scale[row];
+  const float wanted = Fp8ScaleOf(WarpMax(LargestOfAdapter(x + a.k, a.e, lane, 32)));
+  const bool again = wanted > scale;
+  if (again) scale = wanted;
+  const float inverse = Fp8InverseOf(scale);
+  if (again) {  // seldom
+    __syncwarp();
+    if (lane == 0) a.scale[row] = scale;
+    for (int c = lane * N; c < a.k; c += 32 * N) StoreFp8(Pack<T, N>::Load(x + c), inverse, q + c);
+  }
+  EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, lane, 32);
+}
+
+template <typename T, int N>
+void QuantizeAdapter(const RowsToCodes<T>& a, cudaStream_t stream) {
+  if (a.rows == 0) return;
+  const auto blocks = static_cast<unsigned>((a.rows + kThreads / 32 - 1) / (kThreads / 32));
+  QuantizeAdapterKernel<T, N><<<blocks, kThreads, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// Calls f.operator()<T, N>(rows).
+template <typename Args, typename F>
+void DispatchRowsToCodes(const Args& a, F&& f) {
+  const TensorView x = a.x.Slice(1, 0, a.x.dim(1) - a.e), q = a.q.Slice(1, 0, x.dim(1));
+  const bool packable = Packable(8, {&x, &q});
+  DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
+    const RowsToCodes<T> rows = RowsToCodesOf<T>(a.x, a.e, a.q, a.scale);
+    packable ? f.template operator()<T, 8>(rows) : f.template operator()<T, 1>(rows);
+  });
 }
 
 // ---- Weights ----
@@ -152,7 +190,7 @@ __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w
   for (int down = threadIdx.x / kTile; down < kTile; down += kThreads / kTile) {
     const int64_t row = row0 + down, column = column0 + across;
     if (row >= rows || column >= columns) continue;
-    const uint8_t code = Encode(__fmul_rn(ToFloat(*w(row, column)), inverse));
+    const uint8_t code = Fp8Encode(__fmul_rn(ToFloat(*w(row, column)), inverse));
     if (turned) {
       tile[down][across] = code;
     } else {
@@ -204,7 +242,8 @@ __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__
   uint8_t* out = x.q(row, 0);
   if (j >= 3 * e) out[j] = 0;
   if (j >= e) return;
-  const TwoCodes codes(__fmul_rn(x.turned ? x.A(row, j) : x.B(row, j), __frcp_rn(*x.scale)));
+  const float inverse = __fmul_rn(kFp8AdapterRoom, __frcp_rn(*x.scale));
+  const TwoCodes codes(__fmul_rn(x.turned ? x.A(row, j) : x.B(row, j), inverse));
   out[j] = out[e + j] = codes.high;
   out[2 * e + j] = codes.low;
 }
@@ -237,10 +276,14 @@ void Extend(const Exec& exec, const Fp8ExtendArgs& a) {
 }  // namespace
 
 void Fp8QuantizeCuda(const Exec& exec, const Fp8QuantizeArgs& a) {
-  const TensorView x = a.x.Slice(1, 0, a.x.dim(1) - a.e), q = a.q.Slice(1, 0, x.dim(1));
-  const bool packable = Packable(8, {&x, &q});
-  DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
-    packable ? QuantizeRows<T, 8>(exec, a) : QuantizeRows<T, 1>(exec, a);
+  DispatchRowsToCodes(a, [&]<typename T, int N>(const RowsToCodes<T>& rows) {
+    QuantizeRows<T, N>(rows, StreamOf(exec.stream));
+  });
+}
+
+void Fp8QuantizeAdapterCuda(const Exec& exec, const Fp8QuantizeAdapterArgs& a) {
+  DispatchRowsToCodes(a, [&]<typename T, int N>(const RowsToCodes<T>& rows) {
+    QuantizeAdapter<T, N>(rows, StreamOf(exec.stream));
   });
 }
 
