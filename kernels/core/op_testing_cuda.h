@@ -135,4 +135,21 @@ inline void ExpectGpuAsCpu(const std::string& what, const std::vector<Operand>& 
   }
 }
 
+using Views = std::vector<TensorView>;
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16};
+
+class CudaOps : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!HasGpu()) GTEST_SKIP() << "no GPU";
+  }
+  Tensor Random(DType dtype, std::initializer_list<int64_t> shape, int64_t padding = 0,
+                double deviation = 1.0) {
+    Tensor out(dtype, shape, padding);
+    return out.Random(&rng_, deviation);
+  }
+  std::mt19937_64 rng_{7};
+};
+
 }  // namespace attune::op_testing

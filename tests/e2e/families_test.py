@@ -29,10 +29,12 @@ checkpoints: {{every_steps: {every}, keep: 3}}
 
 
 def families():
-    """The cases that are of a released configuration: their weights are bf16."""
+    """The cases that are of a released configuration (their weights are bf16), with LoRA alone."""
     for case in sorted(GOLDEN.iterdir()):
         config = json.loads((case / "model/config.json").read_text())
-        if config.get("torch_dtype"):
+        adapter = json.loads((case / "adapter/adapter_config.json").read_text())
+        plain = not adapter.get("modules_to_save") and not adapter.get("use_dora")
+        if config.get("torch_dtype") and plain:
             yield case.name, config
 
 

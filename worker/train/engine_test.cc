@@ -102,9 +102,10 @@ INSTANTIATE_TEST_SUITE_P(Trained, GradientTest,
                          testing::Combine(testing::Values("modules", "modules_head", "modules_tied",
                                                           "drawn"),
                                           testing::Values(0.0, 0.3), testing::Bool()));
+// With everything in its place their gradients are the oracle's (engine_parity_test).
 INSTANTIATE_TEST_SUITE_P(Families, GradientTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
-                                          testing::Values(0.0, 0.3), testing::Bool()));
+                                          testing::Values(0.0, 0.3), testing::Values(true)));
 
 // DoRA takes the lengths of W + scale B A for constants, which differences do not. A loss hangs on
 // them by g = m / length alone, so its derivative by a length is -dm m / length: with it they
@@ -326,21 +327,29 @@ std::string PolicyText(const ActivationPolicy& policy) {
   return text;
 }
 
-class PlacesTest : public testing::TestWithParam<std::tuple<const char*, double>> {};
+// The last: each place by itself too, not mixed ones alone.
+class PlacesTest : public testing::TestWithParam<std::tuple<const char*, double, bool>> {};
 
 TEST_P(PlacesTest, WhereActivationsAreKeptChangesNoBit) {
-  const auto [name, dropout] = GetParam();
+  const auto [name, dropout, each] = GetParam();
   GoldenCase golden = LoadGoldenCase(kGolden + name, DType::kF32);
   golden.options.spec.mutable_lora()->set_dropout(dropout);
   golden.options.fused_lora = dropout == 0;
   const int64_t L = golden.options.model.num_layers;
   const StepOutcome<float> kept = OneStep(golden);
-  for (const ActivationPolicy& policy :
-       {ActivationPolicy{L, 0, 0}, ActivationPolicy{0, L, 0}, ActivationPolicy{0, 0, L},
-        ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1}, ActivationPolicy{1, 0, 1},
-        ActivationPolicy{0, 0, 0, L, 0}, ActivationPolicy{0, 0, 0, 0, L},
-        ActivationPolicy{L, 0, L, 0, L}, ActivationPolicy{L, L, 0, L - 1, 1},
-        ActivationPolicy{1, 0, 1, 1, L - 1}, ActivationPolicy{L - 1, 1, 0, 1, 0}}) {
+  std::vector<ActivationPolicy> policies = {
+      {L, L, 0, 0, 0}, {L - 1, 1, L - 1, 0, 0}, {L, 0, L, 0, L}, {1, 0, 1, 1, L - 1}};
+  if (each) {
+    policies.insert(policies.end(), {{L, 0, 0, 0, 0},
+                                     {0, L, 0, 0, 0},
+                                     {0, 0, L, 0, 0},
+                                     {0, 0, 0, L, 0},
+                                     {0, 0, 0, 0, L},
+                                     {1, 0, 1, 0, 0},
+                                     {L, L, 0, L - 1, 1},
+                                     {L - 1, 1, 0, 1, 0}});
+  }
+  for (const ActivationPolicy& policy : policies) {
     golden.options.activations = policy;
     const StepOutcome<float> other = OneStep(golden);
     EXPECT_EQ(other.loss, kept.loss) << PolicyText(policy);
@@ -349,19 +358,21 @@ TEST_P(PlacesTest, WhereActivationsAreKeptChangesNoBit) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, PlacesTest,
-                         testing::Combine(testing::Values("nf4"), testing::Values(0.0, 0.3)));
+                         testing::Combine(testing::Values("nf4"), testing::Values(0.0, 0.3),
+                                          testing::Values(true)));
 INSTANTIATE_TEST_SUITE_P(Trained, PlacesTest,
-                         testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.0)));
+                         testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.0),
+                                          testing::Values(false)));
 INSTANTIATE_TEST_SUITE_P(Families, PlacesTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
-                                          testing::Values(0.0, 0.3)));
+                                          testing::Values(0.0, 0.3), testing::Values(false)));
 
 // Tiles of rows: the loss is the same, bit by bit where a row's sums do not hang on how many rows
 // there are (f64), and the gradients are but for the order of their sums.
-class TileTest : public testing::TestWithParam<std::tuple<const char*, double>> {};
+class TileTest : public testing::TestWithParam<std::tuple<const char*, double, int64_t>> {};
 
 TEST_P(TileTest, TilesOfTheMlpGiveWhatAllRowsAtOnceGive) {
-  const auto [name, dropout] = GetParam();
+  const auto [name, dropout, tile] = GetParam();
   GoldenCase exact = LoadGoldenCase(kGolden + name, DType::kF64);
   GoldenCase fused = LoadGoldenCase(kGolden + name, DType::kF32);
   exact.options.spec.mutable_lora()->set_dropout(dropout);
@@ -370,29 +381,28 @@ TEST_P(TileTest, TilesOfTheMlpGiveWhatAllRowsAtOnceGive) {
   const int64_t L = exact.options.model.num_layers;
   const StepOutcome<double> whole = OneStep<double>(exact);
   const StepOutcome<float> whole_fused = OneStep<float>(fused);
-  for (const int64_t tile : {1, 7, 1000}) {
-    for (const int64_t rebuilt : {int64_t{0}, L}) {
-      const ActivationPolicy policy{.gate_ups_rebuilt = rebuilt, .mlp_tile = tile};
-      exact.options.activations = fused.options.activations = policy;
-      const StepOutcome<double> tiled = OneStep<double>(exact);
-      EXPECT_EQ(tiled.loss, whole.loss) << PolicyText(policy);
-      EXPECT_LT(GradientError(tiled, whole), 1e-13) << PolicyText(policy);
-      fused.options.prefetch = rebuilt > 0;
-      const StepOutcome<float> tiled_fused = OneStep<float>(fused);
-      EXPECT_NEAR(tiled_fused.loss, whole_fused.loss, 1e-6 * whole_fused.loss);
-      EXPECT_LT(GradientError(tiled_fused, whole_fused), 1e-5) << PolicyText(policy);
-    }
+  for (const int64_t rebuilt : {int64_t{0}, L}) {
+    const ActivationPolicy policy{.gate_ups_rebuilt = rebuilt, .mlp_tile = tile};
+    exact.options.activations = fused.options.activations = policy;
+    const StepOutcome<double> tiled = OneStep<double>(exact);
+    EXPECT_EQ(tiled.loss, whole.loss) << PolicyText(policy);
+    EXPECT_LT(GradientError(tiled, whole), 1e-13) << PolicyText(policy);
+    fused.options.prefetch = rebuilt > 0;
+    const StepOutcome<float> tiled_fused = OneStep<float>(fused);
+    EXPECT_NEAR(tiled_fused.loss, whole_fused.loss, 1e-6 * whole_fused.loss);
+    EXPECT_LT(GradientError(tiled_fused, whole_fused), 1e-5) << PolicyText(policy);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, TileTest,
                          testing::Combine(testing::Values("dense", "nf4"),
-                                          testing::Values(0.0, 0.3)));
+                                          testing::Values(0.0, 0.3), testing::Values(1, 7, 1000)));
 INSTANTIATE_TEST_SUITE_P(Trained, TileTest,
-                         testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.3)));
+                         testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.3),
+                                          testing::Values(7)));
 INSTANTIATE_TEST_SUITE_P(Families, TileTest,
-                         testing::Combine(testing::ValuesIn(kFamilyCases),
-                                          testing::Values(0.0, 0.3)));
+                         testing::Combine(testing::ValuesIn(kFamilyCases), testing::Values(0.3),
+                                          testing::Values(7)));
 
 TEST(EngineTest, EmbeddingsOnTheHostChangeNoBit) {
   GoldenCase golden = LoadGoldenCase(kGolden + "dense", DType::kF32);

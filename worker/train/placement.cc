@@ -86,7 +86,7 @@ SavedSizes SavedSizesOf(const EngineOptions& options) {
   Arena arena = Arena::Plan();
   const LayerContext ctx{
       .exec = {.device = options.device, .plan = true}, .arena = &arena, .dtype = options.dtype};
-  const AdapterSet adapters(ctx, options.adapters, /*train=*/true);
+  AdapterSet adapters(ctx, options.adapters, /*train=*/true);
   const Model model(ctx, options.model, {}, &adapters);
   const int64_t tokens = options.spec.batch().micro_batch_tokens();
   SavedSizes sizes{.gate_up = model.GateUpBytes(ctx, tokens)};
