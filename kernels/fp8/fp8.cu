@@ -71,17 +71,18 @@ __global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
   uint8_t* q = a.q(row, 0);
   const int step = static_cast<int>(blockDim.x) * N, begin = static_cast<int>(threadIdx.x) * N;
   const int rest = begin + kHeld * step;
-  Pack<T, N> held[kHeld];
+  Words<T, N> held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int c = begin + i * step;
-    held[i] = c < a.k ? Pack<T, N>::Load(x + c) : Pack<T, N>{};
+    held[i] = {};
+    if (c < a.k) held[i] = Words<T, N>::Load(x + c);
   }
   float largest = LargestOfAdapter(x + a.k, a.e, threadIdx.x, blockDim.x);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, LargestOf(held[i]));
+  for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, held[i].Largest());
   for (int c = rest; c < a.k; c += step) {
-    largest = fmaxf(largest, LargestOf(Pack<T, N>::Load(x + c)));
+    largest = fmaxf(largest, Words<T, N>::Load(x + c).Largest());
   }
   largest = kShort ? WarpMax(largest) : BlockMax(largest);
   const float scale = Fp8ScaleOf(largest), inverse = Fp8InverseOf(scale);
@@ -89,9 +90,9 @@ __global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int c = begin + i * step;
-    if (c < a.k) StoreFp8(held[i], inverse, q + c);
+    if (c < a.k) held[i].StoreFp8(inverse, q + c);
   }
-  for (int c = rest; c < a.k; c += step) StoreFp8(Pack<T, N>::Load(x + c), inverse, q + c);
+  for (int c = rest; c < a.k; c += step) Words<T, N>::Load(x + c).StoreFp8(inverse, q + c);
   EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, threadIdx.x, blockDim.x);
 }
 
@@ -128,7 +129,9 @@ __global__ __launch_bounds__(kThreads) void QuantizeAdapterKernel(
   if (again) {  // seldom
     __syncwarp();
     if (lane == 0) a.scale[row] = scale;
-    for (int c = lane * N; c < a.k; c += 32 * N) StoreFp8(Pack<T, N>::Load(x + c), inverse, q + c);
+    for (int c = lane * N; c < a.k; c += 32 * N) {
+      Words<T, N>::Load(x + c).StoreFp8(inverse, q + c);
+    }
   }
   EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, lane, 32);
 }
@@ -145,10 +148,11 @@ void QuantizeAdapter(const RowsToCodes<T>& a, cudaStream_t stream) {
 template <typename Args, typename F>
 void DispatchRowsToCodes(const Args& a, F&& f) {
   const TensorView x = a.x.Slice(1, 0, a.x.dim(1) - a.e), q = a.q.Slice(1, 0, x.dim(1));
-  const bool packable = Packable(8, {&x, &q});
   DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
+    constexpr int kPack = kPackSize<T>;
     const RowsToCodes<T> rows = RowsToCodesOf<T>(a.x, a.e, a.q, a.scale);
-    packable ? f.template operator()<T, 8>(rows) : f.template operator()<T, 1>(rows);
+    Packable(kPack, {&x, &q}) ? f.template operator()<T, kPack>(rows)
+                              : f.template operator()<T, 1>(rows);
   });
 }
 

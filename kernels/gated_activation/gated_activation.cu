@@ -36,14 +36,17 @@ template <Activation kActivation, typename T, int N>
 struct Forward {
   static constexpr int kPack = N;
   static constexpr int kOut = 1;
-  using Value = Pack<T, N>;
+  using Value = Words<T, N>;
   Rows<const T> gate, up;
   Rows<T> h;
   __device__ void Run(int64_t row, int64_t c, Value (&out)[kOut]) const {
     const Value g = Value::Load(gate(row, c)), u = Value::Load(up(row, c));
-    for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int i = 0; i < Value::kPairs; ++i) {
+      const float2 g2 = g.Pair(i), u2 = u.Pair(i);
       float slope;
-      out[0].Set(i, Activate<kActivation>(g[i], &slope) * u[i]);
+      out[0].SetPair(i, {Activate<kActivation>(g2.x, &slope) * u2.x,
+                         Activate<kActivation>(g2.y, &slope) * u2.y});
     }
     out[0].Store(h(row, c));
   }
@@ -57,19 +60,22 @@ template <Activation kActivation, typename T, int N>
 struct Backward {
   static constexpr int kPack = N;
   static constexpr int kOut = 2;
-  using Value = Pack<T, N>;
+  using Value = Words<T, N>;
   Rows<const T> dh, gate, up;
   Rows<T> dgate, dup, h;  // h.data may be null
   __device__ void Run(int64_t row, int64_t c, Value (&out)[kOut]) const {
     const Value d = Value::Load(dh(row, c)), g = Value::Load(gate(row, c)),
                 u = Value::Load(up(row, c));
     Value again;
-    for (int i = 0; i < N; ++i) {
-      float slope;
-      const float act = Activate<kActivation>(g[i], &slope);
-      out[0].Set(i, d[i] * u[i] * slope);
-      out[1].Set(i, d[i] * act);
-      again.Set(i, act * u[i]);
+#pragma unroll
+    for (int i = 0; i < Value::kPairs; ++i) {
+      const float2 d2 = d.Pair(i), g2 = g.Pair(i), u2 = u.Pair(i);
+      float2 slope;
+      const float2 act = {Activate<kActivation>(g2.x, &slope.x),
+                          Activate<kActivation>(g2.y, &slope.y)};
+      out[0].SetPair(i, {d2.x * u2.x * slope.x, d2.y * u2.y * slope.y});
+      out[1].SetPair(i, {d2.x * act.x, d2.y * act.y});
+      again.SetPair(i, {act.x * u2.x, act.y * u2.y});
     }
     out[0].Store(dgate(row, c));
     out[1].Store(dup(row, c));
@@ -82,9 +88,8 @@ struct Backward {
 };
 
 // A block per row: `op`, and the codes of what it leaves of the whole row, which waits for the
-// row's largest in shared memory. With these bounds a row of 14336 takes a thread four times, and
-// three blocks fit, backward, too.
-constexpr int kRowThreads = 448;
+// row's largest in shared memory. Of rows of 14336 three blocks fit, backward, too.
+constexpr int kRowThreads = 384;
 
 template <typename Op>
 __global__ __launch_bounds__(kRowThreads, 3) void CodesKernel(const __grid_constant__ Op op,
@@ -100,14 +105,14 @@ __global__ __launch_bounds__(kRowThreads, 3) void CodesKernel(const __grid_const
 #pragma unroll
     for (int p = 0; p < Op::kOut; ++p) {
       held[p * packs + i] = out[p];
-      largest = fmaxf(largest, LargestOf(out[p]));
+      largest = fmaxf(largest, out[p].Largest());
     }
   }
   const float scale = Fp8ScaleOf(BlockMax(largest)), inverse = Fp8InverseOf(scale);
   if (threadIdx.x == 0) fp8.scale[row] = scale;
   uint8_t* q = fp8.q(row, 0);
   for (int i = threadIdx.x; i < Op::kOut * packs; i += blockDim.x) {
-    StoreFp8(held[i], inverse, q + i * Op::kPack);
+    held[i].StoreFp8(inverse, q + i * Op::kPack);
   }
 }
 

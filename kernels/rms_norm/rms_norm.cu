@@ -63,21 +63,22 @@ __global__ __launch_bounds__(kBlockThreads) void ForwardKernel(Forward<T, W> a) 
   }
 }
 
-// The same for a row that its threads can hold, or with kRebuild Rebuild; and the codes of y.
-constexpr int kHeld = 4;  // packs
-
-template <typename T, typename W, int N, int kThreads, bool kRebuild>
+// The same for a row of which each thread can hold its kHeld packs, or with kRebuild Rebuild; and
+// the codes of y.
+template <typename T, typename W, int N, int kThreads, int kHeld, bool kRebuild>
 __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp8RowsOut fp8) {
   const int64_t row = OwnRow();
   if (row >= a.rows) return;
   const auto column = [](int i) { return static_cast<int64_t>(i * kThreads + threadIdx.x) * N; };
   const bool add = !kRebuild && a.delta.data != nullptr;
-  Pack<T, N> x[kHeld], delta[kHeld];
+  using Held = Words<T, N>;
+  Held x[kHeld], delta[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int64_t c = column(i);
-    x[i] = c < a.columns ? Pack<T, N>::Load(a.x(row, c)) : Pack<T, N>{};
-    if (add && c < a.columns) delta[i] = Pack<T, N>::Load(a.delta(row, c));
+    x[i] = {};
+    if (c < a.columns) x[i] = Held::Load(a.x(row, c));
+    if (add && c < a.columns) delta[i] = Held::Load(a.delta(row, c));
   }
   float rstd;
   if constexpr (kRebuild) {
@@ -88,10 +89,19 @@ __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp
     for (int i = 0; i < kHeld; ++i) {
       const int64_t c = column(i);
       if (add && c < a.columns) {
-        for (int j = 0; j < N; ++j) x[i].Set(j, x[i][j] + delta[i][j]);
+#pragma unroll
+        for (int j = 0; j < Held::kPairs; ++j) {
+          const float2 own = x[i].Pair(j), more = delta[i].Pair(j);
+          x[i].SetPair(j, {own.x + more.x, own.y + more.y});
+        }
         x[i].Store(a.sum(row, c));
       }
-      for (int j = 0; j < N; ++j) squares += x[i][j] * x[i][j];
+#pragma unroll
+      for (int j = 0; j < Held::kPairs; ++j) {
+        const float2 v = x[i].Pair(j);
+        squares += v.x * v.x;
+        squares += v.y * v.y;
+      }
     }
     const float mean = RowSum<kThreads>(squares) / static_cast<float>(a.columns);
     rstd = 1.0f / sqrtf(mean + a.eps);
@@ -102,10 +112,14 @@ __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp
   for (int i = 0; i < kHeld; ++i) {
     const int64_t c = column(i);
     if (c >= a.columns) continue;
-    const Pack<W, N> w = Pack<W, N>::Load(a.w + c);
-    for (int j = 0; j < N; ++j) x[i].Set(j, x[i][j] * rstd * (w[j] + a.offset));
+    const Words<W, N> w = Words<W, N>::Load(a.w + c);
+#pragma unroll
+    for (int j = 0; j < Held::kPairs; ++j) {
+      const float2 v = x[i].Pair(j), g = w.Pair(j);
+      x[i].SetPair(j, {v.x * rstd * (g.x + a.offset), v.y * rstd * (g.y + a.offset)});
+    }
     x[i].Store(a.y(row, c));
-    largest = fmaxf(largest, LargestOf(x[i]));
+    largest = fmaxf(largest, x[i].Largest());
   }
   const float scale = Fp8ScaleOf(kThreads == 32 ? WarpMax(largest) : BlockMax(largest));
   const float inverse = Fp8InverseOf(scale);
@@ -113,7 +127,7 @@ __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int64_t c = column(i);
-    if (c < a.columns) StoreFp8(x[i], inverse, fp8.q(row, c));
+    if (c < a.columns) x[i].StoreFp8(inverse, fp8.q(row, c));
   }
 }
 
@@ -232,22 +246,27 @@ Forward<T, W> ForwardOf(const RmsNormForwardArgs& a) {
           static_cast<float>(a.weight_offset)};
 }
 
-// Forward or Rebuild with codes: in one kernel, if its threads can hold a row.
+// Forward or Rebuild with codes in one kernel; false where rows are too long for that, or cannot be
+// read in packs.
 template <bool kRebuild, typename T, typename W>
 bool RunWithCodes(const Exec& exec, const RmsNormForwardArgs& a) {
-  constexpr int kPack = kPackSize<T>;
-  const int64_t threads = a.x.dim(1) <= kShortRow ? 32 : kBlockThreads;
-  if (a.x.dim(1) > kHeld * threads * kPack || !Fp8Packable(kPack, a.fp8) ||
-      !Packable(kPack, {&a.x, &a.delta, &a.sum, &a.y, &a.w})) {
-    return false;
+  constexpr int N = kPackSize<T>;
+  if (!Fp8Packable(N, a.fp8) || !Packable(N, {&a.x, &a.delta, &a.sum, &a.y, &a.w})) return false;
+  const int64_t rows = a.x.dim(0), columns = a.x.dim(1);
+  const auto run = [&]<int kThreads, int kHeld>() {
+    constexpr unsigned kRows = kBlockThreads / kThreads;
+    CodesKernel<T, W, N, kThreads, kHeld, kRebuild>
+        <<<static_cast<unsigned>((rows + kRows - 1) / kRows), dim3(kThreads, kRows), 0,
+           StreamOf(exec.stream)>>>(ForwardOf<T, W>(a), Fp8RowsOutOf(a.fp8));
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+  };
+  // Sums have the order that they have without codes: a warp's for short rows, else a block's.
+  if (columns <= kShortRow) {
+    return columns <= 32 * 4 * N && run.template operator()<32, 4>();
   }
-  DispatchRows<T>(
-      a.x.dim(0), a.x.dim(1), true, [&]<int N, int kThreads>(unsigned grid, dim3 block) {
-        CodesKernel<T, W, kPack, kThreads, kRebuild>
-            <<<grid, block, 0, StreamOf(exec.stream)>>>(ForwardOf<T, W>(a), Fp8RowsOutOf(a.fp8));
-      });
-  CUDA_CHECK(cudaGetLastError());
-  return true;
+  if (columns <= kBlockThreads * 2 * N) return run.template operator()<kBlockThreads, 2>();
+  return columns <= kBlockThreads * 4 * N && run.template operator()<kBlockThreads, 4>();
 }
 
 template <typename T, typename W>
