@@ -794,7 +794,7 @@ TEST_F(CudaOps, Fp8) {
 
 TEST_F(CudaOps, Nf4ToFp8) {
   for (const auto& [N, K] :
-       {std::pair<int64_t, int64_t>{24, 64}, {7, 50}, {300, 192}, {132, 1056}}) {
+       {std::pair<int64_t, int64_t>{24, 64}, {7, 50}, {300, 192}, {132, 1056}, {528, 1280}}) {
     for (const bool transposed : {false, true}) {
       for (const bool twice : {false, true}) {
         const int64_t blocks = Nf4Blocks(N * K), rows = transposed ? K : N, columns = N + K - rows;

@@ -1,11 +1,10 @@
 // NF4 on CUDA. Every product and sum is rounded on its own (no fused multiply-add), as on the CPU:
 // the bits are the same.
-#include <cuda_fp8.h>
-
 #include <cstring>
 
 #include "kernels/core/cuda.cuh"
 #include "kernels/core/dynamic_map.h"
+#include "kernels/fp8/fp8.cuh"
 #include "kernels/nf4/nf4.h"
 
 namespace attune {
@@ -28,22 +27,70 @@ Tables MakeTables() {
   return out;
 }
 
+// Quotients by a number that the host knows, of numbers below 2^31.
+class Divisor {
+ public:
+  explicit Divisor(uint32_t divisor) {
+    while ((uint64_t{1} << shift_) < divisor) ++shift_;
+    const uint64_t rest = (uint64_t{1} << shift_) - divisor;
+    factor_ = static_cast<uint32_t>((rest << 32) / divisor + 1);
+  }
+  __device__ uint32_t Quotient(uint32_t n) const { return (__umulhi(n, factor_) + n) >> shift_; }
+
+ private:
+  uint32_t factor_ = 0, shift_ = 0;
+};
+
+// The tables that are looked into by what differs between threads. Blocks of threads stay for many
+// turns: filling these costs about as much as a turn.
+struct SharedTables {
+  float nf4[16];
+  float map[256];
+
+  __device__ void Fill(const Tables& tables) {  // every thread of a block of 256 or more
+    if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
+    if (threadIdx.x < 256) map[threadIdx.x] = tables.map[threadIdx.x];
+    __syncthreads();
+  }
+};
+
 // ---- Dequantise ----
 
+// A range of a weight, from the block on that its first element is in.
 struct Source {
   const uint8_t* packed;
   const uint8_t* codes;
   const float* absmax;
   const float* absmax2;
-  const float* offset;
-  int64_t first_block;
+  const float* offset_at;
+  uint32_t group_begin;  // of the first group: blocks before the first
+  uint32_t lead;         // of the first block: elements before the first
 
-  __device__ float AbsMax(const float* map, int64_t block) const {
+  __device__ float Offset() const { return absmax != nullptr ? 0.0f : *offset_at; }
+  template <typename Index>  // unsigned
+  __device__ float AbsMax(const float* map, Index block, float offset) const {
     if (absmax != nullptr) return absmax[block];
-    const int64_t group = (first_block + block) / kNf4Group - first_block / kNf4Group;
-    return __fadd_rn(__fmul_rn(map[codes[block]], absmax2[group]), *offset);
+    const Index group = (group_begin + block) / static_cast<Index>(kNf4Group);
+    return __fadd_rn(__fmul_rn(map[codes[block]], absmax2[group]), offset);
   }
 };
+
+template <typename Args>
+Source SourceOf(const Args& a, int64_t first_block, int64_t first_element) {
+  const int64_t block = first_element / kNf4Block, in_groups = first_block % kNf4Group + block;
+  Source out{};
+  out.packed = Data<const uint8_t>(a.packed) + block * (kNf4Block / 2);
+  if (a.absmax.defined()) {
+    out.absmax = Data<const float>(a.absmax) + block;
+  } else {
+    out.codes = Data<const uint8_t>(a.codes) + block;
+    out.absmax2 = Data<const float>(a.absmax2) + in_groups / kNf4Group;
+    out.offset_at = Data<const float>(a.offset);
+  }
+  out.group_begin = static_cast<uint32_t>(in_groups % kNf4Group);
+  out.lead = static_cast<uint32_t>(first_element % kNf4Block);
+  return out;
+}
 
 uint32_t MultiprocessorCount() {
   static const uint32_t count = [] {
@@ -56,47 +103,52 @@ uint32_t MultiprocessorCount() {
 }
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // loads in flight per thread
+constexpr uint32_t kPacks = 4;  // of a thread per turn
+constexpr uint32_t kWarpPacks = 32 * kPacks;
+constexpr uint32_t kBlockPacks = kNf4Block / 8;
 
-// 8 elements, which one 4-byte load brings, per step: `packs` of them in a row. Rows are flattened
-// where they are contiguous.
+// 8 elements, which one 4-byte load brings, are a pack. A warp has kWarpPacks of them per turn, one
+// behind the other, and decodes the maxima of their blocks at once, one in each lane. Rows of
+// `packs`, flattened where they are contiguous.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void DequantizeKernel(const __grid_constant__ Tables tables,
-                                                             Source source, int64_t first_element,
-                                                             T* out, int64_t stride, uint32_t packs,
-                                                             uint32_t total) {
-  __shared__ float nf4[16];
-  __shared__ float map[256];
-  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-  map[threadIdx.x] = tables.map[threadIdx.x];
-  __syncthreads();
-  const uint32_t* packed = reinterpret_cast<const uint32_t*>(source.packed + first_element / 2);
-  // Blocks stay for many turns: filling the tables costs about as much as a turn.
-  for (uint64_t turn = blockIdx.x * (kThreads * kUnroll); turn < total;
-       turn += static_cast<uint64_t>(gridDim.x) * (kThreads * kUnroll)) {
-    const uint32_t base = static_cast<uint32_t>(turn) + threadIdx.x;
-    uint32_t bytes[kUnroll];
-    float absmax[kUnroll];
+__global__ __launch_bounds__(kThreads) void DequantizeKernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Source source, T* out,
+    int64_t stride, uint32_t packs, const __grid_constant__ Divisor by_packs, uint32_t total) {
+  __shared__ SharedTables shared;
+  shared.Fill(tables);
+  const uint32_t lead = source.lead / 8, lane = threadIdx.x % 32;
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(source.packed) + lead;
+  const uint32_t last_block = (lead + total - 1) / kBlockPacks;
+  const float offset = source.Offset();
+  const uint32_t warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  for (uint32_t turn = warp * kWarpPacks; turn < total;
+       turn += gridDim.x * (kThreads / 32) * kWarpPacks) {
+    const uint32_t base = turn + lane;
+    uint32_t bytes[kPacks];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t i = base + u * kThreads;
-      if (i >= total) continue;
-      bytes[u] = __ldg(packed + i);
-      absmax[u] = source.AbsMax(map, (first_element + 8 * static_cast<int64_t>(i)) / kNf4Block);
+    for (uint32_t u = 0; u < kPacks; ++u) bytes[u] = __ldg(packed + min(base + 32 * u, total - 1));
+    const uint32_t block = min(turn / kBlockPacks + lane, last_block);
+    const float own = source.AbsMax(shared.map, block, offset);
+    float absmax[kPacks];
+#pragma unroll
+    for (uint32_t u = 0; u < kPacks; ++u) {
+      absmax[u] = __shfl_sync(0xffffffffu, own, (lead + lane + 32 * u) / kBlockPacks);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t i = base + u * kThreads;
-      if (i >= total) continue;
-      const uint32_t row = i / packs;
-      Pack<T, 8> y;
+    for (uint32_t u = 0; u < kPacks; ++u) {
+      const uint32_t i = base + 32 * u;
+      const auto value = [&](uint32_t places) {  // of a nibble, times 4
+        const char* at = reinterpret_cast<const char*>(shared.nf4) + (places & 0x3c);
+        return __fmul_rn(*reinterpret_cast<const float*>(at), absmax[u]);
+      };
+      Words<T, 8> y;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t byte = bytes[u] >> (8 * j);
-        y.Set(2 * j, __fmul_rn(nf4[(byte >> 4) & 15], absmax[u]));
-        y.Set(2 * j + 1, __fmul_rn(nf4[byte & 15], absmax[u]));
+      for (int j = 0; j < 4; ++j) {  // the upper nibble of a byte is the first
+        const uint32_t low = j == 0 ? bytes[u] << 2 : bytes[u] >> (8 * j - 2);
+        y.SetPair(j, {value(bytes[u] >> (8 * j + 2)), value(low)});
       }
-      y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
+      const uint32_t row = by_packs.Quotient(i);
+      if (i < total) y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
     }
   }
 }
@@ -107,46 +159,38 @@ struct DequantizeElement {
   static constexpr int kPack = 1;
   Tables tables;
   Source source;
-  int64_t first_element, columns;
+  int64_t columns;
   Rows<T> out;
   __device__ void operator()(int64_t row, int64_t column) const {
-    const int64_t e = first_element + row * columns + column;
+    const uint64_t e = source.lead + static_cast<uint64_t>(row * columns + column);
     const int byte = source.packed[e / 2];
     const float value = tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4];
-    *out(row, column) = FromFloat<T>(__fmul_rn(value, source.AbsMax(tables.map, e / kNf4Block)));
+    const float absmax = source.AbsMax(tables.map, e / kNf4Block, source.Offset());
+    *out(row, column) = FromFloat<T>(__fmul_rn(value, absmax));
   }
 };
 
-template <typename Args>
-Source SourceOf(const Args& a, int64_t first_block) {
-  const bool single = a.absmax.defined();
-  return {Data<const uint8_t>(a.packed),
-          single ? nullptr : Data<const uint8_t>(a.codes),
-          single ? Data<const float>(a.absmax) : nullptr,
-          single ? nullptr : Data<const float>(a.absmax2),
-          single ? nullptr : Data<const float>(a.offset),
-          first_block};
+bool Aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 
 template <typename T>
 void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
-  const Source source = SourceOf(a, a.first_block);
+  const Source source = SourceOf(a, a.first_block, a.first_element);
   const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
   if (size == 0) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(source.packed) + a.first_element / 2;
-  const bool packable = a.first_element % 8 == 0 && start % 4 == 0 && Packable(8, {&a.out}) &&
-                        size / 8 < (int64_t{1} << 32) - kThreads * kUnroll;
+  const bool packable = source.lead % 8 == 0 && Aligned(source.packed, 4) &&
+                        Packable(8, {&a.out}) && size / 8 < (int64_t{1} << 31) - (1 << 24);
   if (!packable) {
-    ForEachPack(DequantizeElement<T>{MakeTables(), source, a.first_element, K, RowsOf<T>(a.out)}, N,
-                K, exec.stream);
+    ForEachPack(DequantizeElement<T>{MakeTables(), source, K, RowsOf<T>(a.out)}, N, K, exec.stream);
     return;
   }
   const uint32_t total = static_cast<uint32_t>(size / 8);
   const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
-  const uint32_t blocks = std::min<uint32_t>(
-      (total + kThreads * kUnroll - 1) / (kThreads * kUnroll), 8 * MultiprocessorCount());
+  const uint32_t blocks = std::min<uint32_t>((total + kThreads * kPacks - 1) / (kThreads * kPacks),
+                                             8 * MultiprocessorCount());
   DequantizeKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(
-      MakeTables(), source, a.first_element, Data<T>(a.out), a.out.stride(0), packs, total);
+      MakeTables(), source, Data<T>(a.out), a.out.stride(0), packs, Divisor(packs), total);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -157,39 +201,20 @@ struct ToFp8 {
   const float* scale;
   uint8_t* q;
   int64_t stride, rows, columns;  // rows and columns of W
-
-  __device__ static uint8_t Encode(float v) {
-    return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
-  }
 };
 
 // A block of 64 has 16 values at most, so 16 codes: looked up by the nibbles themselves, four at a
-// time. Two adjacent lanes have the halves of a block; each makes 8 of the codes.
+// time.
 struct CodeTable {
   uint32_t words[4];  // codes 0 to 3, 4 to 7, ...
 
-  // Every lane of the warp, each with its block's maximum.
-  __device__ CodeTable(const float* nf4, float absmax, float inverse) {
-    const bool upper = threadIdx.x % 2 == 1;
-    const float* values = nf4 + (upper ? 8 : 0);
-    uint32_t own[2];
+  __device__ CodeTable(const Tables& tables, float absmax, float inverse) {
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const float2 pair{__fmul_rn(__fmul_rn(values[4 * w + i], absmax), inverse),
-                          __fmul_rn(__fmul_rn(values[4 * w + i + 1], absmax), inverse)};
-        word |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3))
-                << (8 * i);
-      }
-      own[w] = word;
-    }
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, own[w], 1);
-      words[w] = upper ? other : own[w];
-      words[2 + w] = upper ? own[w] : other;
+    for (int w = 0; w < 4; ++w) {
+      const auto value = [&](int i) {
+        return __fmul_rn(__fmul_rn(tables.nf4[4 * w + i], absmax), inverse);
+      };
+      words[w] = Fp8EncodeTwo(value(0), value(1)) | Fp8EncodeTwo(value(2), value(3)) << 16;
     }
   }
 
@@ -200,93 +225,135 @@ struct CodeTable {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(places));
     return out;
   }
-  // Of the four nibbles of 16 bits, the lowest first.
-  __device__ uint32_t Four(uint32_t nibbles) const {
-    const uint32_t place = nibbles & 0x7777u;
-    const uint32_t low = Permute(words[0], words[1], place);
-    const uint32_t high = Permute(words[2], words[3], place);
-    // 0xff where the nibble has its upper bit, else 0x80.
-    const uint32_t spread = Permute(0x80808080u, 0x80808080u, nibbles);
-    const uint32_t mask = (spread & 0x7f7f7f7fu) | (spread & 0x01010101u) << 7;
-    return (low & ~mask) | (high & mask);
+  // By the four lowest nibbles, which have no upper bits; where these were, `upper` is 0xff.
+  __device__ uint32_t Four(uint32_t nibbles, uint32_t upper) const {
+    const uint32_t low = Permute(words[0], words[1], nibbles);
+    const uint32_t high = Permute(words[2], words[3], nibbles);
+    return (low & ~upper) | (high & upper);
   }
   // Of 8 elements: the upper nibble of a byte is the first.
   __device__ uint2 Eight(uint32_t bytes) const {
-    const uint32_t nibbles = (bytes & 0x0f0f0f0fu) << 4 | (bytes >> 4 & 0x0f0f0f0fu);
-    return {Four(nibbles), Four(nibbles >> 16)};
+    const uint32_t raised = bytes << 4;  // the lower nibbles' upper bits are signs now
+    const uint32_t nibbles = (bytes >> 4 & 0x07070707u) | (raised & 0x70707070u);
+    return {Four(nibbles, Permute(bytes, raised, 0xd9c8)),
+            Four(nibbles >> 16, Permute(bytes, raised, 0xfbea))};
+  }
+  // Of 32 elements.
+  __device__ void Half(uint4 bytes, uint4 (&codes)[2]) const {
+    const uint2 a = Eight(bytes.x), b = Eight(bytes.y), c = Eight(bytes.z), d = Eight(bytes.w);
+    codes[0] = {a.x, a.y, b.x, b.y};
+    codes[1] = {c.x, c.y, d.x, d.y};
   }
 };
 
-// A thread turns 32 elements, half a block, per step.
+// A thread turns a block of 64 per step.
 __global__ __launch_bounds__(kThreads) void ToFp8Kernel(const __grid_constant__ Tables tables,
-                                                        const __grid_constant__ ToFp8 x) {
-  __shared__ float nf4[16];
-  __shared__ float map[256];
-  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-  map[threadIdx.x] = tables.map[threadIdx.x];
-  __syncthreads();
+                                                        const __grid_constant__ ToFp8 x,
+                                                        const __grid_constant__ Divisor by_blocks) {
+  __shared__ SharedTables shared;
+  shared.Fill(tables);
   const uint4* packed = reinterpret_cast<const uint4*>(x.source.packed);
-  const float inverse = __frcp_rn(*x.scale);
-  const uint32_t halves = static_cast<uint32_t>(x.columns / 32);
-  const uint32_t total = static_cast<uint32_t>(x.rows) * halves;
-  const uint32_t step = gridDim.x * kThreads;
-  for (uint32_t begin = blockIdx.x * kThreads; begin < total; begin += step) {
-    const uint32_t wanted = begin + threadIdx.x, i = min(wanted, total - 1);
-    const uint4 bytes = __ldg(packed + i);
-    const CodeTable table(nf4, x.source.AbsMax(map, i / 2), inverse);
-    if (wanted >= total) continue;
-    const uint32_t row = i / halves;
-    const uint2 a = table.Eight(bytes.x), b = table.Eight(bytes.y), c = table.Eight(bytes.z),
-                d = table.Eight(bytes.w);
-    uint4* to = reinterpret_cast<uint4*>(x.q + row * x.stride +
-                                         32 * static_cast<int64_t>(i - row * halves));
-    to[0] = {a.x, a.y, b.x, b.y};
-    to[1] = {c.x, c.y, d.x, d.y};
+  const float inverse = __frcp_rn(*x.scale), offset = x.source.Offset();
+  const uint32_t blocks = static_cast<uint32_t>(x.columns / kNf4Block);
+  const uint32_t total = static_cast<uint32_t>(x.rows) * blocks;
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < total; i += gridDim.x * kThreads) {
+    const uint4 bytes[2] = {__ldg(packed + 2 * static_cast<int64_t>(i)),
+                            __ldg(packed + 2 * static_cast<int64_t>(i) + 1)};
+    const CodeTable table(tables, x.source.AbsMax(shared.map, i, offset), inverse);
+    const uint32_t row = by_blocks.Quotient(i);
+    uint4* to = reinterpret_cast<uint4*>(x.q + row * x.stride) + 4 * (i - row * blocks);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 codes[2];
+      table.Half(bytes[half], codes);
+      to[2 * half] = codes[0];
+      to[2 * half + 1] = codes[1];
+    }
   }
 }
 
-// W^T: a block of threads turns 128 rows by 64 columns of W, a thread half a row of that.
-constexpr int kTurnRows = 128;
-constexpr int kTurnColumns = 64;
+// W^T: a block of threads turns a square of W, in which a thread first has one block of 64, then 16
+// rows of 4 columns. In between the rows lie in shared memory in the order 0, 16, 32, ..., 1, 17,
+// ...: so, and with kPitch, neither way of reading it meets a bank twice.
+constexpr int kSquare = 128;
+constexpr int kRun = 16;  // rows, the bytes of a store
+constexpr int kRuns = kSquare / kRun;
+constexpr int kPitch = kSquare + 16;
+static_assert(kThreads == kSquare * (kSquare / kNf4Block) && kThreads == kRuns * (kSquare / 4));
 
+// The bytes of four words the other way round: byte i of word j is byte j of word i of `out`.
+__device__ void Transpose(const uint32_t* words, uint32_t (&out)[4]) {
+  const uint32_t low[2] = {__byte_perm(words[0], words[1], 0x5140),
+                           __byte_perm(words[2], words[3], 0x5140)};
+  const uint32_t high[2] = {__byte_perm(words[0], words[1], 0x7362),
+                            __byte_perm(words[2], words[3], 0x7362)};
+  out[0] = __byte_perm(low[0], low[1], 0x5410);
+  out[1] = __byte_perm(low[0], low[1], 0x7632);
+  out[2] = __byte_perm(high[0], high[1], 0x5410);
+  out[3] = __byte_perm(high[0], high[1], 0x7632);
+}
+
+// `across` squares cover the columns, `squares` all of W.
 __global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(const __grid_constant__ Tables tables,
-                                                              const __grid_constant__ ToFp8 x) {
-  __shared__ float nf4[16];
-  __shared__ float map[256];
-  __shared__ alignas(4) uint8_t tile[kTurnColumns][kTurnRows + 4];
-  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-  map[threadIdx.x] = tables.map[threadIdx.x];
-  __syncthreads();
-  const float inverse = __frcp_rn(*x.scale);
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTurnRows;
-  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTurnColumns;
-  {
-    const int row = threadIdx.x / 2, column = threadIdx.x % 2 * 32;
-    const int64_t e = min(row0 + row, x.rows - 1) * x.columns + column0 + column;
-    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(x.source.packed) + e / 32);
-    const CodeTable table(nf4, x.source.AbsMax(map, e / kNf4Block), inverse);
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+                                                              const __grid_constant__ ToFp8 x,
+                                                              uint32_t across, uint32_t squares) {
+  __shared__ SharedTables shared;
+  __shared__ alignas(16) uint8_t square[kSquare * kPitch];
+  shared.Fill(tables);
+  const uint4* packed = reinterpret_cast<const uint4*>(x.source.packed);
+  const float inverse = __frcp_rn(*x.scale), offset = x.source.Offset();
+  const int thread = static_cast<int>(threadIdx.x);
+  for (uint32_t turn = blockIdx.x; turn < squares; turn += gridDim.x) {
+    const int64_t row0 = static_cast<int64_t>(turn / across) * kSquare;
+    const int64_t column0 = static_cast<int64_t>(turn % across) * kSquare;
+    {
+      const int place = thread / 2, column = thread % 2 * static_cast<int>(kNf4Block);
+      const int64_t row = row0 + place % kRuns * kRun + place / kRuns;
+      if (row < x.rows && column0 + column < x.columns) {
+        const auto block = static_cast<uint32_t>((row * x.columns + column0 + column) / kNf4Block);
+        const uint4 bytes[2] = {__ldg(packed + 2 * static_cast<int64_t>(block)),
+                                __ldg(packed + 2 * static_cast<int64_t>(block) + 1)};
+        const CodeTable table(tables, x.source.AbsMax(shared.map, block, offset), inverse);
+        uint4* to = reinterpret_cast<uint4*>(square + place * kPitch + column);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint2 codes = table.Eight(words[w]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        tile[column + 8 * w + j][row] = static_cast<uint8_t>(codes.x >> (8 * j));
-        tile[column + 8 * w + 4 + j][row] = static_cast<uint8_t>(codes.y >> (8 * j));
+        for (int half = 0; half < 2; ++half) {
+          uint4 codes[2];
+          table.Half(bytes[half], codes);
+          to[2 * half] = codes[0];
+          to[2 * half + 1] = codes[1];
+        }
       }
     }
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  const int64_t row = row0 + 4 * lane;
-  for (int j = threadIdx.x / 32; j < kTurnColumns; j += kThreads / 32) {
-    uint8_t* to = x.q + (column0 + j) * x.stride + row;
-    const uint8_t* from = &tile[j][4 * lane];
-    if (row + 4 <= x.rows) {
-      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-    } else {
-      for (int64_t i = 0; row + i < x.rows; ++i) to[i] = from[i];
+    __syncthreads();
+    const int run = thread % kRuns, column = thread / kRuns * 4;
+    const int64_t row = row0 + run * kRun;
+    uint32_t turned[4][kRun / 4];  // [column][four rows]
+#pragma unroll
+    for (int four = 0; four < kRun / 4; ++four) {
+      uint32_t words[4], out[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int place = (4 * four + i) * kRuns + run;
+        words[i] = *reinterpret_cast<const uint32_t*>(square + place * kPitch + column);
+      }
+      Transpose(words, out);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) turned[i][four] = out[i];
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column0 + column >= x.columns) break;
+      uint8_t* to = x.q + (column0 + column + i) * x.stride + row;
+      if (row + kRun <= x.rows) {
+        *reinterpret_cast<uint4*>(to) = {turned[i][0], turned[i][1], turned[i][2], turned[i][3]};
+        continue;
+      }
+#pragma unroll
+      for (int r = 0; r < kRun; ++r) {
+        if (row + r < x.rows) to[r] = static_cast<uint8_t>(turned[i][r / 4] >> (8 * (r % 4)));
+      }
+    }
+    __syncthreads();  // before the next square
   }
 }
 
@@ -297,11 +364,11 @@ struct ToFp8Element {
   ToFp8 x;
   bool turned;
   __device__ void operator()(int64_t row, int64_t column) const {
-    const int64_t e = row * x.columns + column;
+    const uint64_t e = static_cast<uint64_t>(row * x.columns + column);
     const int byte = x.source.packed[e / 2];
-    const float value = __fmul_rn(tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4],
-                                  x.source.AbsMax(tables.map, e / kNf4Block));
-    const uint8_t code = ToFp8::Encode(__fmul_rn(value, __frcp_rn(*x.scale)));
+    const float absmax = x.source.AbsMax(tables.map, e / kNf4Block, x.source.Offset());
+    const float value = __fmul_rn(tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4], absmax);
+    const uint8_t code = Fp8Encode(__fmul_rn(value, __frcp_rn(*x.scale)));
     (turned ? x.q[column * x.stride + row] : x.q[row * x.stride + column]) = code;
   }
 };
@@ -414,29 +481,28 @@ void Nf4DequantizeCuda(const Exec& exec, const Nf4DequantizeArgs& a) {
 void Nf4ToFp8Cuda(const Exec& exec, const Nf4ToFp8Args& a) {
   const bool turned = a.transposed;
   const TensorView& out = a.q;
-  const ToFp8 x{SourceOf(a, 0), Data<const float>(a.scale), Data<uint8_t>(out),
-                out.stride(0),  out.dim(turned ? 1 : 0),    out.dim(turned ? 0 : 1)};
+  const ToFp8 x{SourceOf(a, 0, 0), Data<const float>(a.scale), Data<uint8_t>(out),
+                out.stride(0),     out.dim(turned ? 1 : 0),    out.dim(turned ? 0 : 1)};
   if (x.rows == 0 || x.columns == 0) return;
   const cudaStream_t stream = StreamOf(exec.stream);
-  const auto aligned = [](const void* p, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-  };
-  const bool packable = x.columns % (turned ? kTurnColumns : 32) == 0 &&
-                        aligned(x.source.packed, 16) && aligned(x.q, 16) && x.stride % 16 == 0 &&
-                        x.rows * x.columns / 32 < (int64_t{1} << 31);
+  const int64_t blocks = x.rows * x.columns / kNf4Block;
+  const bool packable = x.columns % kNf4Block == 0 && Aligned(x.source.packed, 16) &&
+                        Aligned(x.q, 16) && x.stride % 16 == 0 &&
+                        blocks < (int64_t{1} << 31) - (1 << 24);
   if (!packable) {
     ForEachPack(ToFp8Element{MakeTables(), x, turned}, x.rows, x.columns, exec.stream);
     return;
   }
   if (turned) {
-    const dim3 grid(static_cast<unsigned>(x.columns / kTurnColumns),
-                    static_cast<unsigned>((x.rows + kTurnRows - 1) / kTurnRows));
-    ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), x);
+    const auto across = static_cast<uint32_t>((x.columns + kSquare - 1) / kSquare);
+    const auto squares = across * static_cast<uint32_t>((x.rows + kSquare - 1) / kSquare);
+    const uint32_t grid = std::min(squares, 5 * MultiprocessorCount());
+    ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), x, across, squares);
   } else {
-    const int64_t total = x.rows * x.columns / 32;
-    const auto blocks = static_cast<uint32_t>(
-        std::min<int64_t>((total + kThreads - 1) / kThreads, 16 * MultiprocessorCount()));
-    ToFp8Kernel<<<blocks, kThreads, 0, stream>>>(MakeTables(), x);
+    const auto grid = static_cast<uint32_t>(
+        std::min<int64_t>((blocks + kThreads - 1) / kThreads, 8 * MultiprocessorCount()));
+    ToFp8Kernel<<<grid, kThreads, 0, stream>>>(
+        MakeTables(), x, Divisor(static_cast<uint32_t>(x.columns / kNf4Block)));
   }
   CUDA_CHECK(cudaGetLastError());
 }
