@@ -96,12 +96,14 @@ TEST_P(GradientTest, EqualsFiniteDifferencesInDouble) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GradientTest,
-                         testing::Combine(testing::Values("dense", "nf4", "rslora"),
+                         testing::Combine(testing::Values("dense", "nf4"),
                                           testing::Values(0.0, 0.3), testing::Bool()));
+INSTANTIATE_TEST_SUITE_P(Scale, GradientTest,
+                         testing::Values(std::make_tuple("rslora", 0.3, false)));
 INSTANTIATE_TEST_SUITE_P(Trained, GradientTest,
                          testing::Combine(testing::Values("modules", "modules_head", "modules_tied",
                                                           "drawn"),
-                                          testing::Values(0.0, 0.3), testing::Bool()));
+                                          testing::Values(0.0, 0.3), testing::Values(true)));
 // With everything in its place their gradients are the oracle's (engine_parity_test).
 INSTANTIATE_TEST_SUITE_P(Families, GradientTest,
                          testing::Combine(testing::ValuesIn(kFamilyCases),
@@ -395,8 +397,8 @@ TEST_P(TileTest, TilesOfTheMlpGiveWhatAllRowsAtOnceGive) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, TileTest,
-                         testing::Combine(testing::Values("dense", "nf4"),
-                                          testing::Values(0.0, 0.3), testing::Values(1, 7, 1000)));
+                         testing::Combine(testing::Values("nf4"), testing::Values(0.0, 0.3),
+                                          testing::Values(3, 1000)));
 INSTANTIATE_TEST_SUITE_P(Trained, TileTest,
                          testing::Combine(testing::ValuesIn(kTrainedCases), testing::Values(0.3),
                                           testing::Values(7)));
