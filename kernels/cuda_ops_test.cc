@@ -114,8 +114,9 @@ TEST_F(CudaOps, Nf4Dequantize) {
   struct Case {
     int64_t n, k, pad, first_element, first_block;
   };
-  for (const Case& c : {Case{16, 256, 0, 0, 0}, Case{40, 512, 16, 64, 300}, Case{7, 100, 0, 0, 0},
-                        Case{5, 37, 1, 13, 255}, Case{64, 4096, 0, 0, 0}}) {
+  for (const Case& c :
+       {Case{16, 256, 0, 0, 0}, Case{40, 512, 16, 64, 300}, Case{7, 100, 0, 0, 0},
+        Case{5, 37, 1, 13, 255}, Case{64, 4096, 0, 0, 0}, Case{40, 520, 8, 24, 300}}) {
     for (DType dtype : kDTypes) {
       const int64_t end = c.first_element + c.n * c.k, blocks = Nf4Blocks(end);
       Tensor packed(DType::kU8, {Nf4PackedBytes(end)}), codes(DType::kU8, {blocks});

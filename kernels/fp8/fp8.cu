@@ -209,7 +209,7 @@ __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w
   }
 }
 
-// ---- The adapter's share: a thread per column of a row ----
+// ---- The adapter's share: a thread per kColumns adjacent columns of a row, of one part ----
 
 template <typename T>
 struct Extension {
@@ -219,61 +219,71 @@ struct Extension {
     int64_t begin, end;  // rows of W
   };
   Part part[kMaxLoraParts];
-  int parts, r, columns;  // columns: Fp8Extension(parts * r)
-  int64_t rows, k;        // rows: of q
+  uint32_t parts, r, columns;  // columns: Fp8Extension(parts * r)
+  uint32_t threads;            // rows of q * parts * r / kColumns
+  int64_t k;
   const float* scale;
   Rows<uint8_t> q;
   bool turned;
   float factor;
 
-  __device__ float B(int64_t row, int j) const {
-    const Part& x = part[j / r];
+  // Of column j of a part, beside a row of W or, turned, of W^T.
+  __device__ float Value(const Part& x, int64_t row, uint32_t j) const {
+    if (turned) return ToFloat(x.a[j * k + row]);
     if (row < x.begin || row >= x.end) return 0.0f;
-    return __fmul_rn(factor, ToFloat(x.b[(row - x.begin) * r + j % r]));
-  }
-  __device__ float A(int64_t column, int j) const {
-    return ToFloat(part[j / r].a[(j % r) * k + column]);
+    return __fmul_rn(factor, ToFloat(x.b[(row - x.begin) * r + j]));
   }
 };
 
-template <typename T>
+template <typename T, int kColumns>
 __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__ Extension<T> x) {
-  const int e = x.parts * x.r;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = i / x.columns;
-  const int j = static_cast<int>(i - row * x.columns);
-  if (row >= x.rows) return;
-  uint8_t* out = x.q(row, 0);
-  if (j >= 3 * e) out[j] = 0;
-  if (j >= e) return;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread >= x.threads) return;
+  const uint32_t e = x.parts * x.r, row = thread / (e / kColumns);
+  const uint32_t column = (thread - row * (e / kColumns)) * kColumns, part = column / x.r;
   const float inverse = __fmul_rn(kFp8AdapterRoom, __frcp_rn(*x.scale));
-  const TwoCodes codes(__fmul_rn(x.turned ? x.A(row, j) : x.B(row, j), inverse));
-  out[j] = out[e + j] = codes.high;
-  out[2 * e + j] = codes.low;
+  uint8_t* out = x.q(row, 0);
+  Pack<uint8_t, kColumns> high, low;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const float v = x.Value(x.part[part], row, column - part * x.r + i);
+    const TwoCodes codes(__fmul_rn(v, inverse));
+    high.v[i] = codes.high;
+    low.v[i] = codes.low;
+  }
+  high.Store(out + column);
+  high.Store(out + e + column);
+  low.Store(out + 2 * e + column);
+  if (column > 0) return;
+  for (uint32_t j = 3 * e; j < x.columns; ++j) out[j] = 0;
 }
 
 template <typename T>
 void Extend(const Exec& exec, const Fp8ExtendArgs& a) {
   Extension<T> x{};
-  x.parts = static_cast<int>(a.parts.size());
-  for (int i = 0; i < x.parts; ++i) {
+  x.parts = static_cast<uint32_t>(a.parts.size());
+  for (uint32_t i = 0; i < x.parts; ++i) {
     const LoraExtendPart& part = a.parts[i];
     x.part[i] = {Data<const T>(part.a), Data<const T>(part.b), part.row_begin,
                  part.row_begin + part.b.dim(0)};
   }
-  x.r = static_cast<int>(a.parts[0].a.dim(0));
+  x.r = static_cast<uint32_t>(a.parts[0].a.dim(0));
   x.turned = a.transposed;
   const TensorView& out = a.q;
-  x.columns = static_cast<int>(out.dim(1));
-  x.rows = out.dim(0);
+  x.columns = static_cast<uint32_t>(out.dim(1));
   x.k = a.parts[0].a.dim(1);
   x.scale = Data<const float>(a.scale);
   x.q = RowsOf<uint8_t>(out);
   x.factor = static_cast<float>(a.factor);
-  const int64_t elements = x.columns * x.rows;
-  if (elements == 0) return;
-  const unsigned blocks = static_cast<unsigned>((elements + kThreads - 1) / kThreads);
-  ExtendKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(x);
+  const bool fours = x.r % 4 == 0 && Packable(4, {&out});
+  const int64_t threads = out.dim(0) * x.parts * x.r / (fours ? 4 : 1);
+  CHECK(threads < int64_t{1} << 31);
+  if (threads == 0) return;
+  x.threads = static_cast<uint32_t>(threads);
+  const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+  const cudaStream_t stream = StreamOf(exec.stream);
+  fours ? ExtendKernel<T, 4><<<blocks, kThreads, 0, stream>>>(x)
+        : ExtendKernel<T, 1><<<blocks, kThreads, 0, stream>>>(x);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -9,11 +9,18 @@ TensorView GradientRows(const GatedActivationBackwardArgs& args);
 
 namespace {
 
+// 1 / x, within an ulp, of x >= 1: one instruction, where a division is ten and a branch.
+__device__ float Reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // act(x), and its derivative in *slope.
 template <Activation kActivation>
 __device__ float Activate(float x, float* slope) {
   if constexpr (kActivation == Activation::kSilu) {
-    const float sigmoid = 1.0f / (1.0f + expf(-x));
+    const float sigmoid = Reciprocal(1.0f + expf(-x));
     *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
     return x * sigmoid;
   } else if constexpr (kActivation == Activation::kGeluTanh) {
