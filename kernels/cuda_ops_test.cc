@@ -832,5 +832,62 @@ TEST_F(CudaOps, Nf4ToFp8) {
   }
 }
 
+// Stacked parts in one call: more than one launch takes, and one that cannot be read in packs.
+TEST_F(CudaOps, Nf4PartsTogether) {
+  constexpr int64_t kRows[] = {144, 16, 304, 1, 64, 40};
+  for (const int64_t K : {64, 192, 200, 1280}) {
+    int64_t N = 0;
+    std::vector<Operand> operands;
+    for (const int64_t rows : kRows) {
+      const int64_t blocks = Nf4Blocks(rows * K);
+      Tensor packed(DType::kU8, {Nf4PackedBytes(rows * K)}), codes(DType::kU8, {blocks});
+      for (int64_t i = 0; i < packed.size(); ++i) packed.Set(i, static_cast<double>(rng_() % 256));
+      for (int64_t i = 0; i < blocks; ++i) codes.Set(i, static_cast<double>(rng_() % 256));
+      const Tensor absmax2 = Random(DType::kF32, {Nf4Groups(blocks)});
+      for (const Tensor& t : {packed, codes, absmax2, Random(DType::kF32, {1})}) {
+        operands.push_back({t});
+      }
+      N += rows;
+    }
+    const size_t outputs = operands.size();
+    Tensor scale(DType::kF32, {1});
+    operands.push_back({scale.Constant(0.02)});
+    operands.push_back({Tensor(DType::kBF16, {N, K}, 8)});
+    operands.push_back({Tensor(DType::kF8E4M3, {N, K}, 64 - K % 16)});
+    operands.push_back({Tensor(DType::kF8E4M3, {K, N}, 32 - N % 16)});
+    ExpectGpuAsCpu("nf4 parts of " + std::to_string(K), operands,
+                   [&](const Exec& exec, const Views& v, Scratch&) {
+                     std::vector<Nf4DequantizeArgs> values;
+                     std::vector<Nf4ToFp8Args> codes[2];
+                     int64_t begin = 0, at = 0;
+                     for (const int64_t rows : kRows) {
+                       const int64_t end = begin + rows;
+                       const TensorView to[] = {v[outputs + 1].Slice(0, begin, end),
+                                                v[outputs + 2].Slice(0, begin, end),
+                                                v[outputs + 3].Slice(1, begin, end)};
+                       Nf4ToFp8Args args{.packed = v[at],
+                                         .codes = v[at + 1],
+                                         .absmax2 = v[at + 2],
+                                         .offset = v[at + 3],
+                                         .scale = v[outputs]};
+                       values.push_back({.packed = args.packed,
+                                         .codes = args.codes,
+                                         .absmax2 = args.absmax2,
+                                         .offset = args.offset,
+                                         .out = to[0]});
+                       for (const bool transposed : {false, true}) {
+                         args.q = to[transposed ? 2 : 1];
+                         args.transposed = transposed;
+                         codes[transposed].push_back(args);
+                       }
+                       begin = end;
+                       at += 4;
+                     }
+                     Nf4Dequantize(exec, values);
+                     for (const auto& some : codes) Nf4ToFp8(exec, some);
+                   });
+  }
+}
+
 }  // namespace
 }  // namespace attune

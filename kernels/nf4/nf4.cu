@@ -11,9 +11,10 @@ namespace attune {
 namespace {
 
 constexpr float kMinAbsMax = 1e-38f;
+constexpr int kThreads = 256;
 
 // Passed by value, so that a captured graph needs nothing else.
-struct Tables {
+struct alignas(16) Tables {
   float nf4[16];
   float borders[16];  // between codes i and i + 1; the last is not used
   float map[256];
@@ -30,6 +31,7 @@ Tables MakeTables() {
 // Quotients by a number that the host knows, of numbers below 2^31.
 class Divisor {
  public:
+  Divisor() = default;
   explicit Divisor(uint32_t divisor) {
     while ((uint64_t{1} << shift_) < divisor) ++shift_;
     const uint64_t rest = (uint64_t{1} << shift_) - divisor;
@@ -41,20 +43,64 @@ class Divisor {
   uint32_t factor_ = 0, shift_ = 0;
 };
 
-// The tables that are looked into by what differs between threads. Blocks of threads stay for many
-// turns: filling these costs about as much as a turn.
-struct SharedTables {
-  float nf4[16];
-  float map[256];
+// What one launch does: parts, each of so many units of work, which blocks of threads take.
+constexpr int kMostParts = 4;
 
-  __device__ void Fill(const Tables& tables) {  // every thread of a block of 256 or more
-    if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-    if (threadIdx.x < 256) map[threadIdx.x] = tables.map[threadIdx.x];
+template <typename Part>
+struct Parts {
+  Part part[kMostParts] = {};
+  uint32_t end[kMostParts] = {};  // of a part's units, counted over all parts
+  int count = 0;
+
+  void Add(const Part& added, int64_t units) {
+    const uint32_t begin = this->units();
+    for (int i = count; i < kMostParts; ++i) end[i] = begin + static_cast<uint32_t>(units);
+    part[count++] = added;
+  }
+  __host__ __device__ uint32_t units() const { return end[kMostParts - 1]; }
+  // The part of a unit, which becomes one of this part's own.
+  __device__ const Part& Find(uint32_t* unit) const {
+    int found = 0;
+    uint32_t begin = 0;
+#pragma unroll
+    for (int i = 1; i < kMostParts; ++i) {
+      if (*unit < end[i - 1]) continue;
+      found = i;
+      begin = end[i - 1];
+    }
+    *unit -= begin;
+    return part[found];
+  }
+};
+
+// The tables that are looked into by what differs between threads.
+struct alignas(16) SharedTables {
+  float map[256];
+  float nf4[16];
+
+  // By every thread of a block of kThreads. Parameters come to a warp one address at a time, so in
+  // words of 16 bytes.
+  __device__ void Fill(const Tables& tables) {
+    const auto copy = [](const float* from, float* to) {
+      *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
+    };
+    const unsigned t = threadIdx.x;
+    if (t < 64) copy(tables.map + 4 * t, map + 4 * t);
+    if (t >= 64 && t < 68) copy(tables.nf4 + 4 * (t - 64), nf4 + 4 * (t - 64));
     __syncthreads();
   }
 };
 
 // ---- Dequantise ----
+
+// A block's maximum as it is stored, so that it can be on its way while other things are done.
+struct Maximum {
+  uint32_t code;
+  float scale, offset;
+  __device__ float Value(const float* map) const {
+    return __fadd_rn(__fmul_rn(code < 256 ? map[code] : 1.0f, scale), offset);
+  }
+};
 
 // A range of a weight, from the block on that its first element is in.
 struct Source {
@@ -62,16 +108,14 @@ struct Source {
   const uint8_t* codes;
   const float* absmax;
   const float* absmax2;
-  const float* offset_at;
+  const float* offset;
   uint32_t group_begin;  // of the first group: blocks before the first
   uint32_t lead;         // of the first block: elements before the first
 
-  __device__ float Offset() const { return absmax != nullptr ? 0.0f : *offset_at; }
   template <typename Index>  // unsigned
-  __device__ float AbsMax(const float* map, Index block, float offset) const {
-    if (absmax != nullptr) return absmax[block];
-    const Index group = (group_begin + block) / static_cast<Index>(kNf4Group);
-    return __fadd_rn(__fmul_rn(map[codes[block]], absmax2[group]), offset);
+  __device__ Maximum Load(Index block) const {
+    if (absmax != nullptr) return {256, absmax[block], 0.0f};
+    return {codes[block], absmax2[(group_begin + block) / static_cast<Index>(kNf4Group)], *offset};
   }
 };
 
@@ -85,7 +129,7 @@ Source SourceOf(const Args& a, int64_t first_block, int64_t first_element) {
   } else {
     out.codes = Data<const uint8_t>(a.codes) + block;
     out.absmax2 = Data<const float>(a.absmax2) + in_groups / kNf4Group;
-    out.offset_at = Data<const float>(a.offset);
+    out.offset = Data<const float>(a.offset);
   }
   out.group_begin = static_cast<uint32_t>(in_groups % kNf4Group);
   out.lead = static_cast<uint32_t>(first_element % kNf4Block);
@@ -102,54 +146,77 @@ uint32_t MultiprocessorCount() {
   return count;
 }
 
-constexpr int kThreads = 256;
-constexpr uint32_t kPacks = 4;  // of a thread per turn
+constexpr uint32_t kPacks = 4;                    // of a thread per unit
+constexpr int64_t kMostPacks = int64_t{1} << 29;  // of one part: counts stay below 2^31
 constexpr uint32_t kWarpPacks = 32 * kPacks;
 constexpr uint32_t kBlockPacks = kNf4Block / 8;
 
-// 8 elements, which one 4-byte load brings, are a pack. A warp has kWarpPacks of them per turn, one
-// behind the other, and decodes the maxima of their blocks at once, one in each lane. Rows of
-// `packs`, flattened where they are contiguous.
+// 8 elements, which one 4-byte load brings, are a pack. Rows of `packs`, flattened where they are
+// contiguous.
+template <typename T>
+struct Dequantization {
+  Source source;
+  T* out;
+  int64_t stride;
+  uint32_t packs, total;
+  Divisor by_packs;
+};
+
+// A unit is kThreads * kPacks packs. A warp has kWarpPacks of them, one behind the other, and
+// decodes the maxima of their blocks at once, one in each lane. The next unit is read before this
+// one is written.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void DequantizeKernel(
-    const __grid_constant__ Tables tables, const __grid_constant__ Source source, T* out,
-    int64_t stride, uint32_t packs, const __grid_constant__ Divisor by_packs, uint32_t total) {
+    const __grid_constant__ Tables tables, const __grid_constant__ Parts<Dequantization<T>> parts) {
   __shared__ SharedTables shared;
-  shared.Fill(tables);
-  const uint32_t lead = source.lead / 8, lane = threadIdx.x % 32;
-  const uint32_t* packed = reinterpret_cast<const uint32_t*>(source.packed) + lead;
-  const uint32_t last_block = (lead + total - 1) / kBlockPacks;
-  const float offset = source.Offset();
-  const uint32_t warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-  for (uint32_t turn = warp * kWarpPacks; turn < total;
-       turn += gridDim.x * (kThreads / 32) * kWarpPacks) {
-    const uint32_t base = turn + lane;
+  struct Loaded {
     uint32_t bytes[kPacks];
-#pragma unroll
-    for (uint32_t u = 0; u < kPacks; ++u) bytes[u] = __ldg(packed + min(base + 32 * u, total - 1));
-    const uint32_t block = min(turn / kBlockPacks + lane, last_block);
-    const float own = source.AbsMax(shared.map, block, offset);
-    float absmax[kPacks];
+    Maximum maximum;
+  };
+  const uint32_t lane = threadIdx.x % 32;
+  const auto first_of = [](uint32_t unit) {
+    return (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpPacks;
+  };
+  const auto load = [&](uint32_t unit) {
+    const Dequantization<T>& x = parts.Find(&unit);
+    const uint32_t lead = x.source.lead / 8, first = first_of(unit), last = x.total - 1;
+    const uint32_t* packed = reinterpret_cast<const uint32_t*>(x.source.packed) + lead;
+    Loaded out;
 #pragma unroll
     for (uint32_t u = 0; u < kPacks; ++u) {
-      absmax[u] = __shfl_sync(0xffffffffu, own, (lead + lane + 32 * u) / kBlockPacks);
+      out.bytes[u] = __ldg(packed + min(first + lane + 32 * u, last));
     }
+    out.maximum = x.source.Load(min(first / kBlockPacks + lane, (lead + last) / kBlockPacks));
+    return out;
+  };
+  Loaded now = load(blockIdx.x);
+  shared.Fill(tables);
+  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
+    Loaded next = now;
+    if (turn + gridDim.x < parts.units()) next = load(turn + gridDim.x);
+    uint32_t unit = turn;
+    const Dequantization<T>& x = parts.Find(&unit);
+    const float own = now.maximum.Value(shared.map);
 #pragma unroll
     for (uint32_t u = 0; u < kPacks; ++u) {
-      const uint32_t i = base + 32 * u;
+      const uint32_t i = first_of(unit) + lane + 32 * u, bytes = now.bytes[u];
+      const float absmax =
+          __shfl_sync(0xffffffffu, own, (x.source.lead / 8 + lane + 32 * u) / kBlockPacks);
       const auto value = [&](uint32_t places) {  // of a nibble, times 4
         const char* at = reinterpret_cast<const char*>(shared.nf4) + (places & 0x3c);
-        return __fmul_rn(*reinterpret_cast<const float*>(at), absmax[u]);
+        return __fmul_rn(*reinterpret_cast<const float*>(at), absmax);
       };
       Words<T, 8> y;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // the upper nibble of a byte is the first
-        const uint32_t low = j == 0 ? bytes[u] << 2 : bytes[u] >> (8 * j - 2);
-        y.SetPair(j, {value(bytes[u] >> (8 * j + 2)), value(low)});
+        const uint32_t low = j == 0 ? bytes << 2 : bytes >> (8 * j - 2);
+        y.SetPair(j, {value(bytes >> (8 * j + 2)), value(low)});
       }
-      const uint32_t row = by_packs.Quotient(i);
-      if (i < total) y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
+      const uint32_t row = x.by_packs.Quotient(i);
+      if (i < x.total)
+        y.Store(x.out + row * x.stride + 8 * static_cast<int64_t>(i - row * x.packs));
     }
+    now = next;
   }
 }
 
@@ -165,7 +232,7 @@ struct DequantizeElement {
     const uint64_t e = source.lead + static_cast<uint64_t>(row * columns + column);
     const int byte = source.packed[e / 2];
     const float value = tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4];
-    const float absmax = source.AbsMax(tables.map, e / kNf4Block, source.Offset());
+    const float absmax = source.Load(e / kNf4Block).Value(tables.map);
     *out(row, column) = FromFloat<T>(__fmul_rn(value, absmax));
   }
 };
@@ -174,24 +241,38 @@ bool Aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 
+uint32_t GridOf(uint32_t units, uint32_t blocks_per_multiprocessor) {
+  return std::min(units, blocks_per_multiprocessor * MultiprocessorCount());
+}
+
 template <typename T>
-void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
-  const Source source = SourceOf(a, a.first_block, a.first_element);
-  const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
-  if (size == 0) return;
-  const bool packable = source.lead % 8 == 0 && Aligned(source.packed, 4) &&
-                        Packable(8, {&a.out}) && size / 8 < (int64_t{1} << 31) - (1 << 24);
-  if (!packable) {
-    ForEachPack(DequantizeElement<T>{MakeTables(), source, K, RowsOf<T>(a.out)}, N, K, exec.stream);
-    return;
+void Dequantize(const Exec& exec, std::span<const Nf4DequantizeArgs> all) {
+  Parts<Dequantization<T>> parts;
+  const auto launch = [&] {
+    if (parts.count == 0) return;
+    DequantizeKernel<T>
+        <<<GridOf(parts.units(), 8), kThreads, 0, StreamOf(exec.stream)>>>(MakeTables(), parts);
+    CUDA_CHECK(cudaGetLastError());
+    parts = {};
+  };
+  for (const Nf4DequantizeArgs& a : all) {
+    const Source source = SourceOf(a, a.first_block, a.first_element);
+    const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
+    if (size == 0) continue;
+    const bool packable = source.lead % 8 == 0 && Aligned(source.packed, 4) &&
+                          Packable(8, {&a.out}) && size / 8 < kMostPacks;
+    if (!packable) {
+      ForEachPack(DequantizeElement<T>{MakeTables(), source, K, RowsOf<T>(a.out)}, N, K,
+                  exec.stream);
+      continue;
+    }
+    const auto total = static_cast<uint32_t>(size / 8);
+    const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
+    parts.Add({source, Data<T>(a.out), a.out.stride(0), packs, total, Divisor(packs)},
+              (total + kThreads * kPacks - 1) / (kThreads * kPacks));
+    if (parts.count == kMostParts) launch();
   }
-  const uint32_t total = static_cast<uint32_t>(size / 8);
-  const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
-  const uint32_t blocks = std::min<uint32_t>((total + kThreads * kPacks - 1) / (kThreads * kPacks),
-                                             8 * MultiprocessorCount());
-  DequantizeKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(
-      MakeTables(), source, Data<T>(a.out), a.out.stride(0), packs, Divisor(packs), total);
-  CUDA_CHECK(cudaGetLastError());
+  launch();
 }
 
 // ---- To codes of 8-bit floats ----
@@ -201,22 +282,21 @@ struct ToFp8 {
   const float* scale;
   uint8_t* q;
   int64_t stride, rows, columns;  // rows and columns of W
+  uint32_t blocks;                // of 64
+  uint32_t across;                // blocks, or turned squares, in a row
+  Divisor by_across;
 };
+
+// Four values of a block as codes.
+__device__ uint32_t CodesOf(const float* values, float absmax, float inverse) {
+  const auto code = [&](int i) { return __fmul_rn(__fmul_rn(values[i], absmax), inverse); };
+  return Fp8EncodeTwo(code(0), code(1)) | Fp8EncodeTwo(code(2), code(3)) << 16;
+}
 
 // A block of 64 has 16 values at most, so 16 codes: looked up by the nibbles themselves, four at a
 // time.
 struct CodeTable {
   uint32_t words[4];  // codes 0 to 3, 4 to 7, ...
-
-  __device__ CodeTable(const Tables& tables, float absmax, float inverse) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const auto value = [&](int i) {
-        return __fmul_rn(__fmul_rn(tables.nf4[4 * w + i], absmax), inverse);
-      };
-      words[w] = Fp8EncodeTwo(value(0), value(1)) | Fp8EncodeTwo(value(2), value(3)) << 16;
-    }
-  }
 
   // Byte i is the byte of b:a that nibble i of `places` names; where the nibble has its upper bit,
   // the sign of that byte, spread. (__byte_perm does not look at the upper bit.)
@@ -238,37 +318,62 @@ struct CodeTable {
     return {Four(nibbles, Permute(bytes, raised, 0xd9c8)),
             Four(nibbles >> 16, Permute(bytes, raised, 0xfbea))};
   }
-  // Of 32 elements.
-  __device__ void Half(uint4 bytes, uint4 (&codes)[2]) const {
-    const uint2 a = Eight(bytes.x), b = Eight(bytes.y), c = Eight(bytes.z), d = Eight(bytes.w);
-    codes[0] = {a.x, a.y, b.x, b.y};
-    codes[1] = {c.x, c.y, d.x, d.y};
-  }
 };
 
-// A thread turns a block of 64 per step.
-__global__ __launch_bounds__(kThreads) void ToFp8Kernel(const __grid_constant__ Tables tables,
-                                                        const __grid_constant__ ToFp8 x,
-                                                        const __grid_constant__ Divisor by_blocks) {
+// Four lanes have a block of 64, 16 elements each, so what a warp writes at once lies together. A
+// warp has kSteps times 8 blocks of a unit, and decodes their maxima at once.
+constexpr uint32_t kSteps = 2;
+constexpr uint32_t kWarpBlocks = 8 * kSteps;
+constexpr int64_t kUnitBlocks = kThreads / 32 * kWarpBlocks;
+
+__global__ __launch_bounds__(kThreads) void ToFp8Kernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Parts<ToFp8> parts) {
   __shared__ SharedTables shared;
-  shared.Fill(tables);
-  const uint4* packed = reinterpret_cast<const uint4*>(x.source.packed);
-  const float inverse = __frcp_rn(*x.scale), offset = x.source.Offset();
-  const uint32_t blocks = static_cast<uint32_t>(x.columns / kNf4Block);
-  const uint32_t total = static_cast<uint32_t>(x.rows) * blocks;
-  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < total; i += gridDim.x * kThreads) {
-    const uint4 bytes[2] = {__ldg(packed + 2 * static_cast<int64_t>(i)),
-                            __ldg(packed + 2 * static_cast<int64_t>(i) + 1)};
-    const CodeTable table(tables, x.source.AbsMax(shared.map, i, offset), inverse);
-    const uint32_t row = by_blocks.Quotient(i);
-    uint4* to = reinterpret_cast<uint4*>(x.q + row * x.stride) + 4 * (i - row * blocks);
+  struct Loaded {
+    uint2 bytes[kSteps];
+    Maximum maximum;
+  };
+  const uint32_t lane = threadIdx.x % 32, quarter = lane % 4;
+  const auto first_of = [](uint32_t unit) {
+    return (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpBlocks;
+  };
+  const auto load = [&](uint32_t unit) {
+    const ToFp8& x = parts.Find(&unit);
+    const uint32_t first = first_of(unit), last = x.blocks - 1;
+    const uint2* packed = reinterpret_cast<const uint2*>(x.source.packed) + quarter;
+    Loaded out;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 codes[2];
-      table.Half(bytes[half], codes);
-      to[2 * half] = codes[0];
-      to[2 * half + 1] = codes[1];
+    for (uint32_t u = 0; u < kSteps; ++u) {
+      out.bytes[u] = __ldg(packed + 4 * static_cast<int64_t>(min(first + 8 * u + lane / 4, last)));
     }
+    out.maximum = x.source.Load(min(first + lane % kWarpBlocks, last));
+    return out;
+  };
+  Loaded now = load(blockIdx.x);
+  const float inverse = __frcp_rn(*parts.part[0].scale);
+  shared.Fill(tables);
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = shared.nf4[4 * quarter + i];
+  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
+    Loaded next = now;
+    if (turn + gridDim.x < parts.units()) next = load(turn + gridDim.x);
+    uint32_t unit = turn;
+    const ToFp8& x = parts.Find(&unit);
+    const float own = now.maximum.Value(shared.map);
+#pragma unroll
+    for (uint32_t u = 0; u < kSteps; ++u) {
+      const float absmax = __shfl_sync(0xffffffffu, own, 8 * u + lane / 4);
+      const uint32_t codes = CodesOf(values, absmax, inverse);
+      CodeTable table;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) table.words[w] = __shfl_sync(0xffffffffu, codes, w, 4);
+      const uint32_t i = first_of(unit) + 8 * u + lane / 4, row = x.by_across.Quotient(i);
+      const uint2 a = table.Eight(now.bytes[u].x), b = table.Eight(now.bytes[u].y);
+      uint8_t* to = x.q + row * x.stride + (i - row * x.across) * kNf4Block + 16 * quarter;
+      if (i < x.blocks) *reinterpret_cast<uint4*>(to) = {a.x, a.y, b.x, b.y};
+    }
+    now = next;
   }
 }
 
@@ -293,37 +398,54 @@ __device__ void Transpose(const uint32_t* words, uint32_t (&out)[4]) {
   out[3] = __byte_perm(high[0], high[1], 0x7632);
 }
 
-// `across` squares cover the columns, `squares` all of W.
-__global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(const __grid_constant__ Tables tables,
-                                                              const __grid_constant__ ToFp8 x,
-                                                              uint32_t across, uint32_t squares) {
+// A unit is a square. The next one is read before this one is written.
+__global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Parts<ToFp8> parts) {
   __shared__ SharedTables shared;
   __shared__ alignas(16) uint8_t square[kSquare * kPitch];
-  shared.Fill(tables);
-  const uint4* packed = reinterpret_cast<const uint4*>(x.source.packed);
-  const float inverse = __frcp_rn(*x.scale), offset = x.source.Offset();
+  struct Loaded {
+    uint4 bytes[2];
+    Maximum maximum;
+  };
   const int thread = static_cast<int>(threadIdx.x);
-  for (uint32_t turn = blockIdx.x; turn < squares; turn += gridDim.x) {
-    const int64_t row0 = static_cast<int64_t>(turn / across) * kSquare;
-    const int64_t column0 = static_cast<int64_t>(turn % across) * kSquare;
+  const auto load = [&](uint32_t unit) {
+    const ToFp8& x = parts.Find(&unit);
+    const uint32_t down = x.by_across.Quotient(unit);
+    const int64_t across = int64_t{2} * (unit - down * x.across) + thread % 2;
+    const int64_t row =
+        static_cast<int64_t>(down) * kSquare + thread / 2 % kRuns * kRun + thread / 2 / kRuns;
+    const int64_t in_row = x.columns / kNf4Block;
+    const auto block =
+        static_cast<uint32_t>(min(row, x.rows - 1) * in_row + min(across, in_row - 1));
+    const uint4* packed =
+        reinterpret_cast<const uint4*>(x.source.packed) + 2 * static_cast<int64_t>(block);
+    return Loaded{{__ldg(packed), __ldg(packed + 1)}, x.source.Load(block)};
+  };
+  Loaded now = load(blockIdx.x);
+  const float inverse = __frcp_rn(*parts.part[0].scale);
+  shared.Fill(tables);
+  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
     {
-      const int place = thread / 2, column = thread % 2 * static_cast<int>(kNf4Block);
-      const int64_t row = row0 + place % kRuns * kRun + place / kRuns;
-      if (row < x.rows && column0 + column < x.columns) {
-        const auto block = static_cast<uint32_t>((row * x.columns + column0 + column) / kNf4Block);
-        const uint4 bytes[2] = {__ldg(packed + 2 * static_cast<int64_t>(block)),
-                                __ldg(packed + 2 * static_cast<int64_t>(block) + 1)};
-        const CodeTable table(tables, x.source.AbsMax(shared.map, block, offset), inverse);
-        uint4* to = reinterpret_cast<uint4*>(square + place * kPitch + column);
+      const float absmax = now.maximum.Value(shared.map);
+      CodeTable table;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint4 codes[2];
-          table.Half(bytes[half], codes);
-          to[2 * half] = codes[0];
-          to[2 * half + 1] = codes[1];
-        }
+      for (int w = 0; w < 4; ++w) table.words[w] = CodesOf(tables.nf4 + 4 * w, absmax, inverse);
+      uint4* to = reinterpret_cast<uint4*>(square + thread / 2 * kPitch + thread % 2 * kNf4Block);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 bytes = now.bytes[half];
+        const uint2 a = table.Eight(bytes.x), b = table.Eight(bytes.y), c = table.Eight(bytes.z),
+                    d = table.Eight(bytes.w);
+        to[2 * half] = {a.x, a.y, b.x, b.y};
+        to[2 * half + 1] = {c.x, c.y, d.x, d.y};
       }
     }
+    if (turn + gridDim.x < parts.units()) now = load(turn + gridDim.x);
+    uint32_t unit = turn;
+    const ToFp8& x = parts.Find(&unit);
+    const uint32_t down = x.by_across.Quotient(unit);
+    const int64_t row0 = static_cast<int64_t>(down) * kSquare;
+    const int64_t column0 = static_cast<int64_t>(unit - down * x.across) * kSquare;
     __syncthreads();
     const int run = thread % kRuns, column = thread / kRuns * 4;
     const int64_t row = row0 + run * kRun;
@@ -366,7 +488,7 @@ struct ToFp8Element {
   __device__ void operator()(int64_t row, int64_t column) const {
     const uint64_t e = static_cast<uint64_t>(row * x.columns + column);
     const int byte = x.source.packed[e / 2];
-    const float absmax = x.source.AbsMax(tables.map, e / kNf4Block, x.source.Offset());
+    const float absmax = x.source.Load(e / kNf4Block).Value(tables.map);
     const float value = __fmul_rn(tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4], absmax);
     const uint8_t code = Fp8Encode(__fmul_rn(value, __frcp_rn(*x.scale)));
     (turned ? x.q[column * x.stride + row] : x.q[row * x.stride + column]) = code;
@@ -474,37 +596,46 @@ void Nf4DoubleQuantizeCuda(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
   CUDA_CHECK(cudaGetLastError());
 }
 
-void Nf4DequantizeCuda(const Exec& exec, const Nf4DequantizeArgs& a) {
-  DispatchCudaFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(exec, a); });
+void Nf4DequantizeCuda(const Exec& exec, std::span<const Nf4DequantizeArgs> parts) {
+  DispatchCudaFloat(parts[0].out.dtype, [&]<typename T>() { Dequantize<T>(exec, parts); });
 }
 
-void Nf4ToFp8Cuda(const Exec& exec, const Nf4ToFp8Args& a) {
-  const bool turned = a.transposed;
-  const TensorView& out = a.q;
-  const ToFp8 x{SourceOf(a, 0, 0), Data<const float>(a.scale), Data<uint8_t>(out),
-                out.stride(0),     out.dim(turned ? 1 : 0),    out.dim(turned ? 0 : 1)};
-  if (x.rows == 0 || x.columns == 0) return;
+void Nf4ToFp8Cuda(const Exec& exec, std::span<const Nf4ToFp8Args> all) {
   const cudaStream_t stream = StreamOf(exec.stream);
-  const int64_t blocks = x.rows * x.columns / kNf4Block;
-  const bool packable = x.columns % kNf4Block == 0 && Aligned(x.source.packed, 16) &&
-                        Aligned(x.q, 16) && x.stride % 16 == 0 &&
-                        blocks < (int64_t{1} << 31) - (1 << 24);
-  if (!packable) {
-    ForEachPack(ToFp8Element{MakeTables(), x, turned}, x.rows, x.columns, exec.stream);
-    return;
+  const bool turned = all[0].transposed;
+  Parts<ToFp8> parts;
+  const auto launch = [&] {
+    if (parts.count == 0) return;
+    const uint32_t grid = GridOf(parts.units(), turned ? 4 : 8);
+    turned ? ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), parts)
+           : ToFp8Kernel<<<grid, kThreads, 0, stream>>>(MakeTables(), parts);
+    CUDA_CHECK(cudaGetLastError());
+    parts = {};
+  };
+  for (const Nf4ToFp8Args& a : all) {
+    const TensorView& out = a.q;
+    ToFp8 x{.source = SourceOf(a, 0, 0),
+            .scale = Data<const float>(a.scale),
+            .q = Data<uint8_t>(out),
+            .stride = out.stride(0),
+            .rows = out.dim(turned ? 1 : 0),
+            .columns = out.dim(turned ? 0 : 1)};
+    if (x.rows == 0 || x.columns == 0) continue;
+    const bool packable = x.columns % kNf4Block == 0 && Aligned(x.source.packed, 16) &&
+                          Aligned(x.q, 16) && x.stride % 16 == 0 &&
+                          x.rows * x.columns / 8 < kMostPacks;
+    if (!packable) {
+      ForEachPack(ToFp8Element{MakeTables(), x, turned}, x.rows, x.columns, exec.stream);
+      continue;
+    }
+    const auto pieces = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    x.blocks = static_cast<uint32_t>(x.rows * x.columns / kNf4Block);
+    x.across = static_cast<uint32_t>(pieces(x.columns, turned ? kSquare : kNf4Block));
+    x.by_across = Divisor(x.across);
+    parts.Add(x, turned ? x.across * pieces(x.rows, kSquare) : pieces(x.blocks, kUnitBlocks));
+    if (parts.count == kMostParts) launch();
   }
-  if (turned) {
-    const auto across = static_cast<uint32_t>((x.columns + kSquare - 1) / kSquare);
-    const auto squares = across * static_cast<uint32_t>((x.rows + kSquare - 1) / kSquare);
-    const uint32_t grid = std::min(squares, 5 * MultiprocessorCount());
-    ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), x, across, squares);
-  } else {
-    const auto grid = static_cast<uint32_t>(
-        std::min<int64_t>((blocks + kThreads - 1) / kThreads, 8 * MultiprocessorCount()));
-    ToFp8Kernel<<<grid, kThreads, 0, stream>>>(
-        MakeTables(), x, Divisor(static_cast<uint32_t>(x.columns / kNf4Block)));
-  }
-  CUDA_CHECK(cudaGetLastError());
+  launch();
 }
 
 }  // namespace attune
