@@ -2,7 +2,7 @@
 """Training on a CPU beside Transformers + PEFT (+ bitsandbytes): tokens/s, peak memory, losses.
 
     python3 tests/bench/compare_cpu.py [--bin build/release/bin] [--sizes 5m 100m]
-                                       [--modes lora-f32 lora-bf16 qlora] [--data full mixed]
+                                       [--modes lora-f32 lora-bf16 qlora qlora-bf16] [--data full mixed]
                                        [--rounds 3] [--json FILE]
 
 Needs torch, transformers, peft and, for qlora, bitsandbytes. Both sides start from the same random
@@ -38,7 +38,8 @@ SIZES = {
 WARM_STEPS = 2
 RATE = 1e-3
 # Threads of both sides wait for each other for a tenth of a millisecond before they sleep.
-ENVIRONMENT = dict(os.environ, GOMP_SPINCOUNT="5000")
+# No GPU, where there is one.
+ENVIRONMENT = dict(os.environ, GOMP_SPINCOUNT="5000", CUDA_VISIBLE_DEVICES="")
 
 
 def draw_step(generator, size, data, phrases):
@@ -77,7 +78,7 @@ def make_case(out, size, mode, data):
     phrases = torch.randint(3, size["config"]["vocab_size"], (64, 16), generator=generator)
     steps = [[draw_step(generator, size, data, phrases)] for _ in range(size["steps"])]
     (out / "case.json").write_text(json.dumps(dict(
-        pack_tokens=size["pack"], nf4=mode == "qlora", r=16, alpha=32.0, targets="all-linear",
+        pack_tokens=size["pack"], nf4=mode.startswith("qlora"), r=16, alpha=32.0, targets="all-linear",
         lr=RATE, schedule="constant", warmup=0, weight_decay=0.0, max_grad_norm=1.0, losses=[],
         parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         steps=steps)))
@@ -169,8 +170,9 @@ def summary(runs, tokens):
 
 
 def compare(bin_directory, name, mode, data, rounds):
-    dtype = "bfloat16" if mode == "lora-bf16" else "float32"
-    ours_dtype = "bf16" if mode == "lora-bf16" and multiplies_bf16() else "f32"
+    in_bf16 = mode.endswith("-bf16")
+    dtype = "bfloat16" if in_bf16 else "float32"
+    ours_dtype = "bf16" if in_bf16 and multiplies_bf16() else "f32"
     with tempfile.TemporaryDirectory(prefix="attune-compare-") as directory:
         case = pathlib.Path(directory)
         subprocess.run([sys.executable, __file__, "--make", case, "--sizes", name, "--modes", mode,
@@ -209,8 +211,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=pathlib.Path, default=pathlib.Path("build/release/bin"))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--modes", nargs="+", choices=["lora-f32", "lora-bf16", "qlora"],
-                        default=["lora-f32", "qlora"])
+    parser.add_argument("--modes", nargs="+", default=["lora-f32", "qlora"],
+                        choices=["lora-f32", "lora-bf16", "qlora", "qlora-bf16"])
     parser.add_argument("--data", nargs="+", choices=["full", "mixed"], default=["full", "mixed"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, too")

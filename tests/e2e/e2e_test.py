@@ -172,7 +172,7 @@ class EndToEnd(unittest.TestCase):
             for name in (first, second):
                 self.assertEqual(service.finish(name)["state"], "JOB_STATE_SUCCEEDED")
             out = service.directory / "adapter"
-            service.cli("download", second, "-O" if False else "-o", out)
+            service.cli("download", second, "-o", out)
             files = sorted(p.name for p in out.iterdir())
             self.assertIn("adapter_model.safetensors", files)
             self.assertIn("adapter_config.json", files)
@@ -182,6 +182,17 @@ class EndToEnd(unittest.TestCase):
                  "--adapter", out, "--prompt", "Hello", "--max-tokens", "8"],
                 capture_output=True, text=True, timeout=60, check=True).stdout
             self.assertTrue(answer.strip())
+
+            # What was downloaded is uploaded again, and trained further.
+            spec = service.write_spec("further", steps=1, devices=1)
+            spec.write_text(re.sub(r"lora: .*", "lora: {init_from: {file: adapter}}",
+                                   spec.read_text()))
+            further = json.loads(service.cli("submit", spec, "-o", "json").stdout)["name"]
+            job = service.finish(further)
+            self.assertEqual(job["state"], "JOB_STATE_SUCCEEDED", job.get("message"))
+            self.assertIn("artifact", job["spec"]["lora"]["init_from"])
+            loss = lambda name: last_losses(service.history(name)[1])[1][0]
+            self.assertLess(loss(further), loss(second) - 0.5)
             service.cli("delete", first)
             self.assertNotEqual(service.cli("get", first, check=False).returncode, 0)
 
