@@ -95,12 +95,13 @@ struct Backward {
 };
 
 // A block per row: `op`, and the codes of what it leaves of the whole row, which waits for the
-// row's largest in shared memory. Of rows of 14336, which take a thread four times, three blocks
-// fit into that, backward, and more, forward.
-constexpr int kRowThreads = 448;
+// row's largest in shared memory. Of rows of 14336 four or, backward, three blocks fit; there more
+// threads were slower (H100).
+template <typename Op>
+constexpr int kRowThreads = Op::kOut == 1 ? 448 : 384;
 
 template <typename Op>
-__global__ __launch_bounds__(kRowThreads,
+__global__ __launch_bounds__(kRowThreads<Op>,
                              Op::kOut == 1 ? 4 : 3) void CodesKernel(const __grid_constant__ Op op,
                                                                      int packs, Fp8RowsOut fp8) {
   extern __shared__ uint4 row_memory[];
@@ -142,7 +143,7 @@ bool RunWithCodes(const Op& op, int64_t rows, int64_t columns, const Fp8Rows& fp
   const int64_t bytes = Op::kOut * packs * static_cast<int64_t>(sizeof(typename Op::Value));
   if (Op::kPack == 1 || !Fp8Packable(Op::kPack, fp8) || bytes > MostRowMemory()) return false;
   if (rows == 0) return true;
-  const int64_t turns = (packs + kRowThreads - 1) / kRowThreads;
+  const int64_t turns = (packs + kRowThreads<Op> - 1) / kRowThreads<Op>;
   const auto threads = static_cast<unsigned>(((packs + turns - 1) / turns + 31) / 32 * 32);
   CUDA_CHECK(cudaFuncSetAttribute(CodesKernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes)));
