@@ -9,6 +9,7 @@
 #include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/lora/lora.h"
+#include "kernels/lora/lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
@@ -284,20 +285,26 @@ TEST_F(CudaOps, Rope) {
                           {Random(DType::kF32, {kT, rotary / 2})},
                           {Random(DType::kF32, {kT, rotary / 2})}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
-                           Rope(exec, {.x = v[0],
+                           const RopeHeads heads[] = {{.x = v[0]}};
+                           Rope(exec, {.heads = heads,
                                        .cos = v[1],
                                        .sin = v[2],
                                        .rotary_dim = rotary,
                                        .inverse = inverse});
                          });
-          ExpectGpuAsCpu("rope into another buffer",
-                         {{Random(dtype, {kT, kH, 64}, pad)},
+          ExpectGpuAsCpu("rope of q, k, v into other buffers",
+                         {{Random(dtype, {kT, kH + 4, 64}, pad)},
                           {Random(DType::kF32, {kT, rotary / 2})},
                           {Random(DType::kF32, {kT, rotary / 2})},
-                          {Tensor(dtype, {kT, kH, 64}, 2 * pad), Loose(dtype)}},
+                          {Tensor(dtype, {kT, kH, 64}, 2 * pad), Loose(dtype)},
+                          {Tensor(dtype, {kT, 2, 64}, pad), Loose(dtype)},
+                          {Tensor(dtype, {kT, 2, 64})}},
                          [&](const Exec& exec, const Views& v, Scratch&) {
-                           Rope(exec, {.x = v[0],
-                                       .y = v[3],
+                           const RopeHeads heads[] = {
+                               {v[0].Slice(1, 0, kH), v[3]},
+                               {v[0].Slice(1, kH, kH + 2), v[4]},
+                               {v[0].Slice(1, kH + 2, kH + 4), v[5], /*turned=*/false}};
+                           Rope(exec, {.heads = heads,
                                        .cos = v[1],
                                        .sin = v[2],
                                        .rotary_dim = rotary,
@@ -531,9 +538,13 @@ TEST_F(CudaOps, EmbeddingNoise) {
   }
 }
 
+// The wide ones take clusters of 2 to 8 blocks; the last two in f32, or at odd addresses, are
+// longer than these hold.
 TEST_F(CudaOps, CrossEntropy) {
+  const Width widths[] = {{64, 0},     {1280, 8},   {37, 0},     {2051, 3},  {65544, 0},
+                          {128256, 0}, {151936, 8}, {401008, 8}, {110001, 0}};
   for (DType dtype : kDTypes) {
-    for (const Width& w : kWidths) {
+    for (const Width& w : widths) {
       for (int variant = 0; variant < 4; ++variant) {
         const double softcap = variant & 1 ? 5.0 : 0.0, smoothing = variant & 2 ? 0.1 : 0.0;
         Tensor logits = Random(dtype, {6, w.columns}, w.padding, 3.0);
@@ -704,16 +715,76 @@ TEST_F(CudaOps, Lion) {
 TEST_F(CudaOps, LoraExtend) {
   for (DType dtype : kDTypes) {
     for (int64_t r : {3, 16}) {
-      const int64_t K = 40, N = 50, E = LoraExtension(2, r);
-      ExpectGpuAsCpu("lora",
-                     {{Random(dtype, {r, K})},
-                      {Random(dtype, {20, r})},
-                      {Random(dtype, {r, K})},
-                      {Random(dtype, {25, r})},
-                      {Tensor(dtype, {N + E, K + E}, 4)}},
-                     [&](const Exec& exec, const Views& v, Scratch&) {
-                       const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
-                       LoraExtend(exec, {.parts = parts, .w = v[4], .scale = 0.25});
+      for (int which = 0; which < 3; ++which) {
+        const int64_t K = 40, N = 50, E = LoraExtension(2, r);
+        ExpectGpuAsCpu("lora",
+                       {{Random(dtype, {r, K})},
+                        {Random(dtype, {20, r})},
+                        {Random(dtype, {r, K})},
+                        {Random(dtype, {25, r})},
+                        {Tensor(dtype, {N + E, K + E}, which == 0 ? 4 : 8)}},
+                       [&](const Exec& exec, const Views& v, Scratch&) {
+                         const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
+                         LoraExtend(exec, {.parts = parts,
+                                           .w = v[4],
+                                           .scale = 0.25,
+                                           .beside = which != 1,
+                                           .below = which != 2});
+                       });
+      }
+    }
+  }
+}
+
+// Parts of a row of dy with a gap before each, ds behind them; what the one pass takes (columns and
+// ranks in multiples of 8, ends of strips and tiles, two lots of rows) and what it leaves to the
+// products.
+TEST_F(CudaOps, LoraBackward) {
+  struct Case {
+    int64_t T, r, gap, padding;
+    std::vector<int64_t> rows;  // of the parts
+  };
+  for (const Case& c :
+       {Case{64, 16, 0, 0, {1024}}, Case{1, 16, 8, 0, {40}}, Case{33, 1, 16, 8, {1000, 77}},
+        Case{47, 24, 16, 8, {1000, 72}}, Case{150, 3, 8, 0, {2048, 1024, 1024}},
+        Case{500, 8, 0, 8, {3000}}, Case{257, 16, 8, 0, {1416, 1416}},
+        Case{2049, 16, 0, 0, {4096, 1024, 1024}}, Case{100, 17, 8, 0, {519, 8}},
+        Case{100, 16, 8, 0, {519, 8}}, Case{301, 32, 0, 8, {1032, 504}},
+        Case{77, 48, 8, 0, {264, 2000}}, Case{130, 64, 0, 0, {1000, 16, 256, 24}},
+        Case{400000, 16, 0, 0, {8}}, Case{20, 65, 0, 0, {96}}, Case{20, 16, 3, 0, {96, 40}},
+        Case{20, 16, 0, 3, {96}}}) {
+    for (DType dtype : kDTypes) {
+      if (dtype == DType::kF32 && c.T > 300) continue;
+      const int64_t parts = static_cast<int64_t>(c.rows.size());
+      const int64_t E = LoraExtension(parts, c.r);
+      int64_t N = 0;
+      std::vector<int64_t> begin;
+      for (int64_t rows : c.rows) {
+        begin.push_back(N + c.gap);
+        N += c.gap + (rows + 7) / 8 * 8;
+      }
+      std::vector<Operand> operands{{Random(dtype, {c.T, N + E}, c.padding), Loose(dtype)},
+                                    {Random(dtype, {c.T, E}, 8)}};
+      for (int64_t rows : c.rows) {
+        operands.push_back({Random(dtype, {rows, c.r}, 0, 0.1)});
+        operands.push_back({Random(DType::kF32, {rows, c.r}), 2e-5});
+      }
+      ExpectGpuAsCpu("lora backward of " + std::to_string(c.T) + " rows, rank " +
+                         std::to_string(c.r) + ", " + std::to_string(parts) + " parts, " +
+                         DTypeName(dtype),
+                     operands, [&](const Exec& exec, const Views& v, Scratch& scratch) {
+                       std::vector<LoraBackwardPart> views;
+                       for (int64_t i = 0; i < parts; ++i) {
+                         views.push_back({v[2 + 2 * i], v[3 + 2 * i], begin[i]});
+                       }
+                       LoraBackwardArgs args{.parts = views,
+                                             .dy = v[0].Slice(1, 0, N),
+                                             .s = v[1],
+                                             .ds = v[0].Slice(1, N, N + E),
+                                             .scale = 0.7,
+                                             .db_scale = 1.3};
+                       args.workspace = scratch(LoraBackwardWorkspaceBytes(exec, args));
+                       LoraBackward(exec, args);
                      });
     }
   }

@@ -4,6 +4,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/core/op_testing.h"
+#include "kernels/lora/lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/rms_norm/rms_norm.h"
@@ -29,6 +30,20 @@ TEST(CudaPlan, MatMulWantsOneFixedPool) {
   args.workspace = Planned(DType::kU8, {MatMulWorkspaceBytes(CudaPlan(), args)});
   EXPECT_EQ(args.workspace.bytes(), int64_t{32} << 20);
   MatMul(CudaPlan(), args);
+}
+
+// Whatever the partial sums of all rows would take.
+TEST(CudaPlan, LoraBackwardMakesDoWithThePoolOfProducts) {
+  const LoraBackwardPart parts[] = {
+      {Planned(DType::kBF16, {14336, 16}), Planned(DType::kF32, {14336, 16}), 0},
+      {Planned(DType::kBF16, {14336, 16}), Planned(DType::kF32, {14336, 16}), 14336}};
+  LoraBackwardArgs args{.parts = parts,
+                        .dy = Planned(DType::kBF16, {1 << 20, 28672}),
+                        .s = Planned(DType::kBF16, {1 << 20, 32}),
+                        .ds = Planned(DType::kBF16, {1 << 20, 32})};
+  args.workspace = Planned(DType::kU8, {LoraBackwardWorkspaceBytes(CudaPlan(), args)});
+  EXPECT_EQ(args.workspace.bytes(), int64_t{32} << 20);
+  LoraBackward(CudaPlan(), args);
 }
 
 TEST(CudaPlan, RmsNormSumsTheWeightGradientOverRuns) {

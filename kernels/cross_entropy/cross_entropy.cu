@@ -1,5 +1,10 @@
-// Cross entropy on CUDA: a block owns a row. One pass finds maximum, sum of exponentials (scaled as
-// the maximum grows) and the first place of the maximum; a second writes the gradient.
+// Cross entropy on CUDA: a cluster of 1 to 8 blocks owns a row, which its threads hold in
+// registers: read once, written once. A block finds its maximum, then its sum of exponentials and
+// the first place of the maximum; the cluster merges these in the order of its blocks. What a
+// longer row has more is read again instead.
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
+
 #include <limits>
 
 #include "kernels/core/cuda.cuh"
@@ -9,12 +14,24 @@ namespace attune {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kMaxCluster = 8;
+// Packs that a thread holds: three blocks then share a multiprocessor; and at most, if the largest
+// cluster needs more.
+constexpr int kHeld = 8, kMaxHeld = 24;
+constexpr int kNowhere = 0x7fffffff;
 
 __device__ float Infinity() {
   return __int_as_float(0x7f800000);
 }
+template <bool kCapped>
 __device__ float Capped(float x, float softcap) {
-  return softcap > 0.0f ? softcap * tanhf(x / softcap) : x;
+  return kCapped ? softcap * tanhf(x * (1.0f / softcap)) : x;
+}
+// exp(x), to two units in the last place; what is too small for a normal float is 0.
+__device__ float Exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
 }
 
 // Of some elements of a row: maximum, its first place, and sum of exp(element - maximum).
@@ -35,34 +52,36 @@ __device__ Peak Merge(const Peak& a, const Peak& b) {
           a.total + b.total};
 }
 
-__device__ void Include(float x, int place, float softcap, Peak* peak) {
-  const float z = Capped(x, softcap);
-  peak->total += z;
-  if (x > peak->x_max) {  // places ascend within a thread
-    peak->x_max = x;
-    peak->place = place;
-  }
-  if (z > peak->z_max) {
-    peak->sum *= expf(peak->z_max - z);
-    peak->z_max = z;
-  }
-  if (z != -Infinity()) peak->sum += expf(z - peak->z_max);  // NaN gets in
+__device__ float BlockMax(float x) {
+  __shared__ float partial[kThreads / 32];
+  x = WarpMax(x);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = partial[0];
+  for (int w = 1; w < kThreads / 32; ++w) x = fmaxf(x, partial[w]);
+  return x;
 }
 
-__device__ Peak BlockMerge(Peak peak) {
-  __shared__ Peak partial[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const Peak other{__shfl_down_sync(0xffffffffu, peak.z_max, offset),
-                     __shfl_down_sync(0xffffffffu, peak.sum, offset),
-                     __shfl_down_sync(0xffffffffu, peak.x_max, offset),
-                     __shfl_down_sync(0xffffffffu, peak.place, offset),
-                     __shfl_down_sync(0xffffffffu, peak.total, offset)};
-    peak = Merge(peak, other);
-  }
+// Of the peaks of the cluster's threads, in every thread. Blocks have one maximum each.
+__device__ Peak ClusterMerge(Peak peak) {
+  __shared__ Peak partial[kThreads / 32], of_block;
+  const auto cluster = cooperative_groups::this_cluster();
+  peak.sum = WarpSum(peak.sum);
+  peak.total = WarpSum(peak.total);
+  peak.place = __reduce_min_sync(0xffffffffu, peak.place);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = peak;
   __syncthreads();
-  peak = partial[0];
-  for (int w = 1; w < kThreads / 32; ++w) peak = Merge(peak, partial[w]);
+  if (threadIdx.x == 0) {
+    peak = partial[0];
+    for (int w = 1; w < kThreads / 32; ++w) peak = Merge(peak, partial[w]);
+    of_block = peak;
+  }
+  cluster.sync();
+  peak = *cluster.map_shared_rank(&of_block, 0);
+  for (unsigned rank = 1; rank < cluster.num_blocks(); ++rank) {
+    peak = Merge(peak, *cluster.map_shared_rank(&of_block, rank));
+  }
+  cluster.barrier_arrive();  // see CrossEntropyKernel's end
   return peak;
 }
 
@@ -76,65 +95,168 @@ struct Args {
   int64_t columns;
   float softcap, smoothing, z_loss;
   bool want_grad;
+  int held;  // packs that a thread holds
 };
 
+// A thread's part of a row: packs at First() and every Step() behind it. Only the thread itself
+// looks at what it holds.
 template <typename T, int N>
-__device__ void ClearRow(T* x, int64_t columns) {
-  Pack<T, N> zero;
-  for (int i = 0; i < N; ++i) zero.Set(i, 0.0f);
-  for (int64_t v = threadIdx.x * N; v < columns; v += kThreads * N) zero.Store(x + v);
+struct Part {
+  using P = Pack<T, N>;
+  T* x;
+  int64_t columns;
+  P* held;  // every kThreads-th is this thread's
+  int count;
+
+  __device__ int64_t Step() const {
+    return static_cast<int64_t>(cooperative_groups::this_cluster().num_blocks()) * kThreads * N;
+  }
+  __device__ int64_t First() const {
+    return static_cast<int64_t>(cooperative_groups::this_cluster().block_rank() * kThreads +
+                                threadIdx.x) *
+           N;
+  }
+  __device__ void Load() {
+    int64_t v = First();
+    for (int k = 0; k < count && v < columns; ++k, v += Step()) {
+      P* to = held + k * kThreads;
+      if constexpr (sizeof(P) == 16) {
+        __pipeline_memcpy_async(to, x + v, 16);
+      } else {
+        *to = P::Load(x + v);
+      }
+    }
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+  }
+  // f(pack, its column) in ascending order.
+  template <typename F>
+  __device__ void ForEach(F f) const {
+    int64_t v = First();
+    for (int k = 0; k < count && v < columns; ++k, v += Step()) f(held[k * kThreads], v);
+    for (; v < columns; v += Step()) f(P::Load(x + v), v);
+  }
+};
+
+template <bool kCapped, typename T, int N>
+__device__ Peak PeakOf(const Part<T, N>& part, const Args<T>& a) {
+  float own_max = -Infinity();
+  part.ForEach([&](Pack<T, N> pack, int64_t) {
+    for (int i = 0; i < N; ++i) own_max = fmaxf(own_max, pack[i]);
+  });
+  const float x_max = BlockMax(own_max);
+  Peak peak{Capped<kCapped>(x_max, a.softcap), 0.0f, x_max, kNowhere, 0.0f};
+  const float base = peak.z_max == -Infinity() ? 0.0f : peak.z_max;  // all are hidden, or NaN
+  part.ForEach([&](Pack<T, N> pack, int64_t) {
+    for (int i = 0; i < N; ++i) {
+      peak.sum += Exp(Capped<kCapped>(pack[i], a.softcap) - base);  // NaN gets in
+    }
+  });
+  if (own_max == x_max && x_max > -Infinity()) {  // a few threads
+    part.ForEach([&](Pack<T, N> pack, int64_t v) {
+      for (int i = 0; i < N; ++i) {
+        if (pack[i] == x_max) peak.place = min(peak.place, static_cast<int>(v) + i);
+      }
+    });
+  }
+  if (a.smoothing > 0.0f) {
+    part.ForEach([&](Pack<T, N> pack, int64_t) {
+      for (int i = 0; i < N; ++i) peak.total += Capped<kCapped>(pack[i], a.softcap);
+    });
+  }
+  return ClusterMerge(peak);
 }
 
-template <typename T, int N>
-__global__ __launch_bounds__(kThreads) void CrossEntropyKernel(Args<T> a) {
-  const int64_t row = blockIdx.x, target = a.targets[row];
-  T* x = a.logits(row, 0);
-  if (target < 0) {
-    if (a.want_grad) ClearRow<T, N>(x, a.columns);
-    if (threadIdx.x == 0) {
-      a.loss[row] = 0.0f;
-      if (a.correct != nullptr) a.correct[row] = 0;
-    }
-    return;
-  }
-  Peak peak{-Infinity(), 0.0f, -Infinity(), 0x7fffffff, 0.0f};
-  for (int64_t v = threadIdx.x * N; v < a.columns; v += kThreads * N) {
-    const Pack<T, N> pack = Pack<T, N>::Load(x + v);
-    for (int i = 0; i < N; ++i) Include(pack[i], static_cast<int>(v) + i, a.softcap, &peak);
-  }
-  peak = BlockMerge(peak);
-  const float lse = peak.z_max + logf(peak.sum);
-  if (threadIdx.x == 0) {
-    // Nothing outside the row is read for a target that is not in it.
-    const bool inside = target < a.columns;
-    const float z = inside ? Capped(ToFloat(x[target]), a.softcap) : __int_as_float(0x7fffffff);
-    float loss = lse - (1.0f - a.smoothing) * z;
-    if (a.smoothing > 0.0f) {
-      loss -= a.smoothing * (peak.total / static_cast<float>(a.columns));
-    }
-    if (a.z_loss > 0.0f) loss += a.z_loss * lse * lse;
-    a.loss[row] = loss;
-    if (a.correct != nullptr) {
-      const bool all_hidden =
-          inside && target == 0 && peak.place == 0x7fffffff && ToFloat(x[0]) == -Infinity();
-      a.correct[row] = peak.place == target || all_hidden ? 1 : 0;
-    }
-  }
-  if (!a.want_grad) return;
-  __syncthreads();  // x[target] was read
+template <bool kCapped, typename T>
+__device__ void StoreLoss(const Args<T>& a, int64_t row, int64_t target, float x_target,
+                          const Peak& peak, float lse) {
+  const bool inside = target < a.columns;
+  const float z = inside ? Capped<kCapped>(x_target, a.softcap) : __int_as_float(0x7fffffff);
+  float loss = lse - (1.0f - a.smoothing) * z;
+  if (a.smoothing > 0.0f) loss -= a.smoothing * (peak.total / static_cast<float>(a.columns));
+  if (a.z_loss > 0.0f) loss += a.z_loss * lse * lse;
+  a.loss[row] = loss;
+  if (a.correct == nullptr) return;
+  const bool all_hidden =
+      inside && target == 0 && peak.place == kNowhere && x_target == -Infinity();
+  a.correct[row] = peak.place == target || all_hidden ? 1 : 0;
+}
+
+template <bool kCapped, typename T, int N>
+__device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t target, float lse) {
   const float grad_scale = *a.grad_scale;
   const float rise = a.z_loss > 0.0f ? 1.0f + 2.0f * a.z_loss * lse : 1.0f;
   const float spread = a.smoothing / static_cast<float>(a.columns), hit = 1.0f - a.smoothing;
-  for (int64_t v = threadIdx.x * N; v < a.columns; v += kThreads * N) {
-    Pack<T, N> pack = Pack<T, N>::Load(x + v);
-    for (int i = 0; i < N; ++i) {
-      const float z = Capped(pack[i], a.softcap);
-      const float ratio = a.softcap > 0.0f ? z / a.softcap : 0.0f;
-      const float share = v + i == target ? spread + hit : spread;
-      pack.Set(i, (expf(z - lse) * rise - share) * (1.0f - ratio * ratio) * grad_scale);
+  part.ForEach([&](Pack<T, N> pack, int64_t v) {
+    const auto put = [&](int i, float share) {
+      const float z = Capped<kCapped>(pack[i], a.softcap);
+      const float ratio = kCapped ? z * (1.0f / a.softcap) : 0.0f;
+      pack.Set(i, (Exp(z - lse) * rise - share) * (1.0f - ratio * ratio) * grad_scale);
+    };
+    if (target >= v && target < v + N) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) put(i, v + i == target ? spread + hit : spread);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) put(i, spread);
     }
-    pack.Store(x + v);
+    pack.Store(part.x + v);
+  });
+}
+
+template <bool kCapped, typename T, int N>
+__global__ __launch_bounds__(kThreads,
+                             3) void CrossEntropyKernel(const __grid_constant__ Args<T> a) {
+  const auto cluster = cooperative_groups::this_cluster();
+  const int64_t row = blockIdx.x / cluster.num_blocks(), target = a.targets[row];
+  const bool first = cluster.block_rank() == 0 && threadIdx.x == 0;
+  extern __shared__ __align__(16) unsigned char memory[];
+  Part<T, N> part{a.logits(row, 0), a.columns, reinterpret_cast<Pack<T, N>*>(memory) + threadIdx.x,
+                  a.held};
+  if (target < 0) {
+    if (first) {
+      a.loss[row] = 0.0f;
+      if (a.correct != nullptr) a.correct[row] = 0;
+    }
+    if (!a.want_grad) return;
+    Pack<T, N> zero;
+    for (int i = 0; i < N; ++i) zero.Set(i, 0.0f);
+    for (int64_t v = part.First(); v < a.columns; v += part.Step()) zero.Store(part.x + v);
+    return;
   }
+  part.Load();
+  // Nothing outside the row is read for a target that is not in it.
+  const float x_target = first && target < a.columns ? ToFloat(part.x[target]) : 0.0f;
+  const Peak peak = PeakOf<kCapped>(part, a);
+  const float lse = peak.z_max + logf(peak.sum);
+  if (first) StoreLoss<kCapped>(a, row, target, x_target, peak, lse);
+  if (a.want_grad) StoreGradient<kCapped>(a, part, target, lse);
+  cluster.barrier_wait();  // until the others have read this block's memory
+}
+
+template <typename T, int N>
+void Run(const Exec& exec, Args<T> args, int64_t rows) {
+  const auto packs = [&](int64_t blocks) {  // of a thread
+    return (args.columns + blocks * kThreads * N - 1) / (blocks * kThreads * N);
+  };
+  unsigned blocks = 1;
+  while (blocks < kMaxCluster && packs(blocks) > kHeld) blocks *= 2;
+  args.held = static_cast<int>(std::min<int64_t>(packs(blocks), kMaxHeld));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {blocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(rows) * blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(args.held) * kThreads * sizeof(Pack<T, N>);
+  config.stream = StreamOf(exec.stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  const auto kernel =
+      args.softcap > 0.0f ? CrossEntropyKernel<true, T, N> : CrossEntropyKernel<false, T, N>;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(config.dynamicSmemBytes)));
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
 }
 
 }  // namespace
@@ -153,15 +275,11 @@ void CrossEntropyCuda(const Exec& exec, const CrossEntropyArgs& a) {
                        static_cast<float>(a.softcap),
                        static_cast<float>(a.label_smoothing),
                        static_cast<float>(a.z_loss),
-                       a.want_grad};
-    const unsigned grid = static_cast<unsigned>(rows);
-    if (Packable(kPackSize<T>, {&a.logits})) {
-      CrossEntropyKernel<T, kPackSize<T>><<<grid, kThreads, 0, StreamOf(exec.stream)>>>(args);
-    } else {
-      CrossEntropyKernel<T, 1><<<grid, kThreads, 0, StreamOf(exec.stream)>>>(args);
-    }
+                       a.want_grad,
+                       0};
+    if (Packable(kPackSize<T>, {&a.logits})) return Run<T, kPackSize<T>>(exec, args, rows);
+    Run<T, 1>(exec, args, rows);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace attune

@@ -10,7 +10,8 @@
 // targets[r] < 0 is ignored: loss 0, correct 0, gradient row 0. A target >= V is the caller's bug
 // (CHECK on the CPU). NaN in a row makes its loss and gradient NaN.
 // grad_scale is on the device (1 / trained tokens is known after the batch is).
-// Sums in f32 (f64 for f64), fixed order. Cost: three passes over a row, which stays in cache.
+// Sums in f32 (f64 for f64), fixed order. Cost: three passes over a row, which stays in cache (on
+// CUDA in shared memory, up to 393,216 elements of f32 and twice as many of bf16).
 #pragma once
 
 #include "kernels/core/exec.h"

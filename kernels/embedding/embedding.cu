@@ -5,6 +5,8 @@
 namespace attune {
 namespace {
 
+// A thread takes a pack of a row and of the one half of the rows further on: so that more is under
+// way at once.
 template <typename T, int N>
 struct Forward {
   static constexpr int kPack = N;
@@ -12,17 +14,25 @@ struct Forward {
   const T* table;
   int64_t table_stride, vocabulary;
   Rows<T> y;
+  int64_t rows, half;
   float scale;
-  __device__ void operator()(int64_t row, int64_t c) const {
-    const int32_t id = ids[row];
+
+  __device__ Pack<T, N> Load(int32_t id, int64_t c) const {
     Pack<T, N> v;
-    if (0 <= id && id < vocabulary) {
-      v = Pack<T, N>::Load(table + id * table_stride + c);
-      for (int i = 0; i < N; ++i) v.Set(i, v[i] * scale);
-    } else {
-      for (int i = 0; i < N; ++i) v.Set(i, 0.0f);
-    }
+    if (0 <= id && id < vocabulary) return Pack<T, N>::Load(table + id * table_stride + c);
+    for (int i = 0; i < N; ++i) v.Set(i, 0.0f);
+    return v;
+  }
+  __device__ void Store(Pack<T, N> v, int64_t row, int64_t c) const {
+    for (int i = 0; i < N; ++i) v.Set(i, v[i] * scale);
     v.Store(y(row, c));
+  }
+  __device__ void operator()(int64_t row, int64_t c) const {
+    const bool both = row + half < rows;
+    const int32_t id = ids[row], further_id = both ? ids[row + half] : -1;
+    const Pack<T, N> v = Load(id, c), further = Load(further_id, c);
+    Store(v, row, c);
+    if (both) Store(further, row + half, c);
   }
 };
 
@@ -125,11 +135,12 @@ void EmbeddingBackwardCuda(const Exec& exec, const EmbeddingBackwardArgs& a) {
 
 void EmbeddingForwardCuda(const Exec& exec, const EmbeddingForwardArgs& a) {
   DispatchCudaFloat(a.table.dtype, [&]<typename T>() {
+    const int64_t rows = a.y.dim(0), half = (rows + 1) / 2;
     const auto run = [&]<int N>() {
       ForEachPack(
           Forward<T, N>{Data<const int32_t>(a.ids), Data<const T>(a.table), a.table.stride(0),
-                        a.table.dim(0), RowsOf<T>(a.y), static_cast<float>(a.scale)},
-          a.y.dim(0), a.y.dim(1), exec.stream);
+                        a.table.dim(0), RowsOf<T>(a.y), rows, half, static_cast<float>(a.scale)},
+          half, a.y.dim(1), exec.stream);
     };
     if (Packable(kPackSize<T>, {&a.table, &a.y})) return run.template operator()<kPackSize<T>>();
     run.template operator()<1>();

@@ -6,8 +6,9 @@
 // others), scale B its last E columns beside W, A its last E rows below W. For stacked matrices
 // (q, k, v) B is block-diagonal: part i has the rows of its own matrix and the columns
 // [i r, (i + 1) r). E is the number of parts times r, rounded up to a multiple of 8; what no part
-// fills is zero. The corner (E, E) is not touched.
-// Cost: one pass over E (N + K) elements.
+// fills is zero. The corner (E, E) is not touched. Either of the two may be left out: the first
+// product takes scale B only, the second A only.
+// Cost: one pass over E N and E K elements.
 #pragma once
 
 #include <span>
@@ -33,6 +34,8 @@ struct LoraExtendArgs {
   std::span<const LoraExtendPart> parts;  // 1 to kMaxLoraParts, ascending row_begin
   TensorView w;                           // (N + E, K + E)  out, dtype of a; rows may be strided
   double scale = 1.0;
+  bool beside = true;  // whether scale B is written
+  bool below = true;   // whether A is
 };
 void LoraExtend(const Exec& exec, const LoraExtendArgs& args);
 

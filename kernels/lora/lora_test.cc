@@ -1,12 +1,17 @@
 #include "kernels/lora/lora.h"
 
 #include "kernels/core/op_testing.h"
+#include "kernels/lora/lora_backward.h"
 
 namespace attune {
 namespace {
 
 using op_testing::CpuExec;
+using op_testing::ExpectClose;
+using op_testing::kFloatDTypes;
+using op_testing::StatisticsOf;
 using op_testing::Tensor;
+using op_testing::Tolerance;
 
 // Every element against its definition; what lies between the parts is zero, W and the corner stay.
 TEST(LoraExtendTest, PutsBBesideAndABelow) {
@@ -47,6 +52,67 @@ TEST(LoraExtendTest, PutsBBesideAndABelow) {
       }
     }
     w.ExpectGuardsIntact();
+    // Either of the two alone.
+    for (const bool beside : {false, true}) {
+      const Tensor one(dtype, {kN + kE, kK + kE});
+      LoraExtend(CpuExec(),
+                 {.parts = parts, .w = one, .scale = 0.5, .beside = beside, .below = !beside});
+      for (int64_t n = 0; n < kN + kE; ++n) {
+        for (int64_t c = 0; c < kK + kE; ++c) {
+          const double value = one[n * (kK + kE) + c];
+          const bool written = beside ? n < kN && c >= kK : n >= kN && c < kK;
+          EXPECT_TRUE(written ? value == got[n * (kK + kE) + c] : std::isnan(value));
+        }
+      }
+    }
+  }
+}
+
+// Two parts with columns before, between and behind them, and ds behind dy in the same rows.
+TEST(LoraBackwardTest, IsTheTwoProductsOfEachPart) {
+  constexpr int64_t kT = 21, kR = 3, kN = 40, kE = 8, kBegin[] = {1, 20}, kRows[] = {13, 19};
+  std::mt19937_64 rng(11);
+  for (DType dtype : kFloatDTypes) {
+    const auto random = [&](std::initializer_list<int64_t> shape, int64_t padding = 0) {
+      return Tensor(dtype, shape, padding).Random(&rng);
+    };
+    const Tensor rows = random({kT, kN + kE}, 3), s = random({kT, kE}, 5);
+    const Tensor b[] = {random({kRows[0], kR}), random({kRows[1], kR})};
+    Tensor db[] = {Tensor(StatisticsOf(dtype), {kRows[0], kR}),
+                   Tensor(StatisticsOf(dtype), {kRows[1], kR})};
+    const std::vector<double> dy = rows.ToVector(), vs = s.ToVector();
+    std::vector<double> want_rows = dy, want_db[2];
+    for (int p = 0; p < 2; ++p) {
+      want_db[p] = db[p].Random(&rng).ToVector();
+      for (int64_t t = 0; t < kT; ++t) {
+        for (int64_t j = 0; j < kR; ++j) {
+          double sum = 0;
+          for (int64_t n = 0; n < kRows[p]; ++n) {
+            const double d = dy[t * (kN + kE) + kBegin[p] + n];
+            sum += d * b[p][n * kR + j];
+            want_db[p][n * kR + j] += 0.5 * d * vs[t * kE + p * kR + j];
+          }
+          want_rows[t * (kN + kE) + kN + p * kR + j] = 2.0 * sum;
+        }
+      }
+    }
+    for (int64_t t = 0; t < kT; ++t) {
+      for (int64_t j = 2 * kR; j < kE; ++j) want_rows[t * (kN + kE) + kN + j] = 0.0;
+    }
+    const LoraBackwardPart parts[] = {{b[0], db[0], kBegin[0]}, {b[1], db[1], kBegin[1]}};
+    LoraBackwardArgs args{.parts = parts,
+                          .dy = rows.view().Slice(1, 0, kN),
+                          .s = s,
+                          .ds = rows.view().Slice(1, kN, kN + kE),
+                          .scale = 2.0,
+                          .db_scale = 0.5};
+    const Tensor workspace = op_testing::Bytes(LoraBackwardWorkspaceBytes(CpuExec(), args));
+    args.workspace = workspace;
+    LoraBackward(CpuExec(), args);
+    ExpectClose(rows, want_rows, Tolerance(dtype), "ds");
+    for (int p = 0; p < 2; ++p) {
+      ExpectClose(db[p], want_db[p], Tolerance(StatisticsOf(dtype)), "db");
+    }
   }
 }
 

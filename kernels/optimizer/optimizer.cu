@@ -12,10 +12,13 @@ namespace attune {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBatch = 48;
+constexpr int kBatch = 76;       // what 4 KiB of parameters hold
+constexpr int kNormBatch = 200;  // likewise
+// Elements that a block of threads updates: few, so that multiprocessors end together.
+constexpr int64_t kUpdatePiece = 2048;
 
-int64_t Pieces(const TensorView& x) {
-  return (x.size() + kCudaPiece - 1) / kCudaPiece;
+int64_t Pieces(const TensorView& x, int64_t piece) {
+  return (x.size() + piece - 1) / piece;
 }
 
 struct DeviceScalar {
@@ -82,8 +85,8 @@ __device__ void Update(const Batch& b, float decay, float minus_step_size, float
 
 __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
   const int t = TensorOf(b, blockIdx.x);
-  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
-  const int64_t end = min(begin + kCudaPiece, b.size[t]);
+  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kUpdatePiece;
+  const int64_t end = min(begin + kUpdatePiece, b.size[t]);
   float* param = b.param[t];
   const float* grad = b.grad[t];
   float *m = b.m[t], *v = b.v[t];
@@ -213,8 +216,8 @@ struct LionBatch {
 
 __global__ __launch_bounds__(kThreads) void LionKernel(const __grid_constant__ LionBatch b) {
   const int t = TensorOf(b, blockIdx.x);
-  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
-  const int64_t end = min(begin + kCudaPiece, b.size[t]);
+  const int64_t begin = (blockIdx.x - b.first_piece[t]) * kUpdatePiece;
+  const int64_t end = min(begin + kUpdatePiece, b.size[t]);
   float *param = b.param[t], *m = b.m[t];
   const float* grad = b.grad[t];
   const float decay = b.decay[t], lr = b.lr[t];
@@ -229,11 +232,12 @@ __global__ __launch_bounds__(kThreads) void LionKernel(const __grid_constant__ L
 }
 
 struct NormBatch {
-  const float* grad[kBatch];
-  int64_t size[kBatch];
-  int32_t first_piece[kBatch];
+  const float* grad[kNormBatch];
+  int64_t size[kNormBatch];
+  int32_t first_piece[kNormBatch];
   int count = 0;
 };
+static_assert(sizeof(AdamWBatch) <= 4096 && sizeof(LionBatch) <= 4096 && sizeof(NormBatch) <= 4080);
 
 // In f64: the square of an f32 does not overflow.
 __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_constant__ NormBatch b,
@@ -241,11 +245,18 @@ __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_const
   const int t = TensorOf(b, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
   const int64_t end = min(begin + kCudaPiece, b.size[t]);
+  const float* grad = b.grad[t];
   double sum = 0.0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const double value = static_cast<double>(b.grad[t][i]);
-    sum += value * value;
+  const auto include = [&](float x) { sum += static_cast<double>(x) * static_cast<double>(x); };
+  using P = Pack<float, 4>;
+  const int64_t packed_end =
+      reinterpret_cast<uintptr_t>(grad) % 16 == 0 ? begin + (end - begin) / 4 * 4 : begin;
+#pragma unroll 8
+  for (int64_t i = begin + threadIdx.x * 4; i < packed_end; i += kThreads * 4) {
+    const P pack = P::Load(grad + i);
+    for (int k = 0; k < 4; ++k) include(pack.v[k]);
   }
+  for (int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) include(grad[i]);
   sum = BlockSum<kThreads>(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
@@ -307,7 +318,7 @@ void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
     b.size[i] = t.param.size();
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
-    return Pieces(t.param);
+    return Pieces(t.param, kUpdatePiece);
   };
   InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
     AdamWKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b);
@@ -357,7 +368,7 @@ void LionCuda(const Exec& exec, const LionArgs& a) {
     b.size[i] = t.param.size();
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.lr[i] = static_cast<float>(a.lr * t.lr_scale);
-    return Pieces(t.param);
+    return Pieces(t.param, kUpdatePiece);
   };
   InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
     LionKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b);
@@ -372,9 +383,9 @@ void GradNormCuda(const Exec& exec, const GradNormArgs& a) {
     CHECK(grad.dtype == DType::kF32 && "the CUDA backend keeps gradients in f32");
     b.grad[i] = Data<const float>(grad);
     b.size[i] = grad.size();
-    return Pieces(grad);
+    return Pieces(grad, kCudaPiece);
   };
-  InBatches<kBatch>(&b, a.grads, fill, [&](unsigned grid) {
+  InBatches<kNormBatch>(&b, a.grads, fill, [&](unsigned grid) {
     PartialNormKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b, partial + total);
     total += grid;
   });

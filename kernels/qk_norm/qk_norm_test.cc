@@ -124,7 +124,8 @@ TEST(QkNormRopeTest, IsRopeAfterTheNorm) {
   x.Random(&rng), w.Random(&rng);
   QkNormForwardArgs args{.x = x, .w = w, .y = n, .rstd = rstd};
   QkNormForward(CpuExec(), args);
-  Rope(CpuExec(), {.x = n, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 40});
+  const RopeHeads heads[] = {{.x = n}};
+  Rope(CpuExec(), {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 40});
   args.y = y, args.cos = tables.cos, args.sin = tables.sin, args.rotary_dim = 40;
   QkNormForward(CpuExec(), args);
   op_testing::ExpectClose(y, n.ToVector(), 1e-6, "y");

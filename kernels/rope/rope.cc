@@ -19,16 +19,20 @@ void RopeTable(const Exec& exec, const RopeTableArgs& args) {
 }
 
 void Rope(const Exec& exec, const RopeArgs& args) {
-  CHECK(args.x.rank == 3 && IsFloat(args.x.dtype));
-  CHECK(args.x.dim(2) <= 1 || args.x.stride(2) == 1);
-  if (args.y.defined()) {
-    CHECK(args.y.dtype == args.x.dtype && args.y.SameShape(args.x));
-    CHECK(args.y.dim(2) <= 1 || args.y.stride(2) == 1);
+  CHECK(!args.heads.empty() && args.heads.size() <= kMaxRopeHeads);
+  const TensorView& first = args.heads[0].x;
+  for (const RopeHeads& heads : args.heads) {
+    CHECK(heads.x.rank == 3 && heads.x.dtype == first.dtype && IsFloat(first.dtype));
+    CHECK(heads.x.dim(0) == first.dim(0) && heads.x.dim(2) == first.dim(2));
+    CHECK(heads.x.dim(2) <= 1 || heads.x.stride(2) == 1);
+    if (!heads.y.defined()) continue;
+    CHECK(heads.y.dtype == heads.x.dtype && heads.y.SameShape(heads.x));
+    CHECK(heads.y.dim(2) <= 1 || heads.y.stride(2) == 1);
   }
-  CHECK(args.rotary_dim >= 0 && args.rotary_dim % 2 == 0 && args.rotary_dim <= args.x.dim(2));
-  const DType table = AccumulatorDType(args.x.dtype);
-  CheckMatrix(args.cos, table, args.x.dim(0), args.rotary_dim / 2);
-  CheckMatrix(args.sin, table, args.x.dim(0), args.rotary_dim / 2);
+  CHECK(args.rotary_dim >= 0 && args.rotary_dim % 2 == 0 && args.rotary_dim <= first.dim(2));
+  const DType table = AccumulatorDType(first.dtype);
+  CheckMatrix(args.cos, table, first.dim(0), args.rotary_dim / 2);
+  CheckMatrix(args.sin, table, first.dim(0), args.rotary_dim / 2);
   ATTUNE_RUN(Rope, exec, args);
 }
 

@@ -12,6 +12,8 @@
 // Cost: one pass over x; the table is computed once a batch and shared by layers and heads.
 #pragma once
 
+#include <span>
+
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
 
@@ -26,13 +28,20 @@ struct RopeTableArgs {
 };
 void RopeTable(const Exec& exec, const RopeTableArgs& args);
 
+// Heads that are turned, or only copied.
+struct RopeHeads {
+  TensorView x;  // (T, H, D)  f64, f32 or bf16; stride(0) and stride(1) are free; in place
+                 //            unless there is a y
+  TensorView y;  // (T, H, D)  optional out, dtype of x, overlapping no x; strides as free
+  bool turned = true;
+};
+constexpr int kMaxRopeHeads = 3;
+
 struct RopeArgs {
-  TensorView x;    // (T, H, D)  f64, f32 or bf16; stride(0) and stride(1) are free; in place
-                   //            unless there is a y
-  TensorView y;    // (T, H, D)  optional out, dtype of x, not overlapping x; strides as free
-  TensorView cos;  // (T, R/2)   f32 (f64 for f64)
-  TensorView sin;  // (T, R/2)
-  int64_t rotary_dim = 0;  // R <= D, even
+  std::span<const RopeHeads> heads;  // 1 to kMaxRopeHeads (q, k, v), of one T, D and dtype
+  TensorView cos;                    // (T, R/2)   f32 (f64 for f64)
+  TensorView sin;                    // (T, R/2)
+  int64_t rotary_dim = 0;            // R <= D, even
   bool inverse = false;
 };
 void Rope(const Exec& exec, const RopeArgs& args);

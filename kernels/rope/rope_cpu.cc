@@ -44,17 +44,17 @@ ATTUNE_CLONES void RotateHead(const T* x, T* y, const AccumulatorOf<T>* cos,
 }
 
 template <typename T>
-void Rotate(const RopeArgs& a) {
+void Rotate(const RopeArgs& a, const RopeHeads& heads) {
   using A = AccumulatorOf<T>;
-  const int64_t tokens = a.x.dim(0), heads = a.x.dim(1), half = a.rotary_dim / 2;
+  const TensorView &x = heads.x, &y = heads.y.defined() ? heads.y : heads.x;
+  const int64_t half = heads.turned ? a.rotary_dim / 2 : 0;
   const A sign = a.inverse ? A(-1) : A(1);
-  const TensorView& y = a.y.defined() ? a.y : a.x;
-#pragma omp parallel for schedule(static) if (WorthThreads(tokens * heads * a.x.dim(2)))
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t h = 0; h < heads; ++h) {
-      RotateHead(a.x.As<T>() + t * a.x.stride(0) + h * a.x.stride(1),
+#pragma omp parallel for schedule(static) if (WorthThreads(x.size()))
+  for (int64_t t = 0; t < x.dim(0); ++t) {
+    for (int64_t h = 0; h < x.dim(1); ++h) {
+      RotateHead(x.As<T>() + t * x.stride(0) + h * x.stride(1),
                  y.As<T>() + t * y.stride(0) + h * y.stride(1), a.cos.As<A>() + t * a.cos.stride(0),
-                 a.sin.As<A>() + t * a.sin.stride(0), sign, half, a.x.dim(2));
+                 a.sin.As<A>() + t * a.sin.stride(0), sign, half, x.dim(2));
     }
   }
 }
@@ -67,7 +67,9 @@ void RopeTableCpu(const Exec& exec, const RopeTableArgs& a) {
 }
 
 void RopeCpu(const Exec& exec, const RopeArgs& a) {
-  DispatchFloat(a.x.dtype, [&]<typename T>() { Rotate<T>(a); });
+  DispatchFloat(a.heads[0].x.dtype, [&]<typename T>() {
+    for (const RopeHeads& heads : a.heads) Rotate<T>(a, heads);
+  });
 }
 
 }  // namespace attune

@@ -69,12 +69,35 @@ TEST(RopeTest, RotatesStridedHeads) {
           }
         }
       }
-      Rope(CpuExec(), {.x = fused.view().Slice(1, 1, kRopeHeads),
-                       .cos = tables.cos,
-                       .sin = tables.sin,
-                       .rotary_dim = rotary_dim});
+      const RopeHeads heads[] = {{.x = fused.view().Slice(1, 1, kRopeHeads)}};
+      Rope(CpuExec(),
+           {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = rotary_dim});
       op_testing::ExpectClose(fused, want, op_testing::Tolerance(dtype), "x");
     }
+  }
+}
+
+// q in place, k to a buffer of its own, v only copied; the same as one after the other.
+TEST(RopeTest, MovesSeveralAtOnce) {
+  for (DType dtype : op_testing::kFloatDTypes) {
+    const RopeTables tables(op_testing::StatisticsOf(dtype), 16, 1.0);
+    std::mt19937_64 rng(4);
+    Tensor q(dtype, {kRopeTokens, 4, kRopeD}, 3), k(dtype, {kRopeTokens, 2, kRopeD}), v = k;
+    q.Random(&rng), k.Random(&rng), v.Random(&rng);
+    Tensor want_q = q, want_k = k;
+    for (Tensor* x : {&want_q, &want_k}) {
+      const RopeHeads heads[] = {{.x = *x}};
+      Rope(CpuExec(), {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 16});
+    }
+    const Tensor to_k(dtype, {kRopeTokens, 2, kRopeD}, 5), to_v(dtype, {kRopeTokens, 2, kRopeD});
+    const std::vector<double> before = k.ToVector();
+    const RopeHeads heads[] = {{.x = q}, {k, to_k}, {v, to_v, /*turned=*/false}};
+    Rope(CpuExec(), {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 16});
+    EXPECT_TRUE(q.bytes() == want_q.bytes());
+    EXPECT_EQ(to_k.ToVector(), want_k.ToVector());
+    EXPECT_EQ(to_v.ToVector(), v.ToVector());
+    EXPECT_EQ(k.ToVector(), before);
+    to_k.ExpectGuardsIntact();
   }
 }
 
@@ -85,12 +108,17 @@ TEST(RopeTest, InverseIsTheBackward) {
   x.Random(&rng), dy.Random(&rng);
   const auto loss = [&] {
     Tensor y = x;
-    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD});
+    const RopeHeads heads[] = {{.x = y}};
+    Rope(CpuExec(), {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD});
     return op_testing::Dot(y, dy);
   };
   const std::vector<double> want = op_testing::FiniteDifferences(&x, loss);
-  Rope(CpuExec(),
-       {.x = dy, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD, .inverse = true});
+  const RopeHeads heads[] = {{.x = dy}};
+  Rope(CpuExec(), {.heads = heads,
+                   .cos = tables.cos,
+                   .sin = tables.sin,
+                   .rotary_dim = kRopeD,
+                   .inverse = true});
   op_testing::ExpectClose(dy, want, 1e-8, "dx");
 }
 
@@ -101,7 +129,8 @@ TEST(RopeTest, SameOnAnyThreadCount) {
   x.Random(&rng);
   op_testing::ExpectSameOnAnyThreadCount([&] {
     Tensor y = x;
-    Rope(CpuExec(), {.x = y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD});
+    const RopeHeads heads[] = {{.x = y}};
+    Rope(CpuExec(), {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = kRopeD});
     return y.bytes();
   });
 }

@@ -19,6 +19,7 @@
 #include "kernels/embedding/embedding.h"
 #include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
+#include "kernels/lora/lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
@@ -141,6 +142,64 @@ void BenchProducts(Bench* b) {
                      .beta = 1.0,
                      .workspace = b->workspace});
   });
+}
+
+// GB/s of reading dy once; and the same by two products per part, which are what other dtypes and
+// ranks get.
+void BenchLoraBackward(Bench* b) {
+  struct Case {
+    const char* name;
+    const char* products;
+    int64_t T, r;
+    std::vector<int64_t> rows;  // of the parts
+  };
+  for (const Case& c :
+       {Case{"LoraBackward gate, up 16384x28672 r 16", "  by products", 16384, 16, {kF, kF}},
+        Case{"LoraBackward gate, up 2048x28672 r 16", "  by products", 2048, 16, {kF, kF}},
+        Case{"LoraBackward gate, up 2048x28672 r 32", "  by products", 2048, 32, {kF, kF}},
+        Case{"LoraBackward gate, up 16384x28672 r 32", "  by products", 16384, 32, {kF, kF}},
+        Case{"LoraBackward gate, up 16384x28672 r 64", "  by products", 16384, 64, {kF, kF}},
+        Case{"LoraBackward q, k, v 16384x6144 r 16", "  by products", 16384, 16, {kC, 1024, 1024}},
+        Case{"LoraBackward q, k, v 2048x6144 r 16", "  by products", 2048, 16, {kC, 1024, 1024}},
+        Case{"LoraBackward o 16384x4096 r 16", "  by products", 16384, 16, {kC}},
+        Case{"LoraBackward o 2048x4096 r 16", "  by products", 2048, 16, {kC}}}) {
+    const int64_t E = LoraExtension(static_cast<int64_t>(c.rows.size()), c.r);
+    int64_t N = 0;
+    std::vector<LoraBackwardPart> parts;
+    for (int64_t rows : c.rows) {
+      parts.push_back({Device(DType::kBF16, {rows, c.r}), Device(DType::kF32, {rows, c.r}), N});
+      N += rows;
+    }
+    const TensorView rows = Device(DType::kBF16, {c.T, N + E});
+    LoraBackwardArgs args{.parts = parts,
+                          .dy = rows.Slice(1, 0, N),
+                          .s = Device(DType::kBF16, {c.T, E}),
+                          .ds = rows.Slice(1, N, N + E),
+                          .scale = 1e-3,
+                          .db_scale = 1e-3};
+    args.workspace = b->workspace;
+    const double bytes = 2.0 * static_cast<double>(c.T) * static_cast<double>(N);
+    b->Bytes(c.name, bytes, [&] { LoraBackward(b->exec, args); });
+    b->Bytes(c.products, bytes, [&] {
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const int64_t begin = parts[i].column_begin, at = static_cast<int64_t>(i) * c.r;
+        const TensorView dy = args.dy.Slice(1, begin, begin + c.rows[i]);
+        MatMul(b->exec, {.a = dy,
+                         .b = parts[i].b,
+                         .d = args.ds.Slice(1, at, at + c.r),
+                         .alpha = 1e-3,
+                         .workspace = b->workspace});
+        MatMul(b->exec, {.a = dy,
+                         .b = args.s.Slice(1, at, at + c.r),
+                         .d = parts[i].db,
+                         .trans_a = true,
+                         .alpha = 1e-3,
+                         .beta = 1.0,
+                         .workspace = b->workspace});
+      }
+    });
+    CUDA_CHECK(cudaFree(rows.data));
+  }
 }
 
 void BenchNf4(Bench* b) {
@@ -268,10 +327,14 @@ void BenchNormAndRope(Bench* b) {
     RmsNormBackward(b->exec,
                     {.dy = y, .x = sum, .rstd = rstd, .w = w, .dresidual = delta, .dx = x});
   });
-  const TensorView q = Device(DType::kBF16, {kT, 40, 128});
+  const auto heads = [](int64_t h) { return Device(DType::kBF16, {kT, h, 128}); };
+  const TensorView rows = heads(48);
+  const RopeHeads moved[] = {{rows.Slice(1, 0, 32), heads(32)},
+                             {rows.Slice(1, 32, 40), heads(8)},
+                             {rows.Slice(1, 40, 48), heads(8), /*turned=*/false}};
   const TensorView cos = Device(DType::kF32, {kT, 64}), sin = Device(DType::kF32, {kT, 64});
-  b->Bytes("Rope 8192x40x128", 2.0 * q.bytes() + 2.0 * cos.bytes(),
-           [&] { Rope(b->exec, {.x = q, .cos = cos, .sin = sin, .rotary_dim = 128}); });
+  b->Bytes("Rope q, k, v 8192x48x128", 2.0 * rows.bytes() + 2.0 * cos.bytes(),
+           [&] { Rope(b->exec, {.heads = moved, .cos = cos, .sin = sin, .rotary_dim = 128}); });
   const TensorView table = Device(DType::kBF16, {32000, kC}), ids = Device(DType::kI32, {kT});
   b->Bytes("EmbeddingForward 8192x4096", pass + 2.0 * 1000 * kC,
            [&] { EmbeddingForward(b->exec, {.ids = ids, .table = table, .y = y}); });
@@ -314,6 +377,15 @@ void BenchOptimizer(Bench* b) {
   GradNormArgs args{.grads = grads, .norm_sq = norm};
   args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
   b->Bytes("GradNorm 448 tensors, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
+  // As the trainer has them: in one piece.
+  const auto flat = [&] { return Device(DType::kF32, {static_cast<int64_t>(elements)}); };
+  const AdamWTensor all[] = {{flat(), flat(), flat(), flat()}};
+  Fill(b->exec, {.x = all[0].v, .value = 1.0});
+  b->Bytes("AdamW 1 tensor, 42 M elements", elements * 28,
+           [&] { AdamW(b->exec, {.tensors = all, .lr = 1e-5}); });
+  args.grads = {&all[0].grad, 1};
+  args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
+  b->Bytes("GradNorm 1 tensor, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
 }
 
 void BenchAttention(Bench* b) {
@@ -366,6 +438,7 @@ int main() {
   bench.exec.device = DeviceKind::kCuda;
   MeasureRoofs(&bench);
   BenchProducts(&bench);
+  BenchLoraBackward(&bench);
   BenchNf4(&bench);
   BenchFp8(&bench);
   BenchNormAndRope(&bench);

@@ -103,7 +103,7 @@ def cpu_rows(session):
     for r in session["training"]:
         ours, theirs = r["attune"], r["reference"]
         mode = r["mode"]
-        if mode == "lora-bf16" and r["computed_in"] == "f32":
+        if mode.endswith("-bf16") and r["computed_in"] == "f32":
             mode += ", ours in f32"
         yield (f"{r['parameters'] / 1e6:.1f}M", mode, r["data"], f"{r['tokens_per_step']:.0f}",
                f"{ours['tokens_per_s']:,.0f}", f"{theirs['tokens_per_s']:,.0f}",

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A job on two GPUs through the whole service, on a GPU machine: coordinator, agent and one trainer
 a GPU, over NCCL. One trainer is killed; the job recovers and ends with the losses of the
-undisturbed run, bit for bit; its adapter is downloaded and loads.
+undisturbed run, bit for bit, as does one whose trainers share the weights; its adapter is downloaded
+and loads.
 
     ATTUNE_BIN_DIR=/path/to/bin python3 tests/e2e/gpu_job_test.py
 
@@ -46,10 +47,10 @@ class GpuService(Service):
             BIN / "attune-worker", "--data-dir", self.data_dir, "--state-dir", self.state_dir,
             "--devices", "cuda", "--root", self.root, "--trainer", BIN / "attune-trainer", *flags])
 
-    def submit_on_gpus(self, name):
+    def submit_on_gpus(self, name, more=""):
         path = self.write_spec(name, steps=STEPS, tokens=512, stall=120)
         text = path.read_text().replace("device_type: cpu", "device_type: cuda")
-        path.write_text(text.replace("precision: f32\n", "") + "deterministic: true\n")
+        path.write_text(text.replace("precision: f32\n", "") + "deterministic: true\n" + more)
         return json.loads(self.cli("submit", path, "-o", "json").stdout)["name"]
 
 
@@ -94,6 +95,9 @@ class GpuJob(unittest.TestCase):
             job, losses = self.succeed(service, killed)
             self.assertEqual(job["attempt"], 2)
             self.assertEqual(losses, baseline)
+
+            shared = service.submit_on_gpus("shared", "parallelism: {shard_weights: true}\n")
+            self.assertEqual(self.succeed(service, shared)[1], baseline)
 
             out = service.directory / "adapter"
             service.cli("download", killed, "-o", out)

@@ -36,12 +36,11 @@ QkvHeads HeadsOf(const TensorView& q, const TensorView& k, const TensorView& v,
           .v = Heads(v, 0, shape.kv_heads, D)};
 }
 
-// y = rope(x); rotary_dim 0: y = x.
-void MoveHeads(const LayerContext& ctx, const RotaryTable& table, const TensorView& x,
-               const TensorView& y, int64_t rotary_dim, bool inverse) {
+// Moves heads to where they are used, turned by their positions; v as it is.
+void MoveHeads(const LayerContext& ctx, const RotaryTable& table,
+               std::initializer_list<RopeHeads> heads, int64_t rotary_dim, bool inverse) {
   const int64_t half = rotary_dim / 2;
-  Rope(ctx.exec, {.x = x,
-                  .y = y,
+  Rope(ctx.exec, {.heads = {heads.begin(), heads.size()},
                   .cos = Columns(table.cos, 0, half),
                   .sin = Columns(table.sin, 0, half),
                   .rotary_dim = rotary_dim,
@@ -177,12 +176,12 @@ void TransformerBlock::PositionHeads(const LayerContext& ctx, const PackBatch& b
                                      const TensorView& rows, const QkvHeads& to) const {
   const RotaryTable& table = batch.rotary[shape.rope];
   const QkvHeads from = Split(rows, shape);
-  MoveHeads(ctx, table, from.v, to.v, 0, /*inverse=*/false);
+  const RopeHeads v = {from.v, to.v, /*turned=*/false};
   if (!shape.qk_norm) {
-    MoveHeads(ctx, table, from.q, to.q, shape.rotary_dim, /*inverse=*/false);
-    MoveHeads(ctx, table, from.k, to.k, shape.rotary_dim, /*inverse=*/false);
-    return;
+    return MoveHeads(ctx, table, {{from.q, to.q}, {from.k, to.k}, v}, shape.rotary_dim,
+                     /*inverse=*/false);
   }
+  MoveHeads(ctx, table, {v}, 0, /*inverse=*/false);
   QkNormForwardArgs norm = {.x = from.q,
                             .w = q_norm,
                             .cos = table.cos,
@@ -205,12 +204,12 @@ void TransformerBlock::PositionHeadsBackward(const LayerContext& ctx, const Pack
                                              const QkvHeads& to, const TensorView& d_rows) const {
   const RotaryTable& table = batch.rotary[shape.rope];
   const QkvHeads d_from = Split(d_rows, shape);
-  MoveHeads(ctx, table, d_to.v, d_from.v, 0, /*inverse=*/true);
+  const RopeHeads v = {d_to.v, d_from.v, /*turned=*/false};
   if (!shape.qk_norm) {
-    MoveHeads(ctx, table, d_to.q, d_from.q, shape.rotary_dim, /*inverse=*/true);
-    MoveHeads(ctx, table, d_to.k, d_from.k, shape.rotary_dim, /*inverse=*/true);
-    return;
+    return MoveHeads(ctx, table, {{d_to.q, d_from.q}, {d_to.k, d_from.k}, v}, shape.rotary_dim,
+                     /*inverse=*/true);
   }
+  MoveHeads(ctx, table, {v}, 0, /*inverse=*/true);
   const QkvHeads from = Split(rows, shape);
   QkNormBackwardArgs norm = {.dy = d_to.q,
                              .x = from.q,
@@ -460,7 +459,7 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
     const TensorView dy = OutputGradient(ctx, dx, saved.mlp_out, post_mlp_norm, saved.mlp_out_rstd,
                                          C + down.extension());
     const TensorView dh = ctx.Scratch({T, F});
-    down.BackwardInput(ctx, dy, dh);
+    down.Backward(ctx, dy, saved.s_down, dh);
     // The activations are not needed again: their gradients take their place, and h that of dh.
     GatedActivationBackward(ctx.exec, {.dh = dh,
                                        .gate = gate,
@@ -470,12 +469,12 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
                                        .h = dh,
                                        .activation = shape.activation,
                                        .fp8 = codes});
-    down.BackwardParameters(ctx, dy, dh, saved.s_down);
+    down.BackwardWithInput(ctx, dy, dh, saved.s_down);
   }
   const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
-  gate_up.BackwardInput(ctx, rows, dn2, codes);
+  gate_up.Backward(ctx, rows, saved.s_gate_up, dn2, codes);
   NormaliseAgain(ctx, saved.x2, mlp_norm, saved.rstd2, n2);
-  gate_up.BackwardParameters(ctx, rows, n2, saved.s_gate_up);
+  gate_up.BackwardWithInput(ctx, rows, n2, saved.s_gate_up);
   const TensorView dx2 = Columns(dx, 0, C);
   NormaliseBackward(ctx, dn2, saved.x2, mlp_norm, saved.rstd2, dx2, dx2);
 }
@@ -498,15 +497,16 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
     const TensorView dy = OutputGradient(ctx, dx, saved.attention_out, post_attention_norm,
                                          saved.attention_out_rstd, C + o.extension());
     const TensorView d_o = ctx.Scratch({T, shape.q_size()});
-    o.BackwardInput(ctx, dy, d_o);
-    o.BackwardParameters(ctx, dy, SavedO(saved), Columns(saved.o_s, shape.q_size(), o.extension()));
+    const TensorView s_o = Columns(saved.o_s, shape.q_size(), o.extension());
+    o.Backward(ctx, dy, s_o, d_o);
+    o.BackwardWithInput(ctx, dy, SavedO(saved), s_o);
     BackwardHeads(ctx, batch, saved, d_o, room, dqkv);
   }
   const TensorView n1 = ctx.Scratch({T, C});
   const TensorView dn1 = options.want_dx ? ctx.Scratch({T, C}) : TensorView();
-  qkv.BackwardInput(ctx, dqkv, dn1);
+  qkv.Backward(ctx, dqkv, saved.s_qkv, dn1);
   NormaliseAgain(ctx, saved.x1, attention_norm, saved.rstd1, n1);
-  qkv.BackwardParameters(ctx, dqkv, n1, saved.s_qkv);
+  qkv.BackwardWithInput(ctx, dqkv, n1, saved.s_qkv);
   if (!options.want_dx) return;
   const TensorView dx1 = Columns(dx, 0, C);
   NormaliseBackward(ctx, dn1, saved.x1, attention_norm, saved.rstd1, dx1, dx1);

@@ -6,6 +6,7 @@
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/lora/lora.h"
+#include "kernels/lora/lora_backward.h"
 #include "worker/layers/weight_prefetcher.h"
 
 namespace attune {
@@ -53,16 +54,20 @@ void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
+  const bool backward = direction == Direction::kBackward;
   if (w->fp8()) {
-    const bool transposed = direction == Direction::kBackward;
-    return Fp8Extend(ctx.exec, {.parts = {parts, adapters.size()},
-                                .scale = w->scale(),
-                                .q = Columns(expansion, transposed ? w->rows() : w->in(),
-                                             Fp8Extension(columns())),
-                                .transposed = transposed,
-                                .factor = scale});
+    return Fp8Extend(
+        ctx.exec, {.parts = {parts, adapters.size()},
+                   .scale = w->scale(),
+                   .q = Columns(expansion, backward ? w->rows() : w->in(), Fp8Extension(columns())),
+                   .transposed = backward,
+                   .factor = scale});
   }
-  LoraExtend(ctx.exec, {.parts = {parts, adapters.size()}, .w = expansion, .scale = scale});
+  LoraExtend(ctx.exec, {.parts = {parts, adapters.size()},
+                        .w = expansion,
+                        .scale = scale,
+                        .beside = !backward,
+                        .below = backward});
 }
 
 void LoraLinear::FillExpansion(const LayerContext& ctx, Direction direction,
@@ -71,10 +76,11 @@ void LoraLinear::FillExpansion(const LayerContext& ctx, Direction direction,
   if (Fused(ctx)) Extend(ctx, direction, expansion);
 }
 
-// The one for the other direction serves as well where they are the same.
+// The one for the other direction serves as well where they are the same: W alone.
 const HeldExpansion* LoraLinear::Held(const LayerContext& ctx, Direction direction) const {
   const HeldExpansion* held = ctx.held;
-  while (held != nullptr && (held->linear != this || (w->fp8() && held->direction != direction))) {
+  const bool differs = w->fp8() || Fused(ctx);
+  while (held != nullptr && (held->linear != this || (differs && held->direction != direction))) {
     held = held->outer;
   }
   return held;
@@ -82,7 +88,14 @@ const HeldExpansion* LoraLinear::Held(const LayerContext& ctx, Direction directi
 
 void LoraLinear::Hold(Direction direction, HeldExpansion* held, LayerContext* ctx) const {
   if (w->expanded() || ctx->prefetcher != nullptr || Held(*ctx, direction) != nullptr) return;
-  *held = {this, direction, Expand(*ctx, direction), ctx->held};
+  const HeldExpansion* other =
+      Held(*ctx, direction == Direction::kForward ? Direction::kBackward : Direction::kForward);
+  if (other != nullptr && !w->fp8()) {  // W is there
+    Extend(*ctx, direction, other->expansion);
+    *held = {this, direction, other->expansion, ctx->held};
+  } else {
+    *held = {this, direction, Expand(*ctx, direction), ctx->held};
+  }
   ctx->held = held;
 }
 
@@ -107,8 +120,9 @@ void LoraLinear::Refresh(const LayerContext& ctx) const {
     return;
   }
   if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
-  Extend(ctx, Direction::kForward, w->Expand(ctx, Direction::kForward));
-  if (w->fp8()) Extend(ctx, Direction::kBackward, w->Expand(ctx, Direction::kBackward));
+  for (Direction direction : {Direction::kForward, Direction::kBackward}) {
+    Extend(ctx, direction, w->Expand(ctx, direction));
+  }
 }
 
 void LoraLinear::ResetMagnitudes(const LayerContext& ctx) const {
@@ -163,15 +177,13 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s, const 
     const TensorView used = Columns(x_s, 0, K + columns());
     return MultiplyFp8(ctx, Direction::kForward, used, columns(), codes, y);
   }
-  const TensorView expansion = Expand(ctx, Direction::kForward);
   if (Fused(ctx)) {
-    const TensorView a = Columns(expansion.Slice(0, N, N + E), 0, K);
-    MatMul(ctx, {.a = x, .b = a, .d = s, .trans_b = true});
-    MatMul(
-        ctx,
-        {.a = x_s, .b = expansion.Slice(0, 0, N), .d = y, .trans_b = true, .alpha = output_scale});
+    MultiplyA(ctx, x, s);
+    const TensorView w_b = Expand(ctx, Direction::kForward).Slice(0, 0, N);
+    MatMul(ctx, {.a = x_s, .b = w_b, .d = y, .trans_b = true, .alpha = output_scale});
     return GiveBack(ctx);
   }
+  const TensorView expansion = Expand(ctx, Direction::kForward);
   MatMul(ctx, {.a = x,
                .b = Columns(expansion.Slice(0, 0, N), 0, K),
                .d = y,
@@ -240,42 +252,41 @@ void LoraLinear::AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter
   ScaleColumns(ctx.exec, add);
 }
 
-void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
-                               const TensorView& dx, const Fp8Rows& codes) const {
+void LoraLinear::Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
+                          const TensorView& dx, const Fp8Rows& codes) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
   ArenaScope scope(ctx.arena);
-  if (IsDora()) return BackwardInputDora(ctx, dy_ds, dx);
+  if (IsDora()) return BackwardDora(ctx, dy_ds, s, dx);
+  BackwardB(ctx, dy, s, ds);
+  if (!dx.defined()) return;
   if (w->fp8()) {
     // With dropout the adapter's share of dx goes through the mask.
     const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
-    MultiplyB(ctx, dy, ds);
-    if (!dx.defined()) return;
     MultiplyFp8(ctx, Direction::kBackward, Columns(dy_ds, 0, N + e), e, codes, dx);
     if (e == 0) AddAdapterInputGradient(ctx, ds, dx);
     return;
   }
   if (Fused(ctx)) {
-    const TensorView expansion = Expand(ctx, Direction::kBackward);
-    MatMul(ctx, {.a = dy, .b = Columns(expansion.Slice(0, 0, N), K, E), .d = ds});
-    if (dx.defined()) {
-      MatMul(ctx, {.a = dy_ds, .b = Columns(expansion, 0, K), .d = dx, .alpha = output_scale});
-    }
+    const TensorView w_a = Columns(Expand(ctx, Direction::kBackward), 0, K);
+    MatMul(ctx, {.a = dy_ds, .b = w_a, .d = dx, .alpha = output_scale});
     return GiveBack(ctx);
   }
-  if (dx.defined()) {
+  {
     ArenaScope expansion_scope(ctx.arena);
     const TensorView w_rows = Columns(Expand(ctx, Direction::kBackward).Slice(0, 0, N), 0, K);
     MatMul(ctx, {.a = dy, .b = w_rows, .d = dx, .alpha = output_scale});
     GiveBack(ctx);
   }
-  MultiplyB(ctx, dy, ds);
-  if (dx.defined()) AddAdapterInputGradient(ctx, ds, dx);
+  AddAdapterInputGradient(ctx, ds, dx);
 }
 
 void LoraLinear::MultiplyA(const LayerContext& ctx, const TensorView& x,
                            const TensorView& s) const {
   if (adapters.empty()) return;
+  if (s.dim(1) > columns()) {
+    Fill(ctx.exec, {.x = Columns(s, columns(), s.dim(1) - columns())});
+  }
   if (ctx.dropout.p == 0) {
     return MatMul(ctx, {.a = x, .b = a, .d = Columns(s, 0, columns()), .trans_b = true});
   }
@@ -288,15 +299,24 @@ void LoraLinear::MultiplyA(const LayerContext& ctx, const TensorView& x,
   }
 }
 
-void LoraLinear::MultiplyB(const LayerContext& ctx, const TensorView& dy,
+void LoraLinear::BackwardB(const LayerContext& ctx, const TensorView& dy, const TensorView& s,
                            const TensorView& ds) const {
+  if (adapters.empty()) return;
+  LoraBackwardPart parts[kMaxLoraParts];
+  CHECK(adapters.size() <= kMaxLoraParts);
   for (size_t i = 0; i < adapters.size(); ++i) {
-    const LoraPart& adapter = adapters[i];
-    MatMul(ctx, {.a = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part)),
-                 .b = adapter.b,
-                 .d = Columns(ds, static_cast<int64_t>(i) * r, r),
-                 .alpha = scale});
+    parts[i] = {adapters[i].b, adapters[i].db, w->row_begin(adapters[i].part)};
   }
+  LoraBackwardArgs args{.parts = {parts, adapters.size()},
+                        .dy = dy,
+                        .s = s,
+                        .ds = ds,
+                        .scale = scale,
+                        .db_scale = output_scale * scale};
+  ArenaScope scope(ctx.arena);
+  args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                       LoraBackwardWorkspaceBytes(ctx.exec, args));
+  LoraBackward(ctx.exec, args);
 }
 
 Fp8Rows LoraLinear::CodesScratch(const LayerContext& ctx, Direction direction, int64_t rows,
@@ -334,8 +354,8 @@ void LoraLinear::MultiplyFp8(const LayerContext& ctx, Direction direction, const
 
 // With dropout g o dy reaches x through the dropped rows alone: dx = c dy W + dropout(c (((g - 1) o
 // dy) W + ds A)); without it dx = c ((g o dy) W + ds A). ds = scale (g o dy) B.
-void LoraLinear::BackwardInputDora(const LayerContext& ctx, const TensorView& dy_ds,
-                                   const TensorView& dx) const {
+void LoraLinear::BackwardDora(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
+                              const TensorView& dx) const {
   const int64_t K = w->in(), N = w->rows(), T = dy_ds.dim(0);
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, extension());
   const bool drops = ctx.dropout.p > 0;
@@ -346,7 +366,7 @@ void LoraLinear::BackwardInputDora(const LayerContext& ctx, const TensorView& dy
     const TensorView scaled_p = Columns(scaled, begin, rows);
     ScaleColumns(ctx.exec, {.x = scaled_p, .factor = adapter.factor, .y = scaled_p});
   }
-  MultiplyB(ctx, scaled, ds);
+  BackwardB(ctx, scaled, s, ds);
   if (!dx.defined()) return;
   const TensorView expansion = Expand(ctx, Direction::kBackward);
   MatMul(ctx, {.a = drops ? dy : scaled,
@@ -418,27 +438,11 @@ void LoraLinear::AddAdapterInputGradient(const LayerContext& ctx, const TensorVi
   }
 }
 
-void LoraLinear::BackwardParameters(const LayerContext& ctx, const TensorView& dy_ds,
-                                    const TensorView& x, const TensorView& s) const {
+void LoraLinear::BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds,
+                                   const TensorView& x, const TensorView& s) const {
   const int64_t N = w->rows(), parts = static_cast<int64_t>(adapters.size());
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, extension());
   if (IsDora()) BackwardMagnitudes(ctx, dy, x, s);
-  for (int64_t i = 0; i < parts; ++i) {
-    const LoraPart& adapter = adapters[i];
-    TensorView dy_p = Columns(dy, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    ArenaScope scope(ctx.arena);
-    if (IsDora()) {
-      const TensorView scaled = ctx.Scratch({dy_p.dim(0), dy_p.dim(1)});
-      ScaleColumns(ctx.exec, {.x = dy_p, .factor = adapter.factor, .y = scaled});
-      dy_p = scaled;
-    }
-    MatMul(ctx, {.a = dy_p,
-                 .b = Columns(s, i * r, r),
-                 .d = adapter.db,
-                 .trans_a = true,
-                 .alpha = output_scale * scale,
-                 .beta = 1});
-  }
   if (ctx.dropout.p == 0 && parts > 0) {
     return MatMul(ctx, {.a = Columns(ds, 0, parts * r),
                         .b = x,

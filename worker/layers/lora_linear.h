@@ -79,14 +79,14 @@ struct LoraLinear {
   // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x. `codes`: those of x, if there are.
   void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
                const Fp8Rows& codes = {}) const;
-  // [dy | .] (M, N + E) -> dx (M, K), assigned, unless undefined; ds is put behind dy. `codes`:
-  // those of dy, if there are.
-  void BackwardInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& dx,
-                     const Fp8Rows& codes = {}) const;
-  // Accumulates the gradients of A and B. x (M, K) and s (M, E) as Forward had them, dy_ds as
-  // BackwardInput left it.
-  void BackwardParameters(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
-                          const TensorView& s) const;
+  // [dy | .] (M, N + E) -> dx (M, K), assigned, unless undefined; ds is put behind dy. Accumulates
+  // the gradient of B. s (M, E) as Forward had it. `codes`: those of dy, if there are.
+  void Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
+                const TensorView& dx, const Fp8Rows& codes = {}) const;
+  // What takes x (M, K) as Forward had it, behind Backward: accumulates the gradient of A, and of
+  // DoRA's magnitudes.
+  void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
+                         const TensorView& s) const;
 
   // Expands the weight for all products with *ctx from now on, in scratch of the caller's
   // ArenaScope; *held outlives their use. Nothing where there is a lasting expansion, or the
@@ -106,14 +106,16 @@ struct LoraLinear {
   // y without the bias.
   void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
                 const Fp8Rows& codes) const;
-  // What BackwardInput leaves for dropout's share of dx.
+  // dx += ds A, through the mask of dropout.
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;
   bool IsDora() const { return !adapters.empty() && adapters[0].magnitude.defined(); }
   bool Fused(const LayerContext& ctx) const;
-  // s = x A^T and ds = scale * dy B, each part by itself.
+  // s = x A^T; columns behind those that are used are zero.
   void MultiplyA(const LayerContext& ctx, const TensorView& x, const TensorView& s) const;
-  void MultiplyB(const LayerContext& ctx, const TensorView& dy, const TensorView& ds) const;
+  // ds = scale * dy B, and accumulates the gradient of B.
+  void BackwardB(const LayerContext& ctx, const TensorView& dy, const TensorView& s,
+                 const TensorView& ds) const;
   // y = output_scale * x W^T, or backward x W, in 8 bits. The last e columns of x are the
   // adapter's; `codes`, if there are, are those of the others.
   void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
@@ -127,8 +129,8 @@ struct LoraLinear {
   // Adds to y_p what the adapter's dropout lets through.
   void AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter, const TensorView& x,
                       const TensorView& s_p, const TensorView& w_p, const TensorView& y_p) const;
-  void BackwardInputDora(const LayerContext& ctx, const TensorView& dy_ds,
-                         const TensorView& dx) const;
+  void BackwardDora(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
+                    const TensorView& dx) const;
   // Accumulates the gradients of DoRA's magnitudes.
   void BackwardMagnitudes(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
                           const TensorView& s) const;

@@ -1,8 +1,13 @@
 #include "worker/train/trainer.h"
 
+#include <time.h>  // NOLINT: clock_gettime
+#include <unistd.h>
+
 #include <cmath>
+#include <cstdio>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "worker/io/file.h"
 #include "worker/train/checkpoint.h"
@@ -20,6 +25,18 @@ v1::FailureCause CauseOfStart(const absl::Status& status) {
                                            : v1::FAILURE_CAUSE_INVALID;
 }
 
+// Seconds since this process began; 0 where /proc does not say.
+double ProcessAge() {
+  const absl::StatusOr<std::string> stat = ReadFile("/proc/self/stat");
+  timespec now;
+  if (!stat.ok() || clock_gettime(CLOCK_BOOTTIME, &now) != 0) return 0;
+  // After the name in parentheses come fields from the third on; the 22nd is the start, in ticks.
+  const std::vector<std::string> fields = absl::StrSplit(stat->substr(stat->rfind(')') + 2), ' ');
+  if (fields.size() < 20) return 0;
+  const double start = std::stod(fields[19]) / static_cast<double>(sysconf(_SC_CLK_TCK));
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9 - start;
+}
+
 class TrainingRun {
  public:
   TrainingRun(PreparedJob* job, Communicator* comm, TrainerObserver* observer)
@@ -32,11 +49,18 @@ class TrainingRun {
         progress_([observer] { observer->Progress("train"); }) {}
 
   TrainerOutcome Run() {
+    const double prepared = ProcessAge();
     if (TrainerOutcome outcome = Start(); !outcome.status.ok()) return outcome;
+    const double loaded = ProcessAge();
     observer_->Running(state_.step, job_->total_steps);
-    while (!Done()) {
+    for (bool first = true; !Done(); first = false) {
       const TrainerOutcome outcome = Step();
       if (!outcome.status.ok() || stopped_) return outcome;
+      if (!first || comm_->rank() > 0) continue;
+      std::fprintf(stderr,
+                   "attune-trainer: prepared in %.2f s, loaded in %.2f s, first step in %.2f s; it "
+                   "ended %.2f s after the process began\n",
+                   prepared, loaded - prepared, first_step_s_, loaded + first_step_s_);
     }
     return {};
   }
@@ -140,6 +164,7 @@ class TrainingRun {
     state_.step += 1;
     state_.trained_tokens += input.trained_tokens;
     const double step_s = absl::ToDoubleSeconds(absl::Now() - begin);
+    if (first_step_s_ == 0) first_step_s_ = step_s;
     metrics.set_step(state_.step);
     metrics.set_loss(result->loss);
     metrics.set_learning_rate(input.learning_rate);
@@ -283,6 +308,7 @@ class TrainingRun {
   std::unique_ptr<Engine> engine_;
   TrainerState state_;
   std::vector<Pack> evaluation_packs_;
+  double first_step_s_ = 0;
   bool stopped_ = false;
 };
 
