@@ -33,6 +33,23 @@ std::string Name(DType dtype, const Width& w) {
          std::to_string(w.padding);
 }
 
+// Adds to `operands` an op's codes of (rows, columns), and what Fp8Quantize makes of the rows that
+// it wrote; `call` makes both. They are the same; returns all operands.
+std::vector<Tensor> ExpectCodesOfRows(const std::string& what, std::vector<Operand> operands,
+                                      int64_t rows, int64_t columns, int64_t padding,
+                                      const OpCall& call) {
+  const size_t at = operands.size();
+  for (const int64_t behind : {padding, int64_t{0}}) {
+    operands.push_back({Tensor(DType::kF8E4M3, {rows, columns}, behind)});
+    operands.push_back({Tensor(DType::kF32, {rows})});
+  }
+  const std::vector<Tensor> got = RunOnGpu(operands, call);
+  EXPECT_EQ(got[at].ToVector(), got[at + 2].ToVector()) << what << ": codes";
+  EXPECT_EQ(got[at + 1].bytes(), got[at + 3].bytes()) << what << ": scales";
+  for (const Tensor& t : got) t.ExpectGuardsIntact();
+  return got;
+}
+
 double Loose(DType dtype) {
   return dtype == DType::kF32 ? 2e-5 : 1e-2;
 }
@@ -98,8 +115,9 @@ TEST_F(CudaOps, Nf4Dequantize) {
   struct Case {
     int64_t n, k, pad, first_element, first_block;
   };
-  for (const Case& c : {Case{16, 256, 0, 0, 0}, Case{40, 512, 16, 64, 300}, Case{7, 100, 0, 0, 0},
-                        Case{5, 37, 1, 13, 255}, Case{64, 4096, 0, 0, 0}}) {
+  for (const Case& c :
+       {Case{16, 256, 0, 0, 0}, Case{40, 512, 16, 64, 300}, Case{7, 100, 0, 0, 0},
+        Case{5, 37, 1, 13, 255}, Case{64, 4096, 0, 0, 0}, Case{40, 520, 8, 24, 300}}) {
     for (DType dtype : kDTypes) {
       const int64_t end = c.first_element + c.n * c.k, blocks = Nf4Blocks(end);
       Tensor packed(DType::kU8, {Nf4PackedBytes(end)}), codes(DType::kU8, {blocks});
@@ -323,6 +341,100 @@ TEST_F(CudaOps, GatedActivation) {
                                              .activation = act});
             });
       }
+    }
+  }
+}
+
+// Widths of rows that fit into a warp's registers, a block's, shared memory, or none of these.
+constexpr Width kRowWidths[] = {{64, 0},   {1024, 8}, {1280, 8}, {4096, 16},
+                                {8192, 0}, {9216, 8}, {37, 0},   {2051, 3}};
+
+// The codes that ops make beside their rows are those of the rows, and these are the same as
+// without codes.
+TEST_F(CudaOps, RmsNormCodes) {
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kRowWidths) {
+      const int64_t M = 23, C = w.columns;
+      const Operand out = {Tensor(dtype, {M, C}, w.padding)}, rstd = {Tensor(DType::kF32, {M})};
+      const std::vector<Operand> operands = {{Random(dtype, {M, C}, w.padding)},
+                                             {Random(dtype, {M, C}, w.padding)},
+                                             {Random(dtype, {C})},
+                                             out,
+                                             out,
+                                             rstd,
+                                             out,
+                                             out,
+                                             rstd};
+      for (const bool add : {false, true}) {
+        const std::vector<Tensor> got = ExpectCodesOfRows(
+            "rms_norm " + Name(dtype, w), operands, M, C, 32 - C % 16,
+            [&](const Exec& exec, const Views& v, Scratch&) {
+              RmsNormForwardArgs args{.x = v[0], .w = v[2], .y = v[4], .rstd = v[5]};
+              if (add) args.delta = v[1], args.sum = v[3];
+              RmsNormForward(exec, args);
+              if (add) args.sum = v[6];
+              args.y = v[7], args.rstd = v[8], args.fp8 = {v[9], v[10]};
+              RmsNormForward(exec, args);
+              Fp8Quantize(exec, {.x = v[7], .q = v[11], .scale = v[12]});
+            });
+        for (int i : {3, 4, 5}) EXPECT_EQ(got[i].bytes(), got[i + 3].bytes()) << i;
+      }
+      const std::vector<Tensor> got = ExpectCodesOfRows(
+          "rebuild " + Name(dtype, w), operands, M, C, 32 - C % 16,
+          [&](const Exec& exec, const Views& v, Scratch&) {
+            RmsNormForward(exec, {.x = v[0], .w = v[2], .y = v[4], .rstd = v[5]});
+            RmsNormRebuild(exec,
+                           {.x = v[0], .rstd = v[5], .w = v[2], .y = v[7], .fp8 = {v[9], v[10]}});
+            Fp8Quantize(exec, {.x = v[7], .q = v[11], .scale = v[12]});
+          });
+      EXPECT_EQ(got[4].bytes(), got[7].bytes());
+    }
+  }
+}
+
+TEST_F(CudaOps, GatedActivationCodes) {
+  std::vector<Width> widths(std::begin(kRowWidths), std::end(kRowWidths));
+  widths.push_back({14336, 8});
+  widths.push_back({30000, 8});   // backward fits in bf16 only
+  widths.push_back({120000, 0});  // never fits
+  for (DType dtype : kDTypes) {
+    for (const Width& w : widths) {
+      const int64_t M = 11, F = w.columns;
+      const auto x = [&](int64_t columns) {
+        return Operand{Random(dtype, {M, columns}, w.padding, 2.0)};
+      };
+      const Operand out = {Tensor(dtype, {M, F}, w.padding)};
+      const Operand out2 = {Tensor(dtype, {M, 2 * F}, w.padding)};
+      std::vector<Tensor> got = ExpectCodesOfRows(
+          "gated forward " + Name(dtype, w), {x(2 * F), out, out}, M, F, 32 - F % 16,
+          [&](const Exec& exec, const Views& v, Scratch&) {
+            GatedActivationForwardArgs args{
+                .gate = v[0].Slice(1, 0, F), .up = v[0].Slice(1, F, 2 * F), .h = v[1]};
+            GatedActivationForward(exec, args);
+            args.h = v[2], args.fp8 = {v[3], v[4]};
+            GatedActivationForward(exec, args);
+            Fp8Quantize(exec, {.x = v[2], .q = v[5], .scale = v[6]});
+          });
+      EXPECT_EQ(got[1].bytes(), got[2].bytes());
+      // In place the second time, as a block has it.
+      got = ExpectCodesOfRows(
+          "gated backward " + Name(dtype, w), {x(2 * F), x(F), out2, out}, M, 2 * F,
+          32 - 2 * F % 16, [&](const Exec& exec, const Views& v, Scratch&) {
+            const auto gate = [&](int i) { return v[i].Slice(1, 0, F); };
+            const auto up = [&](int i) { return v[i].Slice(1, F, 2 * F); };
+            GatedActivationBackwardArgs args{.dh = v[1],
+                                             .gate = gate(0),
+                                             .up = up(0),
+                                             .dgate = gate(2),
+                                             .dup = up(2),
+                                             .h = v[3]};
+            GatedActivationBackward(exec, args);
+            args.dgate = gate(0), args.dup = up(0), args.h = v[1], args.fp8 = {v[4], v[5]};
+            GatedActivationBackward(exec, args);
+            Fp8Quantize(exec, {.x = v[0], .q = v[6], .scale = v[7]});
+          });
+      EXPECT_EQ(got[0].ToVector(), got[2].ToVector());
+      EXPECT_EQ(got[1].ToVector(), got[3].ToVector());
     }
   }
 }
@@ -682,14 +794,27 @@ TEST_F(CudaOps, LoraBackward) {
 TEST_F(CudaOps, Fp8) {
   for (DType dtype : {DType::kF32, DType::kBF16}) {
     for (const int64_t e : {0, 6, 32}) {
-      for (const int64_t K : {40, 4096, 5001, 40000}) {
+      for (const int64_t K : {40, 1024, 4096, 5001, 40000, 80000}) {
         const int64_t M = 9, X = Fp8Extension(e);
+        Tensor x = Random(dtype, {M, K + e}, 8);
+        for (int64_t i = 0; i < e; ++i) {  // rows with small, larger, and too large s; of zeros
+          for (const int64_t m : {2, 3, 4}) {
+            const int64_t at = m * (K + e) + K + i;
+            x.Set(at, x[at] * (m == 2 ? 0.1 : m == 3 ? 10.0 : 1000.0));
+          }
+        }
+        for (int64_t c = 0; c < K; ++c) x.Set(5 * (K + e) + c, 0.0), x.Set(6 * (K + e) + c, 0.0);
+        for (int64_t c = K; c < K + e; ++c) x.Set(6 * (K + e) + c, 0.0);
         ExpectGpuAsCpu("fp8 rows",
-                       {{Random(dtype, {M, K + e}, 8)},
+                       {{x},
+                        {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
+                        {Tensor(DType::kF32, {M})},
                         {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
                         {Tensor(DType::kF32, {M})}},
                        [&](const Exec& exec, const Views& v, Scratch&) {
                          Fp8Quantize(exec, {.x = v[0], .e = e, .q = v[1], .scale = v[2]});
+                         Fp8Quantize(exec, Fp8QuantizeOf(v[0].Slice(1, 0, K), {v[3], v[4]}));
+                         Fp8QuantizeAdapter(exec, {.x = v[0], .e = e, .q = v[3], .scale = v[4]});
                        });
       }
     }
@@ -741,7 +866,7 @@ TEST_F(CudaOps, Fp8) {
 
 TEST_F(CudaOps, Nf4ToFp8) {
   for (const auto& [N, K] :
-       {std::pair<int64_t, int64_t>{24, 64}, {7, 50}, {300, 192}, {132, 1056}}) {
+       {std::pair<int64_t, int64_t>{24, 64}, {7, 50}, {300, 192}, {132, 1056}, {528, 1280}}) {
     for (const bool transposed : {false, true}) {
       for (const bool twice : {false, true}) {
         const int64_t blocks = Nf4Blocks(N * K), rows = transposed ? K : N, columns = N + K - rows;
@@ -775,6 +900,63 @@ TEST_F(CudaOps, Nf4ToFp8) {
                        });
       }
     }
+  }
+}
+
+// Stacked parts in one call: more than one launch takes, and one that cannot be read in packs.
+TEST_F(CudaOps, Nf4PartsTogether) {
+  constexpr int64_t kRows[] = {144, 16, 304, 1, 64, 40};
+  for (const int64_t K : {64, 192, 200, 1280}) {
+    int64_t N = 0;
+    std::vector<Operand> operands;
+    for (const int64_t rows : kRows) {
+      const int64_t blocks = Nf4Blocks(rows * K);
+      Tensor packed(DType::kU8, {Nf4PackedBytes(rows * K)}), codes(DType::kU8, {blocks});
+      for (int64_t i = 0; i < packed.size(); ++i) packed.Set(i, static_cast<double>(rng_() % 256));
+      for (int64_t i = 0; i < blocks; ++i) codes.Set(i, static_cast<double>(rng_() % 256));
+      const Tensor absmax2 = Random(DType::kF32, {Nf4Groups(blocks)});
+      for (const Tensor& t : {packed, codes, absmax2, Random(DType::kF32, {1})}) {
+        operands.push_back({t});
+      }
+      N += rows;
+    }
+    const size_t outputs = operands.size();
+    Tensor scale(DType::kF32, {1});
+    operands.push_back({scale.Constant(0.02)});
+    operands.push_back({Tensor(DType::kBF16, {N, K}, 8)});
+    operands.push_back({Tensor(DType::kF8E4M3, {N, K}, 64 - K % 16)});
+    operands.push_back({Tensor(DType::kF8E4M3, {K, N}, 32 - N % 16)});
+    ExpectGpuAsCpu("nf4 parts of " + std::to_string(K), operands,
+                   [&](const Exec& exec, const Views& v, Scratch&) {
+                     std::vector<Nf4DequantizeArgs> values;
+                     std::vector<Nf4ToFp8Args> codes[2];
+                     int64_t begin = 0, at = 0;
+                     for (const int64_t rows : kRows) {
+                       const int64_t end = begin + rows;
+                       const TensorView to[] = {v[outputs + 1].Slice(0, begin, end),
+                                                v[outputs + 2].Slice(0, begin, end),
+                                                v[outputs + 3].Slice(1, begin, end)};
+                       Nf4ToFp8Args args{.packed = v[at],
+                                         .codes = v[at + 1],
+                                         .absmax2 = v[at + 2],
+                                         .offset = v[at + 3],
+                                         .scale = v[outputs]};
+                       values.push_back({.packed = args.packed,
+                                         .codes = args.codes,
+                                         .absmax2 = args.absmax2,
+                                         .offset = args.offset,
+                                         .out = to[0]});
+                       for (const bool transposed : {false, true}) {
+                         args.q = to[transposed ? 2 : 1];
+                         args.transposed = transposed;
+                         codes[transposed].push_back(args);
+                       }
+                       begin = end;
+                       at += 4;
+                     }
+                     Nf4Dequantize(exec, values);
+                     for (const auto& some : codes) Nf4ToFp8(exec, some);
+                   });
   }
 }
 

@@ -5,6 +5,7 @@
 namespace attune {
 
 ATTUNE_BACKENDS(Fp8Quantize);
+ATTUNE_BACKENDS(Fp8QuantizeAdapter);
 ATTUNE_BACKENDS(Fp8WeightScale);
 ATTUNE_BACKENDS(Fp8QuantizeWeight);
 ATTUNE_BACKENDS(Fp8Extend);
@@ -16,15 +17,37 @@ void CheckSource(const TensorView& x) {
   CheckMatrix(x, x.dtype, x.dim(0), x.dim(1));
 }
 
-}  // namespace
-
-void Fp8Quantize(const Exec& exec, const Fp8QuantizeArgs& args) {
+// Of Fp8Quantize and Fp8QuantizeAdapter.
+template <typename Args>
+void CheckRows(const Args& args) {
   CheckSource(args.x);
   const int64_t M = args.x.dim(0), K = args.x.dim(1) - args.e;
   CHECK(args.e >= 0 && K >= 0);
   CheckMatrix(args.q, DType::kF8E4M3, M, K + Fp8Extension(args.e));
   CheckVector(args.scale, DType::kF32, M);
+}
+
+}  // namespace
+
+void Fp8Quantize(const Exec& exec, const Fp8QuantizeArgs& args) {
+  CheckRows(args);
   ATTUNE_RUN(Fp8Quantize, exec, args);
+}
+
+void Fp8QuantizeAdapter(const Exec& exec, const Fp8QuantizeAdapterArgs& args) {
+  CheckRows(args);
+  ATTUNE_RUN(Fp8QuantizeAdapter, exec, args);
+}
+
+void CheckFp8Rows(const Fp8Rows& rows, const TensorView& x) {
+  CheckSource(x);
+  CheckMatrix(rows.q, DType::kF8E4M3, x.dim(0), rows.q.dim(1));
+  CHECK(rows.q.dim(1) >= x.dim(1));
+  CheckVector(rows.scale, DType::kF32, x.dim(0));
+}
+
+Fp8QuantizeArgs Fp8QuantizeOf(const TensorView& x, const Fp8Rows& rows) {
+  return {.x = x, .q = rows.q.Slice(1, 0, x.dim(1)), .scale = rows.scale};
 }
 
 void Fp8WeightScale(const Exec& exec, const Fp8WeightScaleArgs& args) {

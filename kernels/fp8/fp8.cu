@@ -1,117 +1,159 @@
-// fp8 on CUDA. Every product is rounded on its own (no fused multiply-add), as on the CPU: the bits
-// are the same.
-#include <cuda_fp8.h>
-
-#include "kernels/core/cuda.cuh"
-#include "kernels/fp8/fp8.h"
+// fp8 on CUDA.
+#include "kernels/fp8/fp8.cuh"
 
 namespace attune {
 namespace {
 
 constexpr int kThreads = 256;
 
-__device__ uint8_t Encode(float v) {
-  return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
-}
 __device__ float Decode(uint8_t code) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
 }
 
 struct TwoCodes {
   uint8_t high, low;
-  __device__ explicit TwoCodes(float v) : high(Encode(v)), low(Encode(v - Decode(high))) {}
+  __device__ explicit TwoCodes(float v) : high(Fp8Encode(v)), low(Fp8Encode(v - Decode(high))) {}
 };
 
-// The largest of a block, in every thread.
-__device__ float BlockMax(float x) {
-  __shared__ float partial[32];
-  x = WarpMax(x);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = threadIdx.x % 32 < (blockDim.x + 31) / 32 ? partial[threadIdx.x % 32] : 0.0f;
-  return WarpMax(x);
+// ---- Rows of activations ----
+
+constexpr int kHeld = 8;  // packs that a thread keeps from one reading to the other
+constexpr int64_t kMostThreads = 1024;
+
+template <typename T>
+struct RowsToCodes {
+  Rows<const T> x;
+  Rows<uint8_t> q;
+  float* scale;
+  int64_t rows;
+  int k, e, extension;  // extension: Fp8Extension(e)
+};
+
+template <typename T>
+RowsToCodes<T> RowsToCodesOf(const TensorView& x, int64_t e, const TensorView& q,
+                             const TensorView& scale) {
+  return {RowsOf<const T>(x),
+          RowsOf<uint8_t>(q),
+          Data<float>(scale),
+          x.dim(0),
+          static_cast<int>(x.dim(1) - e),
+          static_cast<int>(e),
+          static_cast<int>(Fp8Extension(e))};
 }
 
-// ---- Rows of activations: a block per row ----
+// The threads of a row put s behind its codes: this one those from `first`, `step` apart.
+template <typename T>
+__device__ void EncodeAdapter(const T* s, int e, int extension, float inverse, uint8_t* q,
+                              int first, int step) {
+  const float own = __fmul_rn(inverse, 1.0f / kFp8AdapterRoom);
+  for (int j = first; j < e; j += step) {
+    const TwoCodes codes(__fmul_rn(ToFloat(s[j]), own));
+    q[j] = q[2 * e + j] = codes.high;
+    q[e + j] = codes.low;
+  }
+  for (int j = 3 * e + first; j < extension; j += step) q[j] = 0;
+}
 
-constexpr int kHeld = 4;  // packs of 8 elements that a thread keeps from one reading to the other
+template <typename T>
+__device__ float LargestOfAdapter(const T* s, int e, int first, int step) {
+  float largest = 0.0f;
+  for (int j = first; j < e; j += step) largest = fmaxf(largest, fabsf(ToFloat(s[j])));
+  return __fmul_rn(largest, 1.0f / kFp8AdapterRoom);
+}
+
+// A block of threads per row; with kShort one of its warps.
+template <typename T, int N, bool kShort>
+__global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
+    const __grid_constant__ RowsToCodes<T> a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= a.rows) return;
+  const T* x = a.x(row, 0);
+  uint8_t* q = a.q(row, 0);
+  const int step = static_cast<int>(blockDim.x) * N, begin = static_cast<int>(threadIdx.x) * N;
+  const int rest = begin + kHeld * step;
+  Words<T, N> held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int c = begin + i * step;
+    held[i] = {};
+    if (c < a.k) held[i] = Words<T, N>::Load(x + c);
+  }
+  float largest = LargestOfAdapter(x + a.k, a.e, threadIdx.x, blockDim.x);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, held[i].Largest());
+  for (int c = rest; c < a.k; c += step) {
+    largest = fmaxf(largest, Words<T, N>::Load(x + c).Largest());
+  }
+  largest = kShort ? WarpMax(largest) : BlockMax(largest);
+  const float scale = Fp8ScaleOf(largest), inverse = Fp8InverseOf(scale);
+  if (threadIdx.x == 0) a.scale[row] = scale;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int c = begin + i * step;
+    if (c < a.k) held[i].StoreFp8(inverse, q + c);
+  }
+  for (int c = rest; c < a.k; c += step) Words<T, N>::Load(x + c).StoreFp8(inverse, q + c);
+  EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, threadIdx.x, blockDim.x);
+}
 
 template <typename T, int N>
-struct alignas(N) Codes {
-  uint8_t v[N];
-  __device__ Codes(const Pack<T, N>& x, float inverse) {
-    if constexpr (N == 1) {
-      v[0] = Encode(__fmul_rn(x[0], inverse));
-    } else {
-      for (int i = 0; i < N; i += 2) {
-        const float2 pair{__fmul_rn(x[i], inverse), __fmul_rn(x[i + 1], inverse)};
-        const __nv_fp8x2_storage_t codes =
-            __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-        v[i] = static_cast<uint8_t>(codes);
-        v[i + 1] = static_cast<uint8_t>(codes >> 8);
-      }
+void QuantizeRows(const RowsToCodes<T>& a, cudaStream_t stream) {
+  if (a.rows == 0) return;
+  const int64_t wanted = (a.k / N + kHeld - 1) / kHeld;
+  const auto threads =
+      static_cast<unsigned>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, kMostThreads));
+  if (threads == 32) {
+    constexpr unsigned kRows = 4;
+    const auto blocks = static_cast<unsigned>((a.rows + kRows - 1) / kRows);
+    QuantizeRowsKernel<T, N, true><<<blocks, dim3(threads, kRows), 0, stream>>>(a);
+  } else {
+    QuantizeRowsKernel<T, N, false><<<static_cast<unsigned>(a.rows), threads, 0, stream>>>(a);
+  }
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// A warp per row.
+template <typename T, int N>
+__global__ __launch_bounds__(kThreads) void QuantizeAdapterKernel(
+    const __grid_constant__ RowsToCodes<T> a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= a.rows) return;
+  const T* x = a.x(row, 0);
+  uint8_t* q = a.q(row, 0);
+  float scale = a.scale[row];
+  const float wanted = Fp8ScaleOf(WarpMax(LargestOfAdapter(x + a.k, a.e, lane, 32)));
+  const bool again = wanted > scale;
+  if (again) scale = wanted;
+  const float inverse = Fp8InverseOf(scale);
+  if (again) {  // seldom
+    __syncwarp();
+    if (lane == 0) a.scale[row] = scale;
+    for (int c = lane * N; c < a.k; c += 32 * N) {
+      Words<T, N>::Load(x + c).StoreFp8(inverse, q + c);
     }
   }
-  __device__ void Store(uint8_t* to) const { *reinterpret_cast<Codes*>(to) = *this; }
-};
-
-template <typename T, int N>
-__device__ float LargestOf(const Pack<T, N>& x) {
-  float largest = 0.0f;
-  for (int i = 0; i < N; ++i) largest = fmaxf(largest, fabsf(x[i]));
-  return largest;
+  EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, lane, 32);
 }
 
 template <typename T, int N>
-__global__ void QuantizeRowsKernel(const T* x_data, int64_t x_stride, int k, int e, uint8_t* q_data,
-                                   int64_t q_stride, int extension, float* scale) {
-  const T* x = x_data + blockIdx.x * x_stride;
-  uint8_t* q = q_data + blockIdx.x * q_stride;
-  const int step = blockDim.x * N, begin = threadIdx.x * N;
-  Pack<T, N> held[kHeld];
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int c = begin + i * step;
-    if (c >= k) continue;
-    held[i] = Pack<T, N>::Load(x + c);
-    largest = fmaxf(largest, LargestOf(held[i]));
-  }
-  for (int c = begin + kHeld * step; c < k; c += step) {
-    largest = fmaxf(largest, LargestOf(Pack<T, N>::Load(x + c)));
-  }
-  for (int j = threadIdx.x; j < e; j += blockDim.x)
-    largest = fmaxf(largest, fabsf(ToFloat(x[k + j])));
-  largest = BlockMax(largest);
-  if (threadIdx.x == 0) scale[blockIdx.x] = __fdiv_rn(largest, Float8E4M3::kMax);
-  const float inverse = largest > 0.0f ? __fdiv_rn(Float8E4M3::kMax, largest) : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int c = begin + i * step;
-    if (c < k) Codes<T, N>(held[i], inverse).Store(q + c);
-  }
-  for (int c = begin + kHeld * step; c < k; c += step) {
-    Codes<T, N>(Pack<T, N>::Load(x + c), inverse).Store(q + c);
-  }
-  for (int j = threadIdx.x; j < e; j += blockDim.x) {
-    const TwoCodes codes(__fmul_rn(ToFloat(x[k + j]), inverse));
-    q[k + j] = q[k + 2 * e + j] = codes.high;
-    q[k + e + j] = codes.low;
-  }
-  for (int j = 3 * e + threadIdx.x; j < extension; j += blockDim.x) q[k + j] = 0;
-}
-
-template <typename T, int N>
-void QuantizeRows(const Exec& exec, const Fp8QuantizeArgs& a) {
-  const int64_t M = a.x.dim(0), K = a.x.dim(1) - a.e;
-  if (M == 0) return;
-  const int64_t wanted = (K / N + kHeld - 1) / kHeld;
-  const unsigned threads =
-      static_cast<unsigned>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, 1024));
-  QuantizeRowsKernel<T, N><<<static_cast<unsigned>(M), threads, 0, StreamOf(exec.stream)>>>(
-      Data<const T>(a.x), a.x.stride(0), static_cast<int>(K), static_cast<int>(a.e),
-      Data<uint8_t>(a.q), a.q.stride(0), static_cast<int>(Fp8Extension(a.e)), Data<float>(a.scale));
+void QuantizeAdapter(const RowsToCodes<T>& a, cudaStream_t stream) {
+  if (a.rows == 0) return;
+  const auto blocks = static_cast<unsigned>((a.rows + kThreads / 32 - 1) / (kThreads / 32));
+  QuantizeAdapterKernel<T, N><<<blocks, kThreads, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
+}
+
+// Calls f.operator()<T, N>(rows).
+template <typename Args, typename F>
+void DispatchRowsToCodes(const Args& a, F&& f) {
+  const TensorView x = a.x.Slice(1, 0, a.x.dim(1) - a.e), q = a.q.Slice(1, 0, x.dim(1));
+  DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
+    constexpr int kPack = kPackSize<T>;
+    const RowsToCodes<T> rows = RowsToCodesOf<T>(a.x, a.e, a.q, a.scale);
+    Packable(kPack, {&x, &q}) ? f.template operator()<T, kPack>(rows)
+                              : f.template operator()<T, 1>(rows);
+  });
 }
 
 // ---- Weights ----
@@ -152,7 +194,7 @@ __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w
   for (int down = threadIdx.x / kTile; down < kTile; down += kThreads / kTile) {
     const int64_t row = row0 + down, column = column0 + across;
     if (row >= rows || column >= columns) continue;
-    const uint8_t code = Encode(__fmul_rn(ToFloat(*w(row, column)), inverse));
+    const uint8_t code = Fp8Encode(__fmul_rn(ToFloat(*w(row, column)), inverse));
     if (turned) {
       tile[down][across] = code;
     } else {
@@ -167,7 +209,7 @@ __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w
   }
 }
 
-// ---- The adapter's share: a thread per column of a row ----
+// ---- The adapter's share: a thread per kColumns adjacent columns of a row, of one part ----
 
 template <typename T>
 struct Extension {
@@ -177,70 +219,85 @@ struct Extension {
     int64_t begin, end;  // rows of W
   };
   Part part[kMaxLoraParts];
-  int parts, r, columns;  // columns: Fp8Extension(parts * r)
-  int64_t rows, k;        // rows: of q
+  uint32_t parts, r, columns;  // columns: Fp8Extension(parts * r)
+  uint32_t threads;            // rows of q * parts * r / kColumns
+  int64_t k;
   const float* scale;
   Rows<uint8_t> q;
   bool turned;
   float factor;
 
-  __device__ float B(int64_t row, int j) const {
-    const Part& x = part[j / r];
+  // Of column j of a part, beside a row of W or, turned, of W^T.
+  __device__ float Value(const Part& x, int64_t row, uint32_t j) const {
+    if (turned) return ToFloat(x.a[j * k + row]);
     if (row < x.begin || row >= x.end) return 0.0f;
-    return __fmul_rn(factor, ToFloat(x.b[(row - x.begin) * r + j % r]));
-  }
-  __device__ float A(int64_t column, int j) const {
-    return ToFloat(part[j / r].a[(j % r) * k + column]);
+    return __fmul_rn(factor, ToFloat(x.b[(row - x.begin) * r + j]));
   }
 };
 
-template <typename T>
+template <typename T, int kColumns>
 __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__ Extension<T> x) {
-  const int e = x.parts * x.r;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = i / x.columns;
-  const int j = static_cast<int>(i - row * x.columns);
-  if (row >= x.rows) return;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread >= x.threads) return;
+  const uint32_t e = x.parts * x.r, row = thread / (e / kColumns);
+  const uint32_t column = (thread - row * (e / kColumns)) * kColumns, part = column / x.r;
+  const float inverse = __fmul_rn(kFp8AdapterRoom, __frcp_rn(*x.scale));
   uint8_t* out = x.q(row, 0);
-  if (j >= 3 * e) out[j] = 0;
-  if (j >= e) return;
-  const TwoCodes codes(__fmul_rn(x.turned ? x.A(row, j) : x.B(row, j), __frcp_rn(*x.scale)));
-  out[j] = out[e + j] = codes.high;
-  out[2 * e + j] = codes.low;
+  Pack<uint8_t, kColumns> high, low;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const float v = x.Value(x.part[part], row, column - part * x.r + i);
+    const TwoCodes codes(__fmul_rn(v, inverse));
+    high.v[i] = codes.high;
+    low.v[i] = codes.low;
+  }
+  high.Store(out + column);
+  high.Store(out + e + column);
+  low.Store(out + 2 * e + column);
+  if (column > 0) return;
+  for (uint32_t j = 3 * e; j < x.columns; ++j) out[j] = 0;
 }
 
 template <typename T>
 void Extend(const Exec& exec, const Fp8ExtendArgs& a) {
   Extension<T> x{};
-  x.parts = static_cast<int>(a.parts.size());
-  for (int i = 0; i < x.parts; ++i) {
+  x.parts = static_cast<uint32_t>(a.parts.size());
+  for (uint32_t i = 0; i < x.parts; ++i) {
     const LoraExtendPart& part = a.parts[i];
     x.part[i] = {Data<const T>(part.a), Data<const T>(part.b), part.row_begin,
                  part.row_begin + part.b.dim(0)};
   }
-  x.r = static_cast<int>(a.parts[0].a.dim(0));
+  x.r = static_cast<uint32_t>(a.parts[0].a.dim(0));
   x.turned = a.transposed;
   const TensorView& out = a.q;
-  x.columns = static_cast<int>(out.dim(1));
-  x.rows = out.dim(0);
+  x.columns = static_cast<uint32_t>(out.dim(1));
   x.k = a.parts[0].a.dim(1);
   x.scale = Data<const float>(a.scale);
   x.q = RowsOf<uint8_t>(out);
   x.factor = static_cast<float>(a.factor);
-  const int64_t elements = x.columns * x.rows;
-  if (elements == 0) return;
-  const unsigned blocks = static_cast<unsigned>((elements + kThreads - 1) / kThreads);
-  ExtendKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(x);
+  const bool fours = x.r % 4 == 0 && Packable(4, {&out});
+  const int64_t threads = out.dim(0) * x.parts * x.r / (fours ? 4 : 1);
+  CHECK(threads < int64_t{1} << 31);
+  if (threads == 0) return;
+  x.threads = static_cast<uint32_t>(threads);
+  const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+  const cudaStream_t stream = StreamOf(exec.stream);
+  fours ? ExtendKernel<T, 4><<<blocks, kThreads, 0, stream>>>(x)
+        : ExtendKernel<T, 1><<<blocks, kThreads, 0, stream>>>(x);
   CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace
 
 void Fp8QuantizeCuda(const Exec& exec, const Fp8QuantizeArgs& a) {
-  const TensorView x = a.x.Slice(1, 0, a.x.dim(1) - a.e), q = a.q.Slice(1, 0, x.dim(1));
-  const bool packable = Packable(8, {&x, &q});
-  DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
-    packable ? QuantizeRows<T, 8>(exec, a) : QuantizeRows<T, 1>(exec, a);
+  DispatchRowsToCodes(a, [&]<typename T, int N>(const RowsToCodes<T>& rows) {
+    QuantizeRows<T, N>(rows, StreamOf(exec.stream));
+  });
+}
+
+void Fp8QuantizeAdapterCuda(const Exec& exec, const Fp8QuantizeAdapterArgs& a) {
+  DispatchRowsToCodes(a, [&]<typename T, int N>(const RowsToCodes<T>& rows) {
+    QuantizeAdapter<T, N>(rows, StreamOf(exec.stream));
   });
 }
 

@@ -1,10 +1,8 @@
 // Operands of products in 8-bit floating point (e4m3, see kernels/core/dtype.h), for weights that
 // are frozen. value = code * scale:
 //   rows of activations and gradients   scale[m] = max |row m| / 448, found anew for each row
-//   a weight                            scale = max |W| / 28, one for the whole matrix: codes are
+//   a weight                            scale = max |W| / 14, one for the whole matrix: codes are
 //                                       floating, so a scale per row would make them no better
-// 28 leaves room above: values of an adapter beside W may be 16 times as large as W's largest
-// before they saturate.
 //
 // The adapter rides in the same product, as in kernels/lora, each of its values as the sum of two
 // codes, v = (high + low) * scale, which is about bf16's precision (2^-8). s B^T then is
@@ -13,6 +11,11 @@
 // that), filled with zeros:
 //   rows of activations [x | s_high | s_low | s_high | 0]
 //   rows of weights     [W | B_high | B_high | B_low | 0]
+//
+// s is computed from x, and often x's codes are made where x is (Fp8Rows), before s is known. So s
+// has room: it counts a quarter in its row's scale, s / 4 is encoded, and 4 B beside W. A row whose
+// s is more than four times as large as its x is encoded once more. B has the room that 14 leaves:
+// it may be 8 times as large as W's largest before it saturates.
 #pragma once
 
 #include <span>
@@ -23,8 +26,10 @@
 
 namespace attune {
 
-constexpr float kFp8WeightRange = 28.0f;
-constexpr float kFp8LeastScale = 1e-30f;  // of a weight that is zero
+constexpr float kFp8WeightRange = 14.0f;
+constexpr float kFp8AdapterRoom = 4.0f;
+constexpr float kFp8LeastScale = 1e-30f;        // of a weight that is zero
+constexpr float kFp8LeastRowScale = 0x1p-126f;  // rows with less become zeros: 1 / scale is finite
 
 // Elements from row to row of a matrix of f8 with so many columns: rows that begin at multiples of
 // 128 bytes are multiplied a third faster (seen on an H100).
@@ -45,6 +50,27 @@ struct Fp8QuantizeArgs {
 };
 void Fp8Quantize(const Exec& exec, const Fp8QuantizeArgs& args);
 
+// The codes of rows, as an optional output of the op that makes these rows: those that Fp8Quantize
+// gives of what it wrote.
+struct Fp8Rows {
+  TensorView q;      // (M, >= K)  out, f8; columns behind K are left alone
+  TensorView scale;  // (M)        out, f32
+  bool defined() const { return q.defined(); }
+};
+// For such ops: their check, and what is left to do where their kernels make no codes. x (M, K).
+void CheckFp8Rows(const Fp8Rows& rows, const TensorView& x);
+Fp8QuantizeArgs Fp8QuantizeOf(const TensorView& x, const Fp8Rows& rows);
+
+// The second half of Fp8Quantize, where q and scale have the codes of x's first K columns: puts the
+// adapter's beside them, and encodes the rows again that need a larger scale. The same bits.
+struct Fp8QuantizeAdapterArgs {
+  TensorView x;      // (M, K + e)               f32 or bf16
+  int64_t e = 0;     //
+  TensorView q;      // (M, K + Fp8Extension(e)) in and out, f8
+  TensorView scale;  // (M)                      in and out, f32
+};
+void Fp8QuantizeAdapter(const Exec& exec, const Fp8QuantizeAdapterArgs& args);
+
 // Raises every element of `scale` to the scale that W needs. Starts from zeros.
 struct Fp8WeightScaleArgs {
   TensorView w;      // (N, K)  f32 or bf16
@@ -60,8 +86,8 @@ struct Fp8QuantizeWeightArgs {
 };
 void Fp8QuantizeWeight(const Exec& exec, const Fp8QuantizeWeightArgs& args);
 
-// Puts the adapter beside the codes of a weight: factor * B beside W, A^T beside W^T. For stacked
-// matrices B is block-diagonal, as in kernels/lora; e = parts * r.
+// Puts the adapter beside the codes of a weight: 4 factor * B beside W, 4 A^T beside W^T. For
+// stacked matrices B is block-diagonal, as in kernels/lora; e = parts * r.
 struct Fp8ExtendArgs {
   std::span<const LoraExtendPart> parts;  // 1 to kMaxLoraParts, ascending row_begin; f32 or bf16
   TensorView scale;                       // (>= 1) f32, of the weight

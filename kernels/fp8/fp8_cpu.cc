@@ -46,18 +46,59 @@ void PutWeightSide(float v, int64_t j, int64_t e, Float8E4M3* out) {
 }
 
 template <typename T>
-void QuantizeRow(const T* x, int64_t columns, int64_t e, Float8E4M3* q, float* scale) {
+float LargestOf(const T* x, int64_t n) {
   float largest = 0.0f;
-  for (int64_t c = 0; c < columns; ++c) {
-    largest = std::max(largest, std::fabs(static_cast<float>(x[c])));
+  for (int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, std::fabs(static_cast<float>(x[i])));
   }
-  *scale = largest / Float8E4M3::kMax;
-  const float inverse = largest > 0.0f ? Float8E4M3::kMax / largest : 0.0f;
-  const int64_t K = columns - e;
+  return largest;
+}
+
+float ScaleOf(float largest) {
+  return largest / Float8E4M3::kMax;
+}
+float InverseOf(float scale) {
+  return scale >= kFp8LeastRowScale ? 1.0f / scale : 0.0f;
+}
+
+template <typename T>
+void EncodeRow(const T* x, int64_t K, float scale, Float8E4M3* q) {
+  const float inverse = InverseOf(scale);
   for (int64_t c = 0; c < K; ++c) q[c] = Float8E4M3(static_cast<float>(x[c]) * inverse);
-  std::fill_n(q + K, Fp8Extension(e), Float8E4M3());
-  for (int64_t j = 0; j < e; ++j) {
-    PutRowSide(static_cast<float>(x[K + j]) * inverse, j, e, q + K);
+}
+
+template <typename T>
+void EncodeAdapter(const T* s, int64_t e, float scale, Float8E4M3* q) {
+  const float inverse = InverseOf(scale) / kFp8AdapterRoom;
+  std::fill_n(q, Fp8Extension(e), Float8E4M3());
+  for (int64_t j = 0; j < e; ++j) PutRowSide(static_cast<float>(s[j]) * inverse, j, e, q);
+}
+
+template <typename T>
+void QuantizeRow(const T* x, int64_t K, int64_t e, Float8E4M3* q, float* scale) {
+  *scale = ScaleOf(std::max(LargestOf(x, K), LargestOf(x + K, e) / kFp8AdapterRoom));
+  EncodeRow(x, K, *scale, q);
+  EncodeAdapter(x + K, e, *scale, q + K);
+}
+
+template <typename T>
+void QuantizeRowAdapter(const T* x, int64_t K, int64_t e, Float8E4M3* q, float* scale) {
+  const float wanted = ScaleOf(LargestOf(x + K, e) / kFp8AdapterRoom);
+  if (wanted > *scale) {
+    *scale = wanted;
+    EncodeRow(x, K, *scale, q);
+  }
+  EncodeAdapter(x + K, e, *scale, q + K);
+}
+
+// Calls f(x, K, e, q, scale) for each row.
+template <typename T, typename Args, typename F>
+void ForEachRow(const Args& a, const F& f) {
+  const int64_t M = a.x.dim(0), columns = a.x.dim(1);
+#pragma omp parallel for schedule(static) if (WorthThreads(M * columns))
+  for (int64_t m = 0; m < M; ++m) {
+    f(a.x.template As<T>() + m * a.x.stride(0), columns - a.e, a.e,
+      a.q.template As<Float8E4M3>() + m * a.q.stride(0), a.scale.template As<float>() + m);
   }
 }
 
@@ -67,10 +108,7 @@ float LargestOf(const TensorView& w) {
   const int64_t N = w.dim(0), K = w.dim(1);
 #pragma omp parallel for schedule(static) reduction(max : largest) if (WorthThreads(N * K))
   for (int64_t n = 0; n < N; ++n) {
-    const T* row = w.As<T>() + n * w.stride(0);
-    for (int64_t k = 0; k < K; ++k) {
-      largest = std::max(largest, std::fabs(static_cast<float>(row[k])));
-    }
+    largest = std::max(largest, LargestOf(w.As<T>() + n * w.stride(0), K));
   }
   return largest;
 }
@@ -96,7 +134,8 @@ template <typename T>
 void Extend(const Fp8ExtendArgs& a) {
   const int64_t r = a.parts[0].a.dim(0), K = a.parts[0].a.dim(1);
   const int64_t e = static_cast<int64_t>(a.parts.size()) * r;
-  const float inverse = 1.0f / *a.scale.As<float>(), factor = static_cast<float>(a.factor);
+  const float inverse = kFp8AdapterRoom / *a.scale.As<float>();
+  const float factor = static_cast<float>(a.factor);
   const bool turned = a.transposed;
   const TensorView& out = a.q;
   const auto row = [&](int64_t i) { return out.As<Float8E4M3>() + i * out.stride(0); };
@@ -120,14 +159,11 @@ void Extend(const Fp8ExtendArgs& a) {
 }  // namespace
 
 void Fp8QuantizeCpu(const Exec& exec, const Fp8QuantizeArgs& a) {
-  DispatchSource(a.x.dtype, [&]<typename T>() {
-    const int64_t M = a.x.dim(0), columns = a.x.dim(1);
-#pragma omp parallel for schedule(static) if (WorthThreads(M * columns))
-    for (int64_t m = 0; m < M; ++m) {
-      QuantizeRow(a.x.As<T>() + m * a.x.stride(0), columns, a.e,
-                  a.q.As<Float8E4M3>() + m * a.q.stride(0), a.scale.As<float>() + m);
-    }
-  });
+  DispatchSource(a.x.dtype, [&]<typename T>() { ForEachRow<T>(a, QuantizeRow<T>); });
+}
+
+void Fp8QuantizeAdapterCpu(const Exec& exec, const Fp8QuantizeAdapterArgs& a) {
+  DispatchSource(a.x.dtype, [&]<typename T>() { ForEachRow<T>(a, QuantizeRowAdapter<T>); });
 }
 
 void Fp8WeightScaleCpu(const Exec& exec, const Fp8WeightScaleArgs& a) {

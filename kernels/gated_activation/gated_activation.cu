@@ -1,14 +1,26 @@
 #include "kernels/core/cuda.cuh"
+#include "kernels/fp8/fp8.cuh"
 #include "kernels/gated_activation/gated_activation.h"
 
 namespace attune {
+
+// [dgate | dup], which lie one behind the other.
+TensorView GradientRows(const GatedActivationBackwardArgs& args);
+
 namespace {
+
+// 1 / x, within an ulp, of x >= 1: one instruction, where a division is ten and a branch.
+__device__ float Reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
 
 // act(x), and its derivative in *slope.
 template <Activation kActivation>
 __device__ float Activate(float x, float* slope) {
   if constexpr (kActivation == Activation::kSilu) {
-    const float sigmoid = 1.0f / (1.0f + expf(-x));
+    const float sigmoid = Reciprocal(1.0f + expf(-x));
     *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
     return x * sigmoid;
   } else if constexpr (kActivation == Activation::kGeluTanh) {
@@ -26,43 +38,133 @@ __device__ float Activate(float x, float* slope) {
   }
 }
 
+// Ops on a pack of N elements of a row. Run leaves what it wrote, but h of Backward, in `out`.
 template <Activation kActivation, typename T, int N>
 struct Forward {
   static constexpr int kPack = N;
+  static constexpr int kOut = 1;
+  using Value = Words<T, N>;
   Rows<const T> gate, up;
   Rows<T> h;
-  __device__ void operator()(int64_t row, int64_t c) const {
-    const Pack<T, N> g = Pack<T, N>::Load(gate(row, c)), u = Pack<T, N>::Load(up(row, c));
-    Pack<T, N> out;
-    for (int i = 0; i < N; ++i) {
+  __device__ void Run(int64_t row, int64_t c, Value (&out)[kOut]) const {
+    const Value g = Value::Load(gate(row, c)), u = Value::Load(up(row, c));
+#pragma unroll
+    for (int i = 0; i < Value::kPairs; ++i) {
+      const float2 g2 = g.Pair(i), u2 = u.Pair(i);
       float slope;
-      out.Set(i, Activate<kActivation>(g[i], &slope) * u[i]);
+      out[0].SetPair(i, {Activate<kActivation>(g2.x, &slope) * u2.x,
+                         Activate<kActivation>(g2.y, &slope) * u2.y});
     }
-    out.Store(h(row, c));
+    out[0].Store(h(row, c));
+  }
+  __device__ void operator()(int64_t row, int64_t c) const {
+    Value out[kOut];
+    Run(row, c, out);
   }
 };
 
 template <Activation kActivation, typename T, int N>
 struct Backward {
   static constexpr int kPack = N;
+  static constexpr int kOut = 2;
+  using Value = Words<T, N>;
   Rows<const T> dh, gate, up;
   Rows<T> dgate, dup, h;  // h.data may be null
-  __device__ void operator()(int64_t row, int64_t c) const {
-    const Pack<T, N> d = Pack<T, N>::Load(dh(row, c)), g = Pack<T, N>::Load(gate(row, c)),
-                     u = Pack<T, N>::Load(up(row, c));
-    Pack<T, N> dg, du, out;
-    for (int i = 0; i < N; ++i) {
-      float slope;
-      const float act = Activate<kActivation>(g[i], &slope);
-      dg.Set(i, d[i] * u[i] * slope);
-      du.Set(i, d[i] * act);
-      out.Set(i, act * u[i]);
+  __device__ void Run(int64_t row, int64_t c, Value (&out)[kOut]) const {
+    const Value d = Value::Load(dh(row, c)), g = Value::Load(gate(row, c)),
+                u = Value::Load(up(row, c));
+    Value again;
+#pragma unroll
+    for (int i = 0; i < Value::kPairs; ++i) {
+      const float2 d2 = d.Pair(i), g2 = g.Pair(i), u2 = u.Pair(i);
+      float2 slope;
+      const float2 act = {Activate<kActivation>(g2.x, &slope.x),
+                          Activate<kActivation>(g2.y, &slope.y)};
+      out[0].SetPair(i, {d2.x * u2.x * slope.x, d2.y * u2.y * slope.y});
+      out[1].SetPair(i, {d2.x * act.x, d2.y * act.y});
+      again.SetPair(i, {act.x * u2.x, act.y * u2.y});
     }
-    dg.Store(dgate(row, c));
-    du.Store(dup(row, c));
-    if (h.data != nullptr) out.Store(h(row, c));
+    out[0].Store(dgate(row, c));
+    out[1].Store(dup(row, c));
+    if (h.data != nullptr) again.Store(h(row, c));
+  }
+  __device__ void operator()(int64_t row, int64_t c) const {
+    Value out[kOut];
+    Run(row, c, out);
   }
 };
+
+// A block per row: `op`, and the codes of what it leaves of the whole row, which waits for the
+// row's largest in shared memory. Of rows of 14336 four or, backward, three blocks fit; there more
+// threads were slower (H100).
+template <typename Op>
+constexpr int kRowThreads = Op::kOut == 1 ? 448 : 384;
+
+template <typename Op>
+__global__ __launch_bounds__(kRowThreads<Op>,
+                             Op::kOut == 1 ? 4 : 3) void CodesKernel(const __grid_constant__ Op op,
+                                                                     int packs, Fp8RowsOut fp8) {
+  extern __shared__ uint4 row_memory[];
+  using Value = typename Op::Value;
+  Value* held = reinterpret_cast<Value*>(row_memory);
+  const int64_t row = blockIdx.x;
+  float largest = 0.0f;
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    Value out[Op::kOut];
+    op.Run(row, static_cast<int64_t>(i) * Op::kPack, out);
+#pragma unroll
+    for (int p = 0; p < Op::kOut; ++p) {
+      held[p * packs + i] = out[p];
+      largest = fmaxf(largest, out[p].Largest());
+    }
+  }
+  const float scale = Fp8ScaleOf(BlockMax(largest)), inverse = Fp8InverseOf(scale);
+  if (threadIdx.x == 0) fp8.scale[row] = scale;
+  uint8_t* q = fp8.q(row, 0);
+  for (int i = threadIdx.x; i < Op::kOut * packs; i += blockDim.x) {
+    held[i].StoreFp8(inverse, q + i * Op::kPack);
+  }
+}
+
+int64_t MostRowMemory() {
+  static const int64_t bytes = [] {
+    int device = 0, out = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&out, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return int64_t{out} - 1024;
+  }();
+  return bytes;
+}
+
+// False where the row does not fit, or cannot be read in packs.
+template <typename Op>
+bool RunWithCodes(const Op& op, int64_t rows, int64_t columns, const Fp8Rows& fp8, void* stream) {
+  const int64_t packs = columns / Op::kPack;
+  const int64_t bytes = Op::kOut * packs * static_cast<int64_t>(sizeof(typename Op::Value));
+  if (Op::kPack == 1 || !Fp8Packable(Op::kPack, fp8) || bytes > MostRowMemory()) return false;
+  if (rows == 0) return true;
+  const int64_t turns = (packs + kRowThreads<Op> - 1) / kRowThreads<Op>;
+  const auto threads = static_cast<unsigned>(((packs + turns - 1) / turns + 31) / 32 * 32);
+  CUDA_CHECK(cudaFuncSetAttribute(CodesKernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)));
+  CUDA_CHECK(cudaFuncSetAttribute(CodesKernel<Op>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
+  CodesKernel<Op>
+      <<<static_cast<unsigned>(rows), threads, static_cast<size_t>(bytes), StreamOf(stream)>>>(
+          op, static_cast<int>(packs), Fp8RowsOutOf(fp8));
+  CUDA_CHECK(cudaGetLastError());
+  return true;
+}
+
+// `written`: the row that fp8, if defined, has the codes of.
+template <typename Op>
+void RunRows(const Exec& exec, const Op& op, int64_t rows, int64_t columns, const Fp8Rows& fp8,
+             const TensorView& written) {
+  if (rows == 0 || columns == 0) return;
+  if (fp8.defined() && RunWithCodes(op, rows, columns, fp8, exec.stream)) return;
+  ForEachPack(op, rows, columns, exec.stream);
+  if (fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(written, fp8));
+}
 
 // Calls f.operator()<activation, T, N>().
 template <typename F>
@@ -89,19 +191,19 @@ void Dispatch(Activation activation, DType dtype, std::initializer_list<const Te
 void GatedActivationForwardCuda(const Exec& exec, const GatedActivationForwardArgs& a) {
   Dispatch(a.activation, a.gate.dtype, {&a.gate, &a.up, &a.h},
            [&]<Activation kActivation, typename T, int N>() {
-             ForEachPack(Forward<kActivation, T, N>{RowsOf<const T>(a.gate), RowsOf<const T>(a.up),
-                                                    RowsOf<T>(a.h)},
-                         a.gate.dim(0), a.gate.dim(1), exec.stream);
+             const Forward<kActivation, T, N> op{RowsOf<const T>(a.gate), RowsOf<const T>(a.up),
+                                                 RowsOf<T>(a.h)};
+             RunRows(exec, op, a.gate.dim(0), a.gate.dim(1), a.fp8, a.h);
            });
 }
 
 void GatedActivationBackwardCuda(const Exec& exec, const GatedActivationBackwardArgs& a) {
   Dispatch(a.activation, a.gate.dtype, {&a.dh, &a.gate, &a.up, &a.dgate, &a.dup, &a.h},
            [&]<Activation kActivation, typename T, int N>() {
-             ForEachPack(Backward<kActivation, T, N>{RowsOf<const T>(a.dh), RowsOf<const T>(a.gate),
-                                                     RowsOf<const T>(a.up), RowsOf<T>(a.dgate),
-                                                     RowsOf<T>(a.dup), RowsOf<T>(a.h)},
-                         a.gate.dim(0), a.gate.dim(1), exec.stream);
+             const Backward<kActivation, T, N> op{RowsOf<const T>(a.dh), RowsOf<const T>(a.gate),
+                                                  RowsOf<const T>(a.up), RowsOf<T>(a.dgate),
+                                                  RowsOf<T>(a.dup),      RowsOf<T>(a.h)};
+             RunRows(exec, op, a.gate.dim(0), a.gate.dim(1), a.fp8, GradientRows(a));
            });
 }
 

@@ -9,6 +9,7 @@
 
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
+#include "kernels/fp8/fp8.h"
 
 namespace attune {
 
@@ -19,6 +20,7 @@ struct GatedActivationForwardArgs {
   TensorView up;    // (M, F)
   TensorView h;     // (M, F)  out; may be gate or up
   Activation activation = Activation::kSilu;
+  Fp8Rows fp8;  // out, optional: of h
 };
 void GatedActivationForward(const Exec& exec, const GatedActivationForwardArgs& args);
 
@@ -31,6 +33,7 @@ struct GatedActivationBackwardArgs {
   TensorView h;      // (M, F)  out, optional: act(gate) * up again (the same bits as Forward); may
                      //         be gate, up or dh where neither dgate nor dup is that view
   Activation activation = Activation::kSilu;
+  Fp8Rows fp8;  // out, optional: of the rows [dgate | dup]; these then lie one behind the other
 };
 void GatedActivationBackward(const Exec& exec, const GatedActivationBackwardArgs& args);
 

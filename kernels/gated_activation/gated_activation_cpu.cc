@@ -4,6 +4,10 @@
 #include "kernels/gated_activation/gated_activation.h"
 
 namespace attune {
+
+ATTUNE_BACKENDS(Fp8Quantize);
+TensorView GradientRows(const GatedActivationBackwardArgs& args);
+
 namespace {
 
 constexpr double kSqrt2OverPi = 0.79788456080286535588;
@@ -120,11 +124,13 @@ void DispatchActivation(Activation activation, DType dtype, F&& f) {
 void GatedActivationForwardCpu(const Exec& exec, const GatedActivationForwardArgs& a) {
   DispatchActivation(a.activation, a.gate.dtype,
                      [&]<Activation kActivation, typename T>() { Forward<kActivation, T>(a); });
+  if (a.fp8.defined()) Fp8QuantizeCpu(exec, Fp8QuantizeOf(a.h, a.fp8));
 }
 
 void GatedActivationBackwardCpu(const Exec& exec, const GatedActivationBackwardArgs& a) {
   DispatchActivation(a.activation, a.gate.dtype,
                      [&]<Activation kActivation, typename T>() { Backward<kActivation, T>(a); });
+  if (a.fp8.defined()) Fp8QuantizeCpu(exec, Fp8QuantizeOf(GradientRows(a), a.fp8));
 }
 
 }  // namespace attune

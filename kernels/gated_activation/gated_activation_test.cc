@@ -86,6 +86,41 @@ TEST_P(GatedActivationTest, BackwardMatchesFiniteDifferences) {
   op_testing::ExpectClose(dup, want_dup, 1e-8, "dup");
 }
 
+// The codes are those of h, and of the rows of both gradients, which share a scale.
+TEST_P(GatedActivationTest, GivesTheCodesOfItsRows) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    std::mt19937_64 rng(3);
+    Tensor both(dtype, {kM, 2 * kF}, 3), h(dtype, {kM, kF}, 1), dh(dtype, {kM, kF});
+    both.Random(&rng, 3.0), dh.Random(&rng);
+    const TensorView gate = both.view().Slice(1, 0, kF), up = both.view().Slice(1, kF, 2 * kF);
+    const Tensor want(DType::kF8E4M3, {kM, 2 * kF}), got(DType::kF8E4M3, {kM, 2 * kF}, 5),
+        want_scale(DType::kF32, {kM}), got_scale(DType::kF32, {kM});
+    const TensorView want_h = want.view().Slice(1, 0, kF);
+    GatedActivationForward(CpuExec(), {.gate = gate,
+                                       .up = up,
+                                       .h = h,
+                                       .activation = GetParam(),
+                                       .fp8 = {got.view().Slice(1, 0, kF), got_scale}});
+    Fp8Quantize(CpuExec(), {.x = h, .q = want_h, .scale = want_scale});
+    for (int64_t i = 0; i < kM * kF; ++i) {
+      EXPECT_EQ(got[i / kF * 2 * kF + i % kF], want[i / kF * 2 * kF + i % kF]);
+    }
+    EXPECT_EQ(got_scale.bytes(), want_scale.bytes());
+    GatedActivationBackward(CpuExec(), {.dh = dh,
+                                        .gate = gate,
+                                        .up = up,
+                                        .dgate = gate,
+                                        .dup = up,
+                                        .h = dh,
+                                        .activation = GetParam(),
+                                        .fp8 = {got, got_scale}});
+    Fp8Quantize(CpuExec(), {.x = both, .q = want, .scale = want_scale});
+    EXPECT_EQ(got.ToVector(), want.ToVector());
+    EXPECT_EQ(got_scale.bytes(), want_scale.bytes());
+    got.ExpectGuardsIntact();
+  }
+}
+
 // Far from 0 the activations are x or 0, not NaN.
 TEST_P(GatedActivationTest, SaturatesWithoutNaN) {
   Tensor gate(DType::kF32, {1, 4}), up = gate, h = gate, dgate = gate, dup = gate;

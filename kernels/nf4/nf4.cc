@@ -6,8 +6,10 @@ namespace attune {
 
 ATTUNE_BACKENDS(Nf4Quantize);
 ATTUNE_BACKENDS(Nf4DoubleQuantize);
-ATTUNE_BACKENDS(Nf4Dequantize);
-ATTUNE_BACKENDS(Nf4ToFp8);
+void Nf4DequantizeCpu(const Exec& exec, std::span<const Nf4DequantizeArgs> parts);
+void Nf4DequantizeCuda(const Exec& exec, std::span<const Nf4DequantizeArgs> parts);
+void Nf4ToFp8Cpu(const Exec& exec, std::span<const Nf4ToFp8Args> parts);
+void Nf4ToFp8Cuda(const Exec& exec, std::span<const Nf4ToFp8Args> parts);
 
 const float* Nf4Values() {
   // Quantiles of the normal distribution, scaled to [-1, 1] with an exact 0 (QLoRA, appendix E).
@@ -49,7 +51,9 @@ void Nf4DoubleQuantize(const Exec& exec, const Nf4DoubleQuantizeArgs& args) {
   ATTUNE_RUN(Nf4DoubleQuantize, exec, args);
 }
 
-void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args) {
+namespace {
+
+void CheckArgs(const Nf4DequantizeArgs& args) {
   CHECK(IsFloat(args.out.dtype));
   CheckMatrix(args.out, args.out.dtype, args.out.dim(0), args.out.dim(1));
   CHECK(args.first_block >= 0 && args.first_element >= 0);
@@ -66,10 +70,9 @@ void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args) {
     CHECK(args.absmax2.dim(0) >= Nf4Groups(args.first_block % kNf4Group + Nf4Blocks(end)));
     CheckVector(args.offset, DType::kF32, 1);
   }
-  ATTUNE_RUN(Nf4Dequantize, exec, args);
 }
 
-void Nf4ToFp8(const Exec& exec, const Nf4ToFp8Args& args) {
+void CheckArgs(const Nf4ToFp8Args& args) {
   const TensorView& out = args.q;
   CheckMatrix(out, DType::kF8E4M3, out.dim(0), out.dim(1));
   const int64_t blocks = Nf4Blocks(out.size());
@@ -84,7 +87,34 @@ void Nf4ToFp8(const Exec& exec, const Nf4ToFp8Args& args) {
     CHECK(args.absmax2.dtype == DType::kF32 && args.absmax2.dim(0) >= Nf4Groups(blocks));
     CheckVector(args.offset, DType::kF32, 1);
   }
-  ATTUNE_RUN(Nf4ToFp8, exec, args);
+}
+
+}  // namespace
+
+void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args) {
+  Nf4Dequantize(exec, std::span(&args, 1));
+}
+
+void Nf4Dequantize(const Exec& exec, std::span<const Nf4DequantizeArgs> parts) {
+  for (const Nf4DequantizeArgs& part : parts) {
+    CheckArgs(part);
+    CHECK(part.out.dtype == parts[0].out.dtype);
+  }
+  if (parts.empty()) return;
+  ATTUNE_RUN(Nf4Dequantize, exec, parts);
+}
+
+void Nf4ToFp8(const Exec& exec, const Nf4ToFp8Args& args) {
+  Nf4ToFp8(exec, std::span(&args, 1));
+}
+
+void Nf4ToFp8(const Exec& exec, std::span<const Nf4ToFp8Args> parts) {
+  for (const Nf4ToFp8Args& part : parts) {
+    CheckArgs(part);
+    CHECK(part.transposed == parts[0].transposed && part.scale.data == parts[0].scale.data);
+  }
+  if (parts.empty()) return;
+  ATTUNE_RUN(Nf4ToFp8, exec, parts);
 }
 
 }  // namespace attune

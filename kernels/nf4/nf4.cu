@@ -1,20 +1,20 @@
 // NF4 on CUDA. Every product and sum is rounded on its own (no fused multiply-add), as on the CPU:
 // the bits are the same.
-#include <cuda_fp8.h>
-
 #include <cstring>
 
 #include "kernels/core/cuda.cuh"
 #include "kernels/core/dynamic_map.h"
+#include "kernels/fp8/fp8.cuh"
 #include "kernels/nf4/nf4.h"
 
 namespace attune {
 namespace {
 
 constexpr float kMinAbsMax = 1e-38f;
+constexpr int kThreads = 256;
 
 // Passed by value, so that a captured graph needs nothing else.
-struct Tables {
+struct alignas(16) Tables {
   float nf4[16];
   float borders[16];  // between codes i and i + 1; the last is not used
   float map[256];
@@ -28,22 +28,113 @@ Tables MakeTables() {
   return out;
 }
 
+// Quotients by a number that the host knows, of numbers below 2^31.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(uint32_t divisor) {
+    while ((uint64_t{1} << shift_) < divisor) ++shift_;
+    const uint64_t rest = (uint64_t{1} << shift_) - divisor;
+    factor_ = static_cast<uint32_t>((rest << 32) / divisor + 1);
+  }
+  __device__ uint32_t Quotient(uint32_t n) const { return (__umulhi(n, factor_) + n) >> shift_; }
+
+ private:
+  uint32_t factor_ = 0, shift_ = 0;
+};
+
+// What one launch does: parts, each of so many units of work, which blocks of threads take.
+constexpr int kMostParts = 4;
+
+template <typename Part>
+struct Parts {
+  Part part[kMostParts] = {};
+  uint32_t end[kMostParts] = {};  // of a part's units, counted over all parts
+  int count = 0;
+
+  void Add(const Part& added, int64_t units) {
+    const uint32_t begin = this->units();
+    for (int i = count; i < kMostParts; ++i) end[i] = begin + static_cast<uint32_t>(units);
+    part[count++] = added;
+  }
+  __host__ __device__ uint32_t units() const { return end[kMostParts - 1]; }
+  // The part of a unit, which becomes one of this part's own.
+  __device__ const Part& Find(uint32_t* unit) const {
+    int found = 0;
+    uint32_t begin = 0;
+#pragma unroll
+    for (int i = 1; i < kMostParts; ++i) {
+      if (*unit < end[i - 1]) continue;
+      found = i;
+      begin = end[i - 1];
+    }
+    *unit -= begin;
+    return part[found];
+  }
+};
+
+// The tables that are looked into by what differs between threads.
+struct alignas(16) SharedTables {
+  float map[256];
+  float nf4[16];
+
+  // By every thread of a block of kThreads. Parameters come to a warp one address at a time, so in
+  // words of 16 bytes.
+  __device__ void Fill(const Tables& tables) {
+    const auto copy = [](const float* from, float* to) {
+      *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
+    };
+    const unsigned t = threadIdx.x;
+    if (t < 64) copy(tables.map + 4 * t, map + 4 * t);
+    if (t >= 64 && t < 68) copy(tables.nf4 + 4 * (t - 64), nf4 + 4 * (t - 64));
+    __syncthreads();
+  }
+};
+
 // ---- Dequantise ----
 
+// A block's maximum as it is stored, so that it can be on its way while other things are done.
+struct Maximum {
+  uint32_t code;
+  float scale, offset;
+  __device__ float Value(const float* map) const {
+    return __fadd_rn(__fmul_rn(code < 256 ? map[code] : 1.0f, scale), offset);
+  }
+};
+
+// A range of a weight, from the block on that its first element is in.
 struct Source {
   const uint8_t* packed;
   const uint8_t* codes;
   const float* absmax;
   const float* absmax2;
   const float* offset;
-  int64_t first_block;
+  uint32_t group_begin;  // of the first group: blocks before the first
+  uint32_t lead;         // of the first block: elements before the first
 
-  __device__ float AbsMax(const float* map, int64_t block) const {
-    if (absmax != nullptr) return absmax[block];
-    const int64_t group = (first_block + block) / kNf4Group - first_block / kNf4Group;
-    return __fadd_rn(__fmul_rn(map[codes[block]], absmax2[group]), *offset);
+  template <typename Index>  // unsigned
+  __device__ Maximum Load(Index block) const {
+    if (absmax != nullptr) return {256, absmax[block], 0.0f};
+    return {codes[block], absmax2[(group_begin + block) / static_cast<Index>(kNf4Group)], *offset};
   }
 };
+
+template <typename Args>
+Source SourceOf(const Args& a, int64_t first_block, int64_t first_element) {
+  const int64_t block = first_element / kNf4Block, in_groups = first_block % kNf4Group + block;
+  Source out{};
+  out.packed = Data<const uint8_t>(a.packed) + block * (kNf4Block / 2);
+  if (a.absmax.defined()) {
+    out.absmax = Data<const float>(a.absmax) + block;
+  } else {
+    out.codes = Data<const uint8_t>(a.codes) + block;
+    out.absmax2 = Data<const float>(a.absmax2) + in_groups / kNf4Group;
+    out.offset = Data<const float>(a.offset);
+  }
+  out.group_begin = static_cast<uint32_t>(in_groups % kNf4Group);
+  out.lead = static_cast<uint32_t>(first_element % kNf4Block);
+  return out;
+}
 
 uint32_t MultiprocessorCount() {
   static const uint32_t count = [] {
@@ -55,49 +146,77 @@ uint32_t MultiprocessorCount() {
   return count;
 }
 
-constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // loads in flight per thread
+constexpr uint32_t kPacks = 4;                    // of a thread per unit
+constexpr int64_t kMostPacks = int64_t{1} << 29;  // of one part: counts stay below 2^31
+constexpr uint32_t kWarpPacks = 32 * kPacks;
+constexpr uint32_t kBlockPacks = kNf4Block / 8;
 
-// 8 elements, which one 4-byte load brings, per step: `packs` of them in a row. Rows are flattened
-// where they are contiguous.
+// 8 elements, which one 4-byte load brings, are a pack. Rows of `packs`, flattened where they are
+// contiguous.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void DequantizeKernel(const __grid_constant__ Tables tables,
-                                                             Source source, int64_t first_element,
-                                                             T* out, int64_t stride, uint32_t packs,
-                                                             uint32_t total) {
-  __shared__ float nf4[16];
-  __shared__ float map[256];
-  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-  map[threadIdx.x] = tables.map[threadIdx.x];
-  __syncthreads();
-  const uint32_t* packed = reinterpret_cast<const uint32_t*>(source.packed + first_element / 2);
-  // Blocks stay for many turns: filling the tables costs about as much as a turn.
-  for (uint64_t turn = blockIdx.x * (kThreads * kUnroll); turn < total;
-       turn += static_cast<uint64_t>(gridDim.x) * (kThreads * kUnroll)) {
-    const uint32_t base = static_cast<uint32_t>(turn) + threadIdx.x;
-    uint32_t bytes[kUnroll];
-    float absmax[kUnroll];
+struct Dequantization {
+  Source source;
+  T* out;
+  int64_t stride;
+  uint32_t packs, total;
+  Divisor by_packs;
+};
+
+// A unit is kThreads * kPacks packs. A warp has kWarpPacks of them, one behind the other, and
+// decodes the maxima of their blocks at once, one in each lane. The next unit is read before this
+// one is written.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void DequantizeKernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Parts<Dequantization<T>> parts) {
+  __shared__ SharedTables shared;
+  struct Loaded {
+    uint32_t bytes[kPacks];
+    Maximum maximum;
+  };
+  const uint32_t lane = threadIdx.x % 32;
+  const auto first_of = [](uint32_t unit) {
+    return (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpPacks;
+  };
+  const auto load = [&](uint32_t unit) {
+    const Dequantization<T>& x = parts.Find(&unit);
+    const uint32_t lead = x.source.lead / 8, first = first_of(unit), last = x.total - 1;
+    const uint32_t* packed = reinterpret_cast<const uint32_t*>(x.source.packed) + lead;
+    Loaded out;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t i = base + u * kThreads;
-      if (i >= total) continue;
-      bytes[u] = __ldg(packed + i);
-      absmax[u] = source.AbsMax(map, (first_element + 8 * static_cast<int64_t>(i)) / kNf4Block);
+    for (uint32_t u = 0; u < kPacks; ++u) {
+      out.bytes[u] = __ldg(packed + min(first + lane + 32 * u, last));
     }
+    out.maximum = x.source.Load(min(first / kBlockPacks + lane, (lead + last) / kBlockPacks));
+    return out;
+  };
+  Loaded now = load(blockIdx.x);
+  shared.Fill(tables);
+  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
+    Loaded next = now;
+    if (turn + gridDim.x < parts.units()) next = load(turn + gridDim.x);
+    uint32_t unit = turn;
+    const Dequantization<T>& x = parts.Find(&unit);
+    const float own = now.maximum.Value(shared.map);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t i = base + u * kThreads;
-      if (i >= total) continue;
-      const uint32_t row = i / packs;
-      Pack<T, 8> y;
+    for (uint32_t u = 0; u < kPacks; ++u) {
+      const uint32_t i = first_of(unit) + lane + 32 * u, bytes = now.bytes[u];
+      const float absmax =
+          __shfl_sync(0xffffffffu, own, (x.source.lead / 8 + lane + 32 * u) / kBlockPacks);
+      const auto value = [&](uint32_t places) {  // of a nibble, times 4
+        const char* at = reinterpret_cast<const char*>(shared.nf4) + (places & 0x3c);
+        return __fmul_rn(*reinterpret_cast<const float*>(at), absmax);
+      };
+      Words<T, 8> y;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t byte = bytes[u] >> (8 * j);
-        y.Set(2 * j, __fmul_rn(nf4[(byte >> 4) & 15], absmax[u]));
-        y.Set(2 * j + 1, __fmul_rn(nf4[byte & 15], absmax[u]));
+      for (int j = 0; j < 4; ++j) {  // the upper nibble of a byte is the first
+        const uint32_t low = j == 0 ? bytes << 2 : bytes >> (8 * j - 2);
+        y.SetPair(j, {value(bytes >> (8 * j + 2)), value(low)});
       }
-      y.Store(out + row * stride + 8 * static_cast<int64_t>(i - row * packs));
+      const uint32_t row = x.by_packs.Quotient(i);
+      if (i < x.total)
+        y.Store(x.out + row * x.stride + 8 * static_cast<int64_t>(i - row * x.packs));
     }
+    now = next;
   }
 }
 
@@ -107,47 +226,53 @@ struct DequantizeElement {
   static constexpr int kPack = 1;
   Tables tables;
   Source source;
-  int64_t first_element, columns;
+  int64_t columns;
   Rows<T> out;
   __device__ void operator()(int64_t row, int64_t column) const {
-    const int64_t e = first_element + row * columns + column;
+    const uint64_t e = source.lead + static_cast<uint64_t>(row * columns + column);
     const int byte = source.packed[e / 2];
     const float value = tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4];
-    *out(row, column) = FromFloat<T>(__fmul_rn(value, source.AbsMax(tables.map, e / kNf4Block)));
+    const float absmax = source.Load(e / kNf4Block).Value(tables.map);
+    *out(row, column) = FromFloat<T>(__fmul_rn(value, absmax));
   }
 };
 
-template <typename Args>
-Source SourceOf(const Args& a, int64_t first_block) {
-  const bool single = a.absmax.defined();
-  return {Data<const uint8_t>(a.packed),
-          single ? nullptr : Data<const uint8_t>(a.codes),
-          single ? Data<const float>(a.absmax) : nullptr,
-          single ? nullptr : Data<const float>(a.absmax2),
-          single ? nullptr : Data<const float>(a.offset),
-          first_block};
+bool Aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+uint32_t GridOf(uint32_t units, uint32_t blocks_per_multiprocessor) {
+  return std::min(units, blocks_per_multiprocessor * MultiprocessorCount());
 }
 
 template <typename T>
-void Dequantize(const Exec& exec, const Nf4DequantizeArgs& a) {
-  const Source source = SourceOf(a, a.first_block);
-  const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
-  if (size == 0) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(source.packed) + a.first_element / 2;
-  const bool packable = a.first_element % 8 == 0 && start % 4 == 0 && Packable(8, {&a.out}) &&
-                        size / 8 < (int64_t{1} << 32) - kThreads * kUnroll;
-  if (!packable) {
-    ForEachPack(DequantizeElement<T>{MakeTables(), source, a.first_element, K, RowsOf<T>(a.out)}, N,
-                K, exec.stream);
-    return;
+void Dequantize(const Exec& exec, std::span<const Nf4DequantizeArgs> all) {
+  Parts<Dequantization<T>> parts;
+  const auto launch = [&] {
+    if (parts.count == 0) return;
+    DequantizeKernel<T>
+        <<<GridOf(parts.units(), 8), kThreads, 0, StreamOf(exec.stream)>>>(MakeTables(), parts);
+    CUDA_CHECK(cudaGetLastError());
+    parts = {};
+  };
+  for (const Nf4DequantizeArgs& a : all) {
+    const Source source = SourceOf(a, a.first_block, a.first_element);
+    const int64_t N = a.out.dim(0), K = a.out.dim(1), size = N * K;
+    if (size == 0) continue;
+    const bool packable = source.lead % 8 == 0 && Aligned(source.packed, 4) &&
+                          Packable(8, {&a.out}) && size / 8 < kMostPacks;
+    if (!packable) {
+      ForEachPack(DequantizeElement<T>{MakeTables(), source, K, RowsOf<T>(a.out)}, N, K,
+                  exec.stream);
+      continue;
+    }
+    const auto total = static_cast<uint32_t>(size / 8);
+    const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
+    parts.Add({source, Data<T>(a.out), a.out.stride(0), packs, total, Divisor(packs)},
+              (total + kThreads * kPacks - 1) / (kThreads * kPacks));
+    if (parts.count == kMostParts) launch();
   }
-  const uint32_t total = static_cast<uint32_t>(size / 8);
-  const uint32_t packs = a.out.contiguous() ? total : static_cast<uint32_t>(K / 8);
-  const uint32_t blocks = std::min<uint32_t>(
-      (total + kThreads * kUnroll - 1) / (kThreads * kUnroll), 8 * MultiprocessorCount());
-  DequantizeKernel<T><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(
-      MakeTables(), source, a.first_element, Data<T>(a.out), a.out.stride(0), packs, total);
-  CUDA_CHECK(cudaGetLastError());
+  launch();
 }
 
 // ---- To codes of 8-bit floats ----
@@ -157,41 +282,21 @@ struct ToFp8 {
   const float* scale;
   uint8_t* q;
   int64_t stride, rows, columns;  // rows and columns of W
-
-  __device__ static uint8_t Encode(float v) {
-    return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
-  }
+  uint32_t blocks;                // of 64
+  uint32_t across;                // blocks, or turned squares, in a row
+  Divisor by_across;
 };
 
+// Four values of a block as codes.
+__device__ uint32_t CodesOf(const float* values, float absmax, float inverse) {
+  const auto code = [&](int i) { return __fmul_rn(__fmul_rn(values[i], absmax), inverse); };
+  return Fp8EncodeTwo(code(0), code(1)) | Fp8EncodeTwo(code(2), code(3)) << 16;
+}
+
 // A block of 64 has 16 values at most, so 16 codes: looked up by the nibbles themselves, four at a
-// time. Two adjacent lanes have the halves of a block; each makes 8 of the codes.
+// time.
 struct CodeTable {
   uint32_t words[4];  // codes 0 to 3, 4 to 7, ...
-
-  // Every lane of the warp, each with its block's maximum.
-  __device__ CodeTable(const float* nf4, float absmax, float inverse) {
-    const bool upper = threadIdx.x % 2 == 1;
-    const float* values = nf4 + (upper ? 8 : 0);
-    uint32_t own[2];
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const float2 pair{__fmul_rn(__fmul_rn(values[4 * w + i], absmax), inverse),
-                          __fmul_rn(__fmul_rn(values[4 * w + i + 1], absmax), inverse)};
-        word |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3))
-                << (8 * i);
-      }
-      own[w] = word;
-    }
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, own[w], 1);
-      words[w] = upper ? other : own[w];
-      words[2 + w] = upper ? own[w] : other;
-    }
-  }
 
   // Byte i is the byte of b:a that nibble i of `places` names; where the nibble has its upper bit,
   // the sign of that byte, spread. (__byte_perm does not look at the upper bit.)
@@ -200,93 +305,177 @@ struct CodeTable {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(places));
     return out;
   }
-  // Of the four nibbles of 16 bits, the lowest first.
-  __device__ uint32_t Four(uint32_t nibbles) const {
-    const uint32_t place = nibbles & 0x7777u;
-    const uint32_t low = Permute(words[0], words[1], place);
-    const uint32_t high = Permute(words[2], words[3], place);
-    // 0xff where the nibble has its upper bit, else 0x80.
-    const uint32_t spread = Permute(0x80808080u, 0x80808080u, nibbles);
-    const uint32_t mask = (spread & 0x7f7f7f7fu) | (spread & 0x01010101u) << 7;
-    return (low & ~mask) | (high & mask);
+  // By the four lowest nibbles, which have no upper bits; where these were, `upper` is 0xff.
+  __device__ uint32_t Four(uint32_t nibbles, uint32_t upper) const {
+    const uint32_t low = Permute(words[0], words[1], nibbles);
+    const uint32_t high = Permute(words[2], words[3], nibbles);
+    return (low & ~upper) | (high & upper);
   }
   // Of 8 elements: the upper nibble of a byte is the first.
   __device__ uint2 Eight(uint32_t bytes) const {
-    const uint32_t nibbles = (bytes & 0x0f0f0f0fu) << 4 | (bytes >> 4 & 0x0f0f0f0fu);
-    return {Four(nibbles), Four(nibbles >> 16)};
+    const uint32_t raised = bytes << 4;  // the lower nibbles' upper bits are signs now
+    const uint32_t nibbles = (bytes >> 4 & 0x07070707u) | (raised & 0x70707070u);
+    return {Four(nibbles, Permute(bytes, raised, 0xd9c8)),
+            Four(nibbles >> 16, Permute(bytes, raised, 0xfbea))};
   }
 };
 
-// A thread turns 32 elements, half a block, per step.
-__global__ __launch_bounds__(kThreads) void ToFp8Kernel(const __grid_constant__ Tables tables,
-                                                        const __grid_constant__ ToFp8 x) {
-  __shared__ float nf4[16];
-  __shared__ float map[256];
-  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-  map[threadIdx.x] = tables.map[threadIdx.x];
-  __syncthreads();
-  const uint4* packed = reinterpret_cast<const uint4*>(x.source.packed);
-  const float inverse = __frcp_rn(*x.scale);
-  const uint32_t halves = static_cast<uint32_t>(x.columns / 32);
-  const uint32_t total = static_cast<uint32_t>(x.rows) * halves;
-  const uint32_t step = gridDim.x * kThreads;
-  for (uint32_t begin = blockIdx.x * kThreads; begin < total; begin += step) {
-    const uint32_t wanted = begin + threadIdx.x, i = min(wanted, total - 1);
-    const uint4 bytes = __ldg(packed + i);
-    const CodeTable table(nf4, x.source.AbsMax(map, i / 2), inverse);
-    if (wanted >= total) continue;
-    const uint32_t row = i / halves;
-    const uint2 a = table.Eight(bytes.x), b = table.Eight(bytes.y), c = table.Eight(bytes.z),
-                d = table.Eight(bytes.w);
-    uint4* to = reinterpret_cast<uint4*>(x.q + row * x.stride +
-                                         32 * static_cast<int64_t>(i - row * halves));
-    to[0] = {a.x, a.y, b.x, b.y};
-    to[1] = {c.x, c.y, d.x, d.y};
+// Four lanes have a block of 64, 16 elements each, so what a warp writes at once lies together. A
+// warp has kSteps times 8 blocks of a unit, and decodes their maxima at once.
+constexpr uint32_t kSteps = 2;
+constexpr uint32_t kWarpBlocks = 8 * kSteps;
+constexpr int64_t kUnitBlocks = kThreads / 32 * kWarpBlocks;
+
+__global__ __launch_bounds__(kThreads) void ToFp8Kernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Parts<ToFp8> parts) {
+  __shared__ SharedTables shared;
+  struct Loaded {
+    uint2 bytes[kSteps];
+    Maximum maximum;
+  };
+  const uint32_t lane = threadIdx.x % 32, quarter = lane % 4;
+  const auto first_of = [](uint32_t unit) {
+    return (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpBlocks;
+  };
+  const auto load = [&](uint32_t unit) {
+    const ToFp8& x = parts.Find(&unit);
+    const uint32_t first = first_of(unit), last = x.blocks - 1;
+    const uint2* packed = reinterpret_cast<const uint2*>(x.source.packed) + quarter;
+    Loaded out;
+#pragma unroll
+    for (uint32_t u = 0; u < kSteps; ++u) {
+      out.bytes[u] = __ldg(packed + 4 * static_cast<int64_t>(min(first + 8 * u + lane / 4, last)));
+    }
+    out.maximum = x.source.Load(min(first + lane % kWarpBlocks, last));
+    return out;
+  };
+  Loaded now = load(blockIdx.x);
+  const float inverse = __frcp_rn(*parts.part[0].scale);
+  shared.Fill(tables);
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = shared.nf4[4 * quarter + i];
+  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
+    Loaded next = now;
+    if (turn + gridDim.x < parts.units()) next = load(turn + gridDim.x);
+    uint32_t unit = turn;
+    const ToFp8& x = parts.Find(&unit);
+    const float own = now.maximum.Value(shared.map);
+#pragma unroll
+    for (uint32_t u = 0; u < kSteps; ++u) {
+      const float absmax = __shfl_sync(0xffffffffu, own, 8 * u + lane / 4);
+      const uint32_t codes = CodesOf(values, absmax, inverse);
+      CodeTable table;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) table.words[w] = __shfl_sync(0xffffffffu, codes, w, 4);
+      const uint32_t i = first_of(unit) + 8 * u + lane / 4, row = x.by_across.Quotient(i);
+      const uint2 a = table.Eight(now.bytes[u].x), b = table.Eight(now.bytes[u].y);
+      uint8_t* to = x.q + row * x.stride + (i - row * x.across) * kNf4Block + 16 * quarter;
+      if (i < x.blocks) *reinterpret_cast<uint4*>(to) = {a.x, a.y, b.x, b.y};
+    }
+    now = next;
   }
 }
 
-// W^T: a block of threads turns 128 rows by 64 columns of W, a thread half a row of that.
-constexpr int kTurnRows = 128;
-constexpr int kTurnColumns = 64;
+// W^T: a block of threads turns a square of W, in which a thread first has one block of 64, then 16
+// rows of 4 columns. In between the rows lie in shared memory in the order 0, 16, 32, ..., 1, 17,
+// ...: so, and with kPitch, neither way of reading it meets a bank twice.
+constexpr int kSquare = 128;
+constexpr int kRun = 16;  // rows, the bytes of a store
+constexpr int kRuns = kSquare / kRun;
+constexpr int kPitch = kSquare + 16;
+static_assert(kThreads == kSquare * (kSquare / kNf4Block) && kThreads == kRuns * (kSquare / 4));
 
-__global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(const __grid_constant__ Tables tables,
-                                                              const __grid_constant__ ToFp8 x) {
-  __shared__ float nf4[16];
-  __shared__ float map[256];
-  __shared__ alignas(4) uint8_t tile[kTurnColumns][kTurnRows + 4];
-  if (threadIdx.x < 16) nf4[threadIdx.x] = tables.nf4[threadIdx.x];
-  map[threadIdx.x] = tables.map[threadIdx.x];
-  __syncthreads();
-  const float inverse = __frcp_rn(*x.scale);
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTurnRows;
-  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTurnColumns;
-  {
-    const int row = threadIdx.x / 2, column = threadIdx.x % 2 * 32;
-    const int64_t e = min(row0 + row, x.rows - 1) * x.columns + column0 + column;
-    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(x.source.packed) + e / 32);
-    const CodeTable table(nf4, x.source.AbsMax(map, e / kNf4Block), inverse);
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+// The bytes of four words the other way round: byte i of word j is byte j of word i of `out`.
+__device__ void Transpose(const uint32_t* words, uint32_t (&out)[4]) {
+  const uint32_t low[2] = {__byte_perm(words[0], words[1], 0x5140),
+                           __byte_perm(words[2], words[3], 0x5140)};
+  const uint32_t high[2] = {__byte_perm(words[0], words[1], 0x7362),
+                            __byte_perm(words[2], words[3], 0x7362)};
+  out[0] = __byte_perm(low[0], low[1], 0x5410);
+  out[1] = __byte_perm(low[0], low[1], 0x7632);
+  out[2] = __byte_perm(high[0], high[1], 0x5410);
+  out[3] = __byte_perm(high[0], high[1], 0x7632);
+}
+
+// A unit is a square. The next one is read before this one is written.
+__global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Parts<ToFp8> parts) {
+  __shared__ SharedTables shared;
+  __shared__ alignas(16) uint8_t square[kSquare * kPitch];
+  struct Loaded {
+    uint4 bytes[2];
+    Maximum maximum;
+  };
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto load = [&](uint32_t unit) {
+    const ToFp8& x = parts.Find(&unit);
+    const uint32_t down = x.by_across.Quotient(unit);
+    const int64_t across = int64_t{2} * (unit - down * x.across) + thread % 2;
+    const int64_t row =
+        static_cast<int64_t>(down) * kSquare + thread / 2 % kRuns * kRun + thread / 2 / kRuns;
+    const int64_t in_row = x.columns / kNf4Block;
+    const auto block =
+        static_cast<uint32_t>(min(row, x.rows - 1) * in_row + min(across, in_row - 1));
+    const uint4* packed =
+        reinterpret_cast<const uint4*>(x.source.packed) + 2 * static_cast<int64_t>(block);
+    return Loaded{{__ldg(packed), __ldg(packed + 1)}, x.source.Load(block)};
+  };
+  Loaded now = load(blockIdx.x);
+  const float inverse = __frcp_rn(*parts.part[0].scale);
+  shared.Fill(tables);
+  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
+    {
+      const float absmax = now.maximum.Value(shared.map);
+      CodeTable table;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint2 codes = table.Eight(words[w]);
+      for (int w = 0; w < 4; ++w) table.words[w] = CodesOf(tables.nf4 + 4 * w, absmax, inverse);
+      uint4* to = reinterpret_cast<uint4*>(square + thread / 2 * kPitch + thread % 2 * kNf4Block);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        tile[column + 8 * w + j][row] = static_cast<uint8_t>(codes.x >> (8 * j));
-        tile[column + 8 * w + 4 + j][row] = static_cast<uint8_t>(codes.y >> (8 * j));
+      for (int half = 0; half < 2; ++half) {
+        const uint4 bytes = now.bytes[half];
+        const uint2 a = table.Eight(bytes.x), b = table.Eight(bytes.y), c = table.Eight(bytes.z),
+                    d = table.Eight(bytes.w);
+        to[2 * half] = {a.x, a.y, b.x, b.y};
+        to[2 * half + 1] = {c.x, c.y, d.x, d.y};
       }
     }
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  const int64_t row = row0 + 4 * lane;
-  for (int j = threadIdx.x / 32; j < kTurnColumns; j += kThreads / 32) {
-    uint8_t* to = x.q + (column0 + j) * x.stride + row;
-    const uint8_t* from = &tile[j][4 * lane];
-    if (row + 4 <= x.rows) {
-      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-    } else {
-      for (int64_t i = 0; row + i < x.rows; ++i) to[i] = from[i];
+    if (turn + gridDim.x < parts.units()) now = load(turn + gridDim.x);
+    uint32_t unit = turn;
+    const ToFp8& x = parts.Find(&unit);
+    const uint32_t down = x.by_across.Quotient(unit);
+    const int64_t row0 = static_cast<int64_t>(down) * kSquare;
+    const int64_t column0 = static_cast<int64_t>(unit - down * x.across) * kSquare;
+    __syncthreads();
+    const int run = thread % kRuns, column = thread / kRuns * 4;
+    const int64_t row = row0 + run * kRun;
+    uint32_t turned[4][kRun / 4];  // [column][four rows]
+#pragma unroll
+    for (int four = 0; four < kRun / 4; ++four) {
+      uint32_t words[4], out[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int place = (4 * four + i) * kRuns + run;
+        words[i] = *reinterpret_cast<const uint32_t*>(square + place * kPitch + column);
+      }
+      Transpose(words, out);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) turned[i][four] = out[i];
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column0 + column >= x.columns) break;
+      uint8_t* to = x.q + (column0 + column + i) * x.stride + row;
+      if (row + kRun <= x.rows) {
+        *reinterpret_cast<uint4*>(to) = {turned[i][0], turned[i][1], turned[i][2], turned[i][3]};
+        continue;
+      }
+#pragma unroll
+      for (int r = 0; r < kRun; ++r) {
+        if (row + r < x.rows) to[r] = static_cast<uint8_t>(turned[i][r / 4] >> (8 * (r % 4)));
+      }
+    }
+    __syncthreads();  // before the next square
   }
 }
 
@@ -297,11 +486,11 @@ struct ToFp8Element {
   ToFp8 x;
   bool turned;
   __device__ void operator()(int64_t row, int64_t column) const {
-    const int64_t e = row * x.columns + column;
+    const uint64_t e = static_cast<uint64_t>(row * x.columns + column);
     const int byte = x.source.packed[e / 2];
-    const float value = __fmul_rn(tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4],
-                                  x.source.AbsMax(tables.map, e / kNf4Block));
-    const uint8_t code = ToFp8::Encode(__fmul_rn(value, __frcp_rn(*x.scale)));
+    const float absmax = x.source.Load(e / kNf4Block).Value(tables.map);
+    const float value = __fmul_rn(tables.nf4[(e & 1) != 0 ? byte & 15 : byte >> 4], absmax);
+    const uint8_t code = Fp8Encode(__fmul_rn(value, __frcp_rn(*x.scale)));
     (turned ? x.q[column * x.stride + row] : x.q[row * x.stride + column]) = code;
   }
 };
@@ -407,38 +596,46 @@ void Nf4DoubleQuantizeCuda(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
   CUDA_CHECK(cudaGetLastError());
 }
 
-void Nf4DequantizeCuda(const Exec& exec, const Nf4DequantizeArgs& a) {
-  DispatchCudaFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(exec, a); });
+void Nf4DequantizeCuda(const Exec& exec, std::span<const Nf4DequantizeArgs> parts) {
+  DispatchCudaFloat(parts[0].out.dtype, [&]<typename T>() { Dequantize<T>(exec, parts); });
 }
 
-void Nf4ToFp8Cuda(const Exec& exec, const Nf4ToFp8Args& a) {
-  const bool turned = a.transposed;
-  const TensorView& out = a.q;
-  const ToFp8 x{SourceOf(a, 0), Data<const float>(a.scale), Data<uint8_t>(out),
-                out.stride(0),  out.dim(turned ? 1 : 0),    out.dim(turned ? 0 : 1)};
-  if (x.rows == 0 || x.columns == 0) return;
+void Nf4ToFp8Cuda(const Exec& exec, std::span<const Nf4ToFp8Args> all) {
   const cudaStream_t stream = StreamOf(exec.stream);
-  const auto aligned = [](const void* p, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+  const bool turned = all[0].transposed;
+  Parts<ToFp8> parts;
+  const auto launch = [&] {
+    if (parts.count == 0) return;
+    const uint32_t grid = GridOf(parts.units(), turned ? 4 : 8);
+    turned ? ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), parts)
+           : ToFp8Kernel<<<grid, kThreads, 0, stream>>>(MakeTables(), parts);
+    CUDA_CHECK(cudaGetLastError());
+    parts = {};
   };
-  const bool packable = x.columns % (turned ? kTurnColumns : 32) == 0 &&
-                        aligned(x.source.packed, 16) && aligned(x.q, 16) && x.stride % 16 == 0 &&
-                        x.rows * x.columns / 32 < (int64_t{1} << 31);
-  if (!packable) {
-    ForEachPack(ToFp8Element{MakeTables(), x, turned}, x.rows, x.columns, exec.stream);
-    return;
+  for (const Nf4ToFp8Args& a : all) {
+    const TensorView& out = a.q;
+    ToFp8 x{.source = SourceOf(a, 0, 0),
+            .scale = Data<const float>(a.scale),
+            .q = Data<uint8_t>(out),
+            .stride = out.stride(0),
+            .rows = out.dim(turned ? 1 : 0),
+            .columns = out.dim(turned ? 0 : 1)};
+    if (x.rows == 0 || x.columns == 0) continue;
+    const bool packable = x.columns % kNf4Block == 0 && Aligned(x.source.packed, 16) &&
+                          Aligned(x.q, 16) && x.stride % 16 == 0 &&
+                          x.rows * x.columns / 8 < kMostPacks;
+    if (!packable) {
+      ForEachPack(ToFp8Element{MakeTables(), x, turned}, x.rows, x.columns, exec.stream);
+      continue;
+    }
+    const auto pieces = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    x.blocks = static_cast<uint32_t>(x.rows * x.columns / kNf4Block);
+    x.across = static_cast<uint32_t>(pieces(x.columns, turned ? kSquare : kNf4Block));
+    x.by_across = Divisor(x.across);
+    parts.Add(x, turned ? x.across * pieces(x.rows, kSquare) : pieces(x.blocks, kUnitBlocks));
+    if (parts.count == kMostParts) launch();
   }
-  if (turned) {
-    const dim3 grid(static_cast<unsigned>(x.columns / kTurnColumns),
-                    static_cast<unsigned>((x.rows + kTurnRows - 1) / kTurnRows));
-    ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), x);
-  } else {
-    const int64_t total = x.rows * x.columns / 32;
-    const auto blocks = static_cast<uint32_t>(
-        std::min<int64_t>((total + kThreads - 1) / kThreads, 16 * MultiprocessorCount()));
-    ToFp8Kernel<<<blocks, kThreads, 0, stream>>>(MakeTables(), x);
-  }
-  CUDA_CHECK(cudaGetLastError());
+  launch();
 }
 
 }  // namespace attune

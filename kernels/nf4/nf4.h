@@ -13,6 +13,8 @@
 // Cost: one pass; 4.127 bits per weight.
 #pragma once
 
+#include <span>
+
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
 
@@ -66,6 +68,8 @@ struct Nf4DequantizeArgs {
   int64_t first_element = 0;
 };
 void Nf4Dequantize(const Exec& exec, const Nf4DequantizeArgs& args);
+// Several at once, on a GPU in one launch: the parts of a stack. One dtype.
+void Nf4Dequantize(const Exec& exec, std::span<const Nf4DequantizeArgs> parts);
 
 // The values as codes of 8-bit floats (kernels/fp8), for products in one direction or the other:
 //   code = e4m3(w' * (1 / scale)),   w' in f32
@@ -80,6 +84,8 @@ struct Nf4ToFp8Args {
   bool transposed = false;  // q is (K, N): of W^T
 };
 void Nf4ToFp8(const Exec& exec, const Nf4ToFp8Args& args);
+// Several at once, on a GPU in one launch: the parts of a stack. One scale, one direction.
+void Nf4ToFp8(const Exec& exec, std::span<const Nf4ToFp8Args> parts);
 
 // The 16 values, ascending, as a host array: for readers of pre-quantised checkpoints, which carry
 // their own to be compared (and a map: kernels/core/dynamic_map.h).

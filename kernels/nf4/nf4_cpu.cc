@@ -158,6 +158,27 @@ void Dequantize(const Nf4DequantizeArgs& a) {
   }
 }
 
+void ToFp8(const Nf4ToFp8Args& a) {
+  const bool turned = a.transposed;
+  const TensorView& out = a.q;
+  const int64_t N = out.dim(turned ? 1 : 0), K = out.dim(turned ? 0 : 1);
+  const Source source = SourceOf(a, 0);
+  const float inverse = 1.0f / *a.scale.As<float>();
+  Float8E4M3* q = out.As<Float8E4M3>();
+#pragma omp parallel for schedule(static) if (WorthThreads(N * K))
+  for (int64_t n = 0; n < N; ++n) {
+    float values[kNf4Block];
+    for (int64_t k = 0; k < K; k += kNf4Block) {
+      const int64_t count = std::min(kNf4Block, K - k);
+      DequantizeRow(source, n * K + k, n * K + k + count, values);
+      for (int64_t i = 0; i < count; ++i) {
+        const Float8E4M3 code(values[i] * inverse);
+        (turned ? q[(k + i) * out.stride(0) + n] : q[n * out.stride(0) + k + i]) = code;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void Nf4QuantizeCpu(const Exec& exec, const Nf4QuantizeArgs& a) {
@@ -190,29 +211,14 @@ void Nf4DoubleQuantizeCpu(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
   }
 }
 
-void Nf4DequantizeCpu(const Exec& exec, const Nf4DequantizeArgs& a) {
-  DispatchFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(a); });
+void Nf4DequantizeCpu(const Exec& exec, std::span<const Nf4DequantizeArgs> parts) {
+  for (const Nf4DequantizeArgs& a : parts) {
+    DispatchFloat(a.out.dtype, [&]<typename T>() { Dequantize<T>(a); });
+  }
 }
 
-void Nf4ToFp8Cpu(const Exec& exec, const Nf4ToFp8Args& a) {
-  const bool turned = a.transposed;
-  const TensorView& out = a.q;
-  const int64_t N = out.dim(turned ? 1 : 0), K = out.dim(turned ? 0 : 1);
-  const Source source = SourceOf(a, 0);
-  const float inverse = 1.0f / *a.scale.As<float>();
-  Float8E4M3* q = out.As<Float8E4M3>();
-#pragma omp parallel for schedule(static) if (WorthThreads(N * K))
-  for (int64_t n = 0; n < N; ++n) {
-    float values[kNf4Block];
-    for (int64_t k = 0; k < K; k += kNf4Block) {
-      const int64_t count = std::min(kNf4Block, K - k);
-      DequantizeRow(source, n * K + k, n * K + k + count, values);
-      for (int64_t i = 0; i < count; ++i) {
-        const Float8E4M3 code(values[i] * inverse);
-        (turned ? q[(k + i) * out.stride(0) + n] : q[n * out.stride(0) + k + i]) = code;
-      }
-    }
-  }
+void Nf4ToFp8Cpu(const Exec& exec, std::span<const Nf4ToFp8Args> parts) {
+  for (const Nf4ToFp8Args& a : parts) ToFp8(a);
 }
 
 }  // namespace attune

@@ -48,12 +48,14 @@ void RmsNormForward(const Exec& exec, const RmsNormForwardArgs& args) {
     CheckMatrix(args.sum, args.x.dtype, m, c);
     CHECK(!SameView(args.sum, args.y));
   }
+  if (args.fp8.defined()) CheckFp8Rows(args.fp8, args.y);
   ATTUNE_RUN(RmsNormForward, exec, args);
 }
 
 void RmsNormRebuild(const Exec& exec, const RmsNormRebuildArgs& args) {
   CheckNorm(args.x, args.rstd, args.w);
   CheckMatrix(args.y, args.x.dtype, args.x.dim(0), args.x.dim(1));
+  if (args.fp8.defined()) CheckFp8Rows(args.fp8, args.y);
   ATTUNE_RUN(RmsNormRebuild, exec, args);
 }
 

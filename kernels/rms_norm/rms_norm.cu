@@ -1,6 +1,7 @@
 // RMSNorm on CUDA: a warp owns a short row, a block a long one, so every sum has a fixed order. The
 // gradient of w goes through partial sums of fixed runs of rows (workspace), added up in order.
 #include "kernels/core/cuda.cuh"
+#include "kernels/fp8/fp8.cuh"
 #include "kernels/rms_norm/rms_norm.h"
 
 namespace attune {
@@ -59,6 +60,74 @@ __global__ __launch_bounds__(kBlockThreads) void ForwardKernel(Forward<T, W> a) 
     const Pack<W, N> w = Pack<W, N>::Load(a.w + c);
     for (int i = 0; i < N; ++i) x.Set(i, x[i] * rstd * (w[i] + a.offset));
     x.Store(a.y(row, c));
+  }
+}
+
+// The same for a row of which each thread can hold its kHeld packs, or with kRebuild Rebuild; and
+// the codes of y.
+template <typename T, typename W, int N, int kThreads, int kHeld, bool kRebuild>
+__global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp8RowsOut fp8) {
+  const int64_t row = OwnRow();
+  if (row >= a.rows) return;
+  const auto column = [](int i) { return static_cast<int64_t>(i * kThreads + threadIdx.x) * N; };
+  const bool add = !kRebuild && a.delta.data != nullptr;
+  using Held = Words<T, N>;
+  Held x[kHeld], delta[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = column(i);
+    x[i] = {};
+    if (c < a.columns) x[i] = Held::Load(a.x(row, c));
+    if (add && c < a.columns) delta[i] = Held::Load(a.delta(row, c));
+  }
+  float rstd;
+  if constexpr (kRebuild) {
+    rstd = a.rstd[row];
+  } else {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t c = column(i);
+      if (add && c < a.columns) {
+#pragma unroll
+        for (int j = 0; j < Held::kPairs; ++j) {
+          const float2 own = x[i].Pair(j), more = delta[i].Pair(j);
+          x[i].SetPair(j, {own.x + more.x, own.y + more.y});
+        }
+        x[i].Store(a.sum(row, c));
+      }
+#pragma unroll
+      for (int j = 0; j < Held::kPairs; ++j) {
+        const float2 v = x[i].Pair(j);
+        squares += v.x * v.x;
+        squares += v.y * v.y;
+      }
+    }
+    const float mean = RowSum<kThreads>(squares) / static_cast<float>(a.columns);
+    rstd = 1.0f / sqrtf(mean + a.eps);
+    if (threadIdx.x == 0) a.rstd[row] = rstd;
+  }
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = column(i);
+    if (c >= a.columns) continue;
+    const Words<W, N> w = Words<W, N>::Load(a.w + c);
+#pragma unroll
+    for (int j = 0; j < Held::kPairs; ++j) {
+      const float2 v = x[i].Pair(j), g = w.Pair(j);
+      x[i].SetPair(j, {v.x * rstd * (g.x + a.offset), v.y * rstd * (g.y + a.offset)});
+    }
+    x[i].Store(a.y(row, c));
+    largest = fmaxf(largest, x[i].Largest());
+  }
+  const float scale = Fp8ScaleOf(kThreads == 32 ? WarpMax(largest) : BlockMax(largest));
+  const float inverse = Fp8InverseOf(scale);
+  if (threadIdx.x == 0) fp8.scale[row] = scale;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = column(i);
+    if (c < a.columns) x[i].StoreFp8(inverse, fp8.q(row, c));
   }
 }
 
@@ -164,34 +233,68 @@ void DispatchRows(int64_t rows, int64_t columns, bool packable, F&& f) {
 }
 
 template <typename T, typename W>
+Forward<T, W> ForwardOf(const RmsNormForwardArgs& a) {
+  return {RowsOf<const T>(a.x),
+          RowsOf<const T>(a.delta),
+          RowsOf<T>(a.sum),
+          RowsOf<T>(a.y),
+          Data<const W>(a.w),
+          Data<float>(a.rstd),
+          a.x.dim(0),
+          a.x.dim(1),
+          static_cast<float>(a.eps),
+          static_cast<float>(a.weight_offset)};
+}
+
+// Forward or Rebuild with codes in one kernel; false where rows are too long for that, or cannot be
+// read in packs.
+template <bool kRebuild, typename T, typename W>
+bool RunWithCodes(const Exec& exec, const RmsNormForwardArgs& a) {
+  constexpr int N = kPackSize<T>;
+  if (!Fp8Packable(N, a.fp8) || !Packable(N, {&a.x, &a.delta, &a.sum, &a.y, &a.w})) return false;
+  const int64_t rows = a.x.dim(0), columns = a.x.dim(1);
+  const auto run = [&]<int kThreads, int kHeld>() {
+    constexpr unsigned kRows = kBlockThreads / kThreads;
+    CodesKernel<T, W, N, kThreads, kHeld, kRebuild>
+        <<<static_cast<unsigned>((rows + kRows - 1) / kRows), dim3(kThreads, kRows), 0,
+           StreamOf(exec.stream)>>>(ForwardOf<T, W>(a), Fp8RowsOutOf(a.fp8));
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+  };
+  // Sums have the order that they have without codes: a warp's for short rows, else a block's.
+  if (columns <= kShortRow) {
+    return columns <= 32 * 4 * N && run.template operator()<32, 4>();
+  }
+  if (columns <= kBlockThreads * 2 * N) return run.template operator()<kBlockThreads, 2>();
+  return columns <= kBlockThreads * 4 * N && run.template operator()<kBlockThreads, 4>();
+}
+
+template <typename T, typename W>
 void RunForward(const Exec& exec, const RmsNormForwardArgs& a) {
-  const Forward<T, W> args{RowsOf<const T>(a.x),
-                           RowsOf<const T>(a.delta),
-                           RowsOf<T>(a.sum),
-                           RowsOf<T>(a.y),
-                           Data<const W>(a.w),
-                           Data<float>(a.rstd),
-                           a.x.dim(0),
-                           a.x.dim(1),
-                           static_cast<float>(a.eps),
-                           static_cast<float>(a.weight_offset)};
+  if (a.fp8.defined() && RunWithCodes<false, T, W>(exec, a)) return;
+  const Forward<T, W> args = ForwardOf<T, W>(a);
   DispatchRows<T>(
       args.rows, args.columns, Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
       [&]<int N, int kThreads>(unsigned grid, dim3 block) {
         ForwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
       });
   CUDA_CHECK(cudaGetLastError());
+  if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.y, a.fp8));
 }
 
 template <typename T, typename W>
 void RunRebuild(const Exec& exec, const RmsNormRebuildArgs& a) {
+  const RmsNormForwardArgs forward{
+      .x = a.x, .w = a.w, .y = a.y, .rstd = a.rstd, .weight_offset = a.weight_offset, .fp8 = a.fp8};
+  if (a.fp8.defined() && RunWithCodes<true, T, W>(exec, forward)) return;
   const auto run = [&]<int N>() {
     ForEachPack(Rebuild<T, W, N>{RowsOf<const T>(a.x), RowsOf<T>(a.y), Data<const W>(a.w),
                                  Data<const float>(a.rstd), static_cast<float>(a.weight_offset)},
                 a.x.dim(0), a.x.dim(1), exec.stream);
   };
-  if (Packable(kPackSize<T>, {&a.x, &a.y, &a.w})) return run.template operator()<kPackSize<T>>();
-  run.template operator()<1>();
+  Packable(kPackSize<T>, {&a.x, &a.y, &a.w}) ? run.template operator()<kPackSize<T>>()
+                                             : run.template operator()<1>();
+  if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.y, a.fp8));
 }
 
 template <typename T>
@@ -236,6 +339,7 @@ void RmsNormForwardCuda(const Exec& exec, const RmsNormForwardArgs& a) {
 }
 
 void RmsNormRebuildCuda(const Exec& exec, const RmsNormRebuildArgs& a) {
+  if (a.x.size() == 0) return;
   DispatchNorm(a.x, a.w, [&]<typename T, typename W>() { RunRebuild<T, W>(exec, a); });
 }
 

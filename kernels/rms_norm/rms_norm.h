@@ -11,6 +11,7 @@
 
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
+#include "kernels/fp8/fp8.h"
 
 namespace attune {
 
@@ -23,6 +24,7 @@ struct RmsNormForwardArgs {
   TensorView rstd;   // (M)     out, f32 (f64 for f64)
   double eps = 1e-5;
   double weight_offset = 0.0;  // Gemma: 1
+  Fp8Rows fp8;                 // out, optional: of y
 };
 void RmsNormForward(const Exec& exec, const RmsNormForwardArgs& args);
 
@@ -33,6 +35,7 @@ struct RmsNormRebuildArgs {
   TensorView w;     // (C)     dtype of x, or f32
   TensorView y;     // (M, C)  out, dtype of x; may be x
   double weight_offset = 0.0;
+  Fp8Rows fp8;  // out, optional: of y
 };
 void RmsNormRebuild(const Exec& exec, const RmsNormRebuildArgs& args);
 

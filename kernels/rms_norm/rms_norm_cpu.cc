@@ -7,6 +7,9 @@
 #include "kernels/rms_norm/rms_norm.h"
 
 namespace attune {
+
+ATTUNE_BACKENDS(Fp8Quantize);
+
 namespace {
 
 template <typename T>
@@ -168,10 +171,12 @@ void DispatchNorm(const TensorView& x, const TensorView& w, F&& f) {
 
 void RmsNormForwardCpu(const Exec& exec, const RmsNormForwardArgs& a) {
   DispatchNorm(a.x, a.w, [&]<typename T, typename W>() { Forward<T, W>(a); });
+  if (a.fp8.defined()) Fp8QuantizeCpu(exec, Fp8QuantizeOf(a.y, a.fp8));
 }
 
 void RmsNormRebuildCpu(const Exec& exec, const RmsNormRebuildArgs& a) {
   DispatchNorm(a.x, a.w, [&]<typename T, typename W>() { Rebuild<T, W>(a); });
+  if (a.fp8.defined()) Fp8QuantizeCpu(exec, Fp8QuantizeOf(a.y, a.fp8));
 }
 
 void RmsNormBackwardCpu(const Exec& exec, const RmsNormBackwardArgs& a) {

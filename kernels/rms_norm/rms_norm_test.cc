@@ -66,6 +66,31 @@ TEST_P(RmsNormTest, AddsDelta) {
   EXPECT_EQ(y2.ToVector(), y.ToVector());
 }
 
+// The codes are those of y, of Forward and of Rebuild, and nothing else changes.
+TEST_P(RmsNormTest, GivesTheCodesOfItsRows) {
+  const auto [dtype, C] = GetParam();
+  if (dtype == DType::kF64) return;
+  constexpr int64_t kM = 5;
+  std::mt19937_64 rng(6);
+  const Tensor x = Tensor(dtype, {kM, C}, 2).Random(&rng), w = Tensor(dtype, {C}).Random(&rng);
+  const Tensor y(dtype, {kM, C}, 1), plain(dtype, {kM, C}, 1), rstd(DType::kF32, {kM});
+  const Tensor want(DType::kF8E4M3, {kM, C}), want_scale(DType::kF32, {kM});
+  RmsNormForward(CpuExec(), {.x = x, .w = w, .y = plain, .rstd = rstd});
+  Fp8Quantize(CpuExec(), {.x = plain, .q = want, .scale = want_scale});
+  for (const bool rebuild : {false, true}) {
+    const Tensor q(DType::kF8E4M3, {kM, C}, 7), scale(DType::kF32, {kM});
+    if (rebuild) {
+      RmsNormRebuild(CpuExec(), {.x = x, .rstd = rstd, .w = w, .y = y, .fp8 = {q, scale}});
+    } else {
+      RmsNormForward(CpuExec(), {.x = x, .w = w, .y = y, .rstd = rstd, .fp8 = {q, scale}});
+    }
+    EXPECT_EQ(y.bytes(), plain.bytes());
+    EXPECT_EQ(q.ToVector(), want.ToVector());
+    EXPECT_EQ(scale.bytes(), want_scale.bytes());
+    q.ExpectGuardsIntact();
+  }
+}
+
 TEST_P(RmsNormTest, BackwardMatchesReference) {
   const auto [dtype, C] = GetParam();
   const int64_t M = 6;

@@ -17,6 +17,7 @@
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
+#include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/lora/lora_backward.h"
 #include "kernels/matmul/matmul.h"
@@ -48,7 +49,8 @@ TensorView Device(DType dtype, std::initializer_list<int64_t> shape) {
     const float x = draws[i % draws.size()];
     if (dtype == DType::kBF16) reinterpret_cast<BFloat16*>(host.data())[i] = BFloat16(x);
     if (dtype == DType::kF32) reinterpret_cast<float*>(host.data())[i] = x;
-    if (dtype == DType::kU8) host[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    if (dtype == DType::kU8 || dtype == DType::kF8E4M3)
+      host[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
     if (dtype == DType::kI32)
       reinterpret_cast<int32_t*>(host.data())[i] = static_cast<int>(i % 1000);
   }
@@ -220,6 +222,98 @@ void BenchNf4(Bench* b) {
            [&] { Nf4Quantize(b->exec, {.w = w, .packed = packed, .absmax = absmax}); });
 }
 
+// In 8 bits: weights both ways, and rows by themselves and beside the ops that make them.
+void BenchFp8(Bench* b) {
+  const int64_t size = kF * kC, blocks = Nf4Blocks(size), E = Fp8Extension(16);
+  const TensorView packed = Device(DType::kU8, {Nf4PackedBytes(size)});
+  const TensorView codes = Device(DType::kU8, {blocks}), offset = Device(DType::kF32, {1});
+  const TensorView absmax2 = Device(DType::kF32, {Nf4Groups(blocks)});
+  const TensorView weight_scale = Device(DType::kF32, {1});
+  const TensorView q = Device(DType::kF8E4M3, {kT, Fp8RowStride(2 * kF + E)});
+  const TensorView scale = Device(DType::kF32, {kT});
+  const auto rows = [&](int64_t m, int64_t columns) {
+    TensorView out = q.Slice(0, 0, m).Slice(1, 0, columns);
+    out.strides[0] = Fp8RowStride(columns);
+    return out;
+  };
+  for (const bool transposed : {false, true}) {
+    TensorView to = transposed ? rows(kC, kF) : rows(kF / 2, kC);  // q has room for that many rows
+    if (!transposed) to.shape[0] = kF;
+    b->Bytes(transposed ? "Nf4ToFp8 14336x4096, turned" : "Nf4ToFp8 14336x4096",
+             size * 1.5 + blocks, [&] {
+               Nf4ToFp8(b->exec, {.packed = packed,
+                                  .codes = codes,
+                                  .absmax2 = absmax2,
+                                  .offset = offset,
+                                  .scale = weight_scale,
+                                  .q = to,
+                                  .transposed = transposed});
+             });
+  }
+  for (const auto& [m, k, name] : {std::tuple{kT, kC, "Fp8Quantize 8192x4112"},
+                                   {kT, 6144, "Fp8Quantize 8192x6160"},
+                                   {kT, kF, "Fp8Quantize 8192x14352"},
+                                   {kT, 2 * kF, "Fp8Quantize 8192x28688"},
+                                   {2048, kC, "Fp8Quantize 2048x4112"}}) {
+    const TensorView x = Device(DType::kBF16, {m, k + 16});
+    const TensorView s = scale.Slice(0, 0, m);
+    b->Bytes(name, 3.0 * m * k, [&, m = m, k = k] {
+      Fp8Quantize(b->exec, {.x = x, .e = 16, .q = rows(m, k + E), .scale = s});
+    });
+    if (k == kC && m == kT) {
+      b->Bytes("Fp8QuantizeAdapter 8192x16 beside 4096", m * (32.0 + E + 4), [&, m = m, k = k] {
+        Fp8QuantizeAdapter(b->exec, {.x = x, .e = 16, .q = rows(m, k + E), .scale = s});
+      });
+    }
+    CUDA_CHECK(cudaFree(x.data));
+  }
+  const TensorView x = Device(DType::kBF16, {kT, kC + 16}), y = Device(DType::kBF16, {kT, kC + 16});
+  const TensorView delta = Device(DType::kBF16, {kT, kC}), sum = Device(DType::kBF16, {kT, kC});
+  const TensorView w = Device(DType::kBF16, {kC}), rstd = Device(DType::kF32, {kT});
+  const Fp8Rows narrow{rows(kT, kC + E), scale};
+  const TensorView y_rows = y.Slice(1, 0, kC);
+  b->Bytes("RmsNormForward + residual + codes 8192x4096", 9.0 * kT * kC, [&] {
+    RmsNormForward(b->exec, {.x = x.Slice(1, 0, kC),
+                             .delta = delta,
+                             .sum = sum,
+                             .w = w,
+                             .y = y_rows,
+                             .rstd = rstd,
+                             .fp8 = narrow});
+  });
+  b->Bytes("RmsNormRebuild + codes 8192x4096", 5.0 * kT * kC, [&] {
+    RmsNormRebuild(b->exec, {.x = sum, .rstd = rstd, .w = w, .y = y_rows, .fp8 = narrow});
+  });
+  const TensorView gate_up = Device(DType::kBF16, {kT, 2 * kF + 32});
+  const TensorView h = Device(DType::kBF16, {kT, kF + 16}), dh = h.Slice(1, 0, kF);
+  const TensorView gate = gate_up.Slice(1, 0, kF), up = gate_up.Slice(1, kF, 2 * kF);
+  const double element = 1.0 * kT * kF;
+  for (const int64_t m : {kT, int64_t{2048}}) {
+    const auto some = [&](const TensorView& v) { return v.Slice(0, 0, m); };
+    const double elements = element * m / kT;
+    b->Bytes(m == kT ? "GatedActivationForward + codes 8192x14336"
+                     : "GatedActivationForward + codes 2048x14336",
+             7 * elements, [&] {
+               GatedActivationForward(b->exec, {.gate = some(gate),
+                                                .up = some(up),
+                                                .h = some(dh),
+                                                .fp8 = {rows(m, kF + E), some(scale)}});
+             });
+    b->Bytes(m == kT ? "GatedActivationBackward + h + codes 8192x14336"
+                     : "GatedActivationBackward + h + codes 2048x14336",
+             14 * elements, [&] {
+               GatedActivationBackward(b->exec, {.dh = some(dh),
+                                                 .gate = some(gate),
+                                                 .up = some(up),
+                                                 .dgate = some(gate),
+                                                 .dup = some(up),
+                                                 .h = some(dh),
+                                                 .fp8 = {rows(m, 2 * kF + E), some(scale)}});
+             });
+  }
+  for (const TensorView& v : {q, x, y, gate_up, h}) CUDA_CHECK(cudaFree(v.data));
+}
+
 void BenchNormAndRope(Bench* b) {
   const TensorView x = Device(DType::kBF16, {kT, kC}), y = Device(DType::kBF16, {kT, kC});
   const TensorView delta = Device(DType::kBF16, {kT, kC}), sum = Device(DType::kBF16, {kT, kC});
@@ -345,6 +439,7 @@ int main() {
   BenchProducts(&bench);
   BenchLoraBackward(&bench);
   BenchNf4(&bench);
+  BenchFp8(&bench);
   BenchNormAndRope(&bench);
   BenchMlpAndLoss(&bench);
   BenchOptimizer(&bench);

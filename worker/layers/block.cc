@@ -231,24 +231,29 @@ void TransformerBlock::PositionHeadsBackward(const LayerContext& ctx, const Pack
 
 void TransformerBlock::Normalise(const LayerContext& ctx, const TensorView& x,
                                  const TensorView& delta, const TensorView& sum,
-                                 const TensorView& w, const TensorView& y,
-                                 const TensorView& rstd) const {
+                                 const TensorView& w, const TensorView& y, const TensorView& rstd,
+                                 const Fp8Rows& codes) const {
   RmsNormForwardArgs norm = {.x = x,
                              .delta = delta,
                              .w = w,
                              .y = y,
                              .rstd = rstd,
                              .eps = shape.rms_norm_eps,
-                             .weight_offset = shape.norm_weight_offset};
+                             .weight_offset = shape.norm_weight_offset,
+                             .fp8 = codes};
   if (delta.defined()) norm.sum = sum;
   RmsNormForward(ctx.exec, norm);
 }
 
 void TransformerBlock::NormaliseAgain(const LayerContext& ctx, const TensorView& x,
                                       const TensorView& w, const TensorView& rstd,
-                                      const TensorView& y) const {
-  RmsNormRebuild(ctx.exec,
-                 {.x = x, .rstd = rstd, .w = w, .y = y, .weight_offset = shape.norm_weight_offset});
+                                      const TensorView& y, const Fp8Rows& codes) const {
+  RmsNormRebuild(ctx.exec, {.x = x,
+                            .rstd = rstd,
+                            .w = w,
+                            .y = y,
+                            .weight_offset = shape.norm_weight_offset,
+                            .fp8 = codes});
 }
 
 void TransformerBlock::NormaliseBackward(const LayerContext& ctx, const TensorView& dy,
@@ -336,8 +341,9 @@ QkvHeads TransformerBlock::ForwardHeads(const LayerContext& ctx, const PackBatch
   ArenaScope scope(ctx.arena);
   const TensorView rows = shape.qk_norm ? saved.qkv : ctx.Scratch({T, shape.qkv_size()});
   const TensorView n1 = ctx.Scratch({T, C + qkv.extension()});
-  Normalise(ctx, x, delta, saved.x1, attention_norm, Columns(n1, 0, C), saved.rstd1);
-  qkv.Forward(ctx, n1, rows);
+  const Fp8Rows codes = qkv.NewCodes(ctx, Direction::kForward, T);
+  Normalise(ctx, x, delta, saved.x1, attention_norm, Columns(n1, 0, C), saved.rstd1, codes);
+  qkv.Forward(ctx, n1, rows, codes);
   KeepS(ctx, n1, saved.s_qkv);
   PositionHeads(ctx, batch, rows, heads);
   return heads;
@@ -379,16 +385,19 @@ void TransformerBlock::ForwardMlpTile(const LayerContext& ctx, const TensorView&
   {
     ArenaScope norm_scope(ctx.arena);
     const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
-    Normalise(ctx, saved.x1, out, saved.x2, mlp_norm, Columns(n2, 0, C), saved.rstd2);
-    gate_up.Forward(ctx, n2, gate_up_rows);
+    const Fp8Rows codes = gate_up.NewCodes(ctx, Direction::kForward, T);
+    Normalise(ctx, saved.x1, out, saved.x2, mlp_norm, Columns(n2, 0, C), saved.rstd2, codes);
+    gate_up.Forward(ctx, n2, gate_up_rows, codes);
     if (saved.s_gate_up.defined()) KeepS(ctx, n2, saved.s_gate_up);
   }
   const TensorView h = ctx.Scratch({T, F + down.extension()});
+  const Fp8Rows codes = down.NewCodes(ctx, Direction::kForward, T);
   GatedActivationForward(ctx.exec, {.gate = Columns(gate_up_rows, 0, F),
                                     .up = Columns(gate_up_rows, F, F),
                                     .h = Columns(h, 0, F),
-                                    .activation = shape.activation});
-  down.Forward(ctx, h, shape.post_norms ? saved.mlp_out : out);
+                                    .activation = shape.activation,
+                                    .fp8 = codes});
+  down.Forward(ctx, h, shape.post_norms ? saved.mlp_out : out, codes);
   KeepS(ctx, h, saved.s_down);
   if (shape.post_norms) {
     Normalise(ctx, saved.mlp_out, {}, {}, post_mlp_norm, out, saved.mlp_out_rstd);
@@ -409,8 +418,9 @@ void TransformerBlock::RebuildGateUp(const LayerContext& ctx, SavedBlock* saved)
   saved->s_gate_up = ctx.Scratch({T, gate_up.extension()});
   ArenaScope scope(ctx.arena);
   const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
-  NormaliseAgain(ctx, saved->x2, mlp_norm, saved->rstd2, Columns(n2, 0, C));
-  gate_up.Forward(ctx, n2, Columns(saved->gate_up, 0, 2 * F));
+  const Fp8Rows codes = gate_up.NewCodes(ctx, Direction::kForward, T);
+  NormaliseAgain(ctx, saved->x2, mlp_norm, saved->rstd2, Columns(n2, 0, C), codes);
+  gate_up.Forward(ctx, n2, Columns(saved->gate_up, 0, 2 * F), codes);
   KeepS(ctx, n2, saved->s_gate_up);
 }
 
@@ -443,6 +453,7 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
   RebuildGateUp(ctx, &saved);
   const TensorView rows = saved.gate_up;
   const TensorView gate = Columns(rows, 0, F), up = Columns(rows, F, F);
+  const Fp8Rows codes = gate_up.NewCodes(ctx, Direction::kBackward, T);
   {
     ArenaScope mlp_scope(ctx.arena);
     const TensorView dy = OutputGradient(ctx, dx, saved.mlp_out, post_mlp_norm, saved.mlp_out_rstd,
@@ -456,11 +467,12 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
                                        .dgate = gate,
                                        .dup = up,
                                        .h = dh,
-                                       .activation = shape.activation});
+                                       .activation = shape.activation,
+                                       .fp8 = codes});
     down.BackwardWithInput(ctx, dy, dh, saved.s_down);
   }
   const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
-  gate_up.Backward(ctx, rows, saved.s_gate_up, dn2);
+  gate_up.Backward(ctx, rows, saved.s_gate_up, dn2, codes);
   NormaliseAgain(ctx, saved.x2, mlp_norm, saved.rstd2, n2);
   gate_up.BackwardWithInput(ctx, rows, n2, saved.s_gate_up);
   const TensorView dx2 = Columns(dx, 0, C);

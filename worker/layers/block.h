@@ -162,13 +162,14 @@ struct TransformerBlock {
   template <typename F>
   void ForEachTile(const LayerContext& ctx, int64_t tokens, std::initializer_list<Use> uses,
                    const F& f) const;
-  // y = norm(x) for a norm of the stream or, without delta, behind attention or MLP.
+  // y = norm(x) for a norm of the stream or, without delta, behind attention or MLP; and its codes,
+  // if wanted.
   void Normalise(const LayerContext& ctx, const TensorView& x, const TensorView& delta,
                  const TensorView& sum, const TensorView& w, const TensorView& y,
-                 const TensorView& rstd) const;
+                 const TensorView& rstd, const Fp8Rows& codes = {}) const;
   // y as Normalise gave it, from its sum.
   void NormaliseAgain(const LayerContext& ctx, const TensorView& x, const TensorView& w,
-                      const TensorView& rstd, const TensorView& y) const;
+                      const TensorView& rstd, const TensorView& y, const Fp8Rows& codes = {}) const;
   void NormaliseBackward(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
                          const TensorView& w, const TensorView& rstd, const TensorView& dresidual,
                          const TensorView& dx) const;

@@ -1,6 +1,9 @@
 #include "worker/layers/frozen_matrix.h"
 
 #include <algorithm>
+#include <array>
+#include <span>
+#include <utility>
 
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/fp8/fp8.h"
@@ -8,6 +11,20 @@
 #include "worker/shard/communicator.h"
 
 namespace attune {
+namespace {
+
+Nf4DequantizeArgs DequantizationOf(const Nf4Weight& from, const TensorView& to) {
+  return {.packed = from.packed,
+          .codes = from.codes,
+          .absmax2 = from.absmax2,
+          .offset = from.offset,
+          .absmax = from.absmax,
+          .out = to};
+}
+
+constexpr size_t kTogether = 4;  // parts that are expanded at once
+
+}  // namespace
 
 Nf4Weight Nf4Shapes(int64_t elements, bool double_quantization) {
   const int64_t blocks = Nf4Blocks(elements);
@@ -201,12 +218,7 @@ void FrozenMatrix::Quantize(const LayerContext& ctx, const TensorView& w,
 
 void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Weight& from,
                               const TensorView& to) {
-  Nf4Dequantize(ctx.exec, {.packed = from.packed,
-                           .codes = from.codes,
-                           .absmax2 = from.absmax2,
-                           .offset = from.offset,
-                           .absmax = from.absmax,
-                           .out = to});
+  Nf4Dequantize(ctx.exec, DequantizationOf(from, to));
 }
 
 TensorView FrozenMatrix::ExpansionShape(const LayerContext& ctx, Direction direction) const {
@@ -221,24 +233,33 @@ void FrozenMatrix::ExpandInto(const LayerContext& ctx, Direction direction,
                               const TensorView& expansion) const {
   CHECK(!expanded() && expansion.SameShape(ExpansionShape(ctx, direction)));
   if (options_.fp8) return EncodeInto(ctx, direction, expansion);
+  std::array<Nf4DequantizeArgs, kTogether> parts;
+  size_t count = 0;
+  const auto run = [&] {
+    Nf4Dequantize(ctx.exec, std::span(parts.data(), std::exchange(count, 0)));
+  };
   for (const Part& part : parts_) {
-    ArenaScope scope(ctx.arena);
     const TensorView rows = RowsOf(expansion, part);
     if (part.dense) {
       Copy(ctx.exec, {.x = part.values, .y = rows});
-    } else {
-      Dequantize(ctx, Gather(ctx, part), rows);
+      continue;
     }
+    ArenaScope scope(ctx.arena);
+    parts[count++] = DequantizationOf(Gather(ctx, part), rows);
+    if (Sharded() || count == kTogether) run();  // the next is gathered into the same memory
   }
+  run();
 }
 
 void FrozenMatrix::EncodeInto(const LayerContext& ctx, Direction direction,
                               const TensorView& expansion) const {
   const bool transposed = direction == Direction::kBackward;
+  std::array<Nf4ToFp8Args, kTogether> parts;
+  size_t count = 0;
+  const auto run = [&] { Nf4ToFp8(ctx.exec, std::span(parts.data(), std::exchange(count, 0))); };
   for (const Part& part : parts_) {
     const int64_t begin = part.row_begin, end = begin + part.rows;
-    const TensorView to = transposed ? expansion.Slice(1, begin, end)
-                                     : expansion.Slice(0, begin, end).Slice(1, 0, in_);
+    const TensorView to = transposed ? expansion.Slice(1, begin, end) : RowsOf(expansion, part);
     if (part.dense) {
       Fp8QuantizeWeight(ctx.exec,
                         {.w = part.values, .scale = scale_, .q = to, .transposed = transposed});
@@ -246,15 +267,17 @@ void FrozenMatrix::EncodeInto(const LayerContext& ctx, Direction direction,
     }
     ArenaScope scope(ctx.arena);
     const Nf4Weight w = Gather(ctx, part);
-    Nf4ToFp8(ctx.exec, {.packed = w.packed,
-                        .codes = w.codes,
-                        .absmax2 = w.absmax2,
-                        .offset = w.offset,
-                        .absmax = w.absmax,
-                        .scale = scale_,
-                        .q = to,
-                        .transposed = transposed});
+    parts[count++] = {.packed = w.packed,
+                      .codes = w.codes,
+                      .absmax2 = w.absmax2,
+                      .offset = w.offset,
+                      .absmax = w.absmax,
+                      .scale = scale_,
+                      .q = to,
+                      .transposed = transposed};
+    if (Sharded() || count == kTogether) run();
   }
+  run();
 }
 
 TensorView FrozenMatrix::Expand(const LayerContext& ctx, Direction direction) const {

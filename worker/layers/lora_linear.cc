@@ -5,7 +5,6 @@
 #include "kernels/dora/dora.h"
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
-#include "kernels/fp8/fp8.h"
 #include "kernels/lora/lora.h"
 #include "kernels/lora/lora_backward.h"
 #include "worker/layers/weight_prefetcher.h"
@@ -161,21 +160,22 @@ void LoraLinear::MeasureRows(const LayerContext& ctx, const LoraPart& adapter,
   }
 }
 
-void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s,
-                         const TensorView& y) const {
-  Multiply(ctx, x_s, y);
+void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
+                         const Fp8Rows& codes) const {
+  Multiply(ctx, x_s, y, codes);
   if (bias.defined()) Add(ctx.exec, {.x = bias, .y = y, .alpha = output_scale});
 }
 
-void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s,
-                          const TensorView& y) const {
+void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
+                          const Fp8Rows& codes) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
   if (IsDora()) return MultiplyDora(ctx, x_s, y);
   if (w->fp8()) {
     MultiplyA(ctx, x, s);
-    return MultiplyFp8(ctx, Direction::kForward, Columns(x_s, 0, K + columns()), columns(), y);
+    const TensorView used = Columns(x_s, 0, K + columns());
+    return MultiplyFp8(ctx, Direction::kForward, used, columns(), codes, y);
   }
   if (Fused(ctx)) {
     MultiplyA(ctx, x, s);
@@ -253,7 +253,7 @@ void LoraLinear::AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter
 }
 
 void LoraLinear::Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
-                          const TensorView& dx) const {
+                          const TensorView& dx, const Fp8Rows& codes) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
   ArenaScope scope(ctx.arena);
@@ -263,7 +263,7 @@ void LoraLinear::Backward(const LayerContext& ctx, const TensorView& dy_ds, cons
   if (w->fp8()) {
     // With dropout the adapter's share of dx goes through the mask.
     const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
-    MultiplyFp8(ctx, Direction::kBackward, Columns(dy_ds, 0, N + e), e, dx);
+    MultiplyFp8(ctx, Direction::kBackward, Columns(dy_ds, 0, N + e), e, codes, dx);
     if (e == 0) AddAdapterInputGradient(ctx, ds, dx);
     return;
   }
@@ -319,20 +319,35 @@ void LoraLinear::BackwardB(const LayerContext& ctx, const TensorView& dy, const 
   LoraBackward(ctx.exec, args);
 }
 
+Fp8Rows LoraLinear::CodesScratch(const LayerContext& ctx, Direction direction, int64_t rows,
+                                 int64_t e) const {
+  const int64_t columns =
+      (direction == Direction::kForward ? w->in() : w->rows()) + Fp8Extension(e);
+  return {.q = Columns(ctx.arena->NewScratch(DType::kF8E4M3, {rows, Fp8RowStride(columns)}), 0,
+                       columns),
+          .scale = ctx.arena->NewScratch(DType::kF32, {rows})};
+}
+
+Fp8Rows LoraLinear::NewCodes(const LayerContext& ctx, Direction direction, int64_t rows) const {
+  if (!w->fp8() || ctx.dropout.p > 0) return {};
+  return CodesScratch(ctx, direction, rows, columns());
+}
+
 void LoraLinear::MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x,
-                             int64_t e, const TensorView& y) const {
+                             int64_t e, const Fp8Rows& codes, const TensorView& y) const {
   ArenaScope scope(ctx.arena);
-  const int64_t M = x.dim(0), columns = x.dim(1) - e + Fp8Extension(e);
-  const TensorView q =
-      Columns(ctx.arena->NewScratch(DType::kF8E4M3, {M, Fp8RowStride(columns)}), 0, columns);
-  const TensorView q_scale = ctx.arena->NewScratch(DType::kF32, {M});
-  Fp8Quantize(ctx.exec, {.x = x, .e = e, .q = q, .scale = q_scale});
-  MatMul(ctx, {.a = q,
-               .b = Columns(Expand(ctx, direction), 0, columns),
+  const Fp8Rows to = codes.defined() ? codes : CodesScratch(ctx, direction, x.dim(0), e);
+  if (!codes.defined()) {
+    Fp8Quantize(ctx.exec, {.x = x, .e = e, .q = to.q, .scale = to.scale});
+  } else if (e > 0) {
+    Fp8QuantizeAdapter(ctx.exec, {.x = x, .e = e, .q = to.q, .scale = to.scale});
+  }
+  MatMul(ctx, {.a = to.q,
+               .b = Columns(Expand(ctx, direction), 0, to.q.dim(1)),
                .d = y,
                .trans_b = true,
                .alpha = output_scale,
-               .a_scale = q_scale,
+               .a_scale = to.scale,
                .b_scale = w->scale().Slice(0, 0, y.dim(1))});
   GiveBack(ctx);
 }

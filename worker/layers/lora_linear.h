@@ -14,11 +14,13 @@
 // stands ds = scale * dy B. So base and adapter can be one product ([x|s] [W|scale B]^T and
 // [dy|ds] [W;A]; ctx.fused_lora, without dropout), or separate small ones. Equal results up to
 // rounding, the same rows either way. Products with W may be of 8-bit floats (FrozenMatrix,
-// kernels/fp8): rows are quantised just before, and the adapter rides along.
+// kernels/fp8): rows are quantised where they are made, if the op that makes them can, else just
+// before, and the adapter rides along.
 #pragma once
 
 #include <vector>
 
+#include "kernels/fp8/fp8.h"
 #include "worker/layers/frozen_matrix.h"
 
 namespace attune {
@@ -70,12 +72,17 @@ struct LoraLinear {
   // Those of the E that are used: parts * r.
   int64_t columns() const { return static_cast<int64_t>(adapters.size()) * r; }
 
-  // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x.
-  void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
+  // Scratch for the codes of M rows of x, or of dy, to be filled by the op that makes these rows.
+  // Undefined where products are not of 8 bits, and with dropout, where it would add to the peak.
+  Fp8Rows NewCodes(const LayerContext& ctx, Direction direction, int64_t rows) const;
+
+  // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x. `codes`: those of x, if there are.
+  void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
+               const Fp8Rows& codes = {}) const;
   // [dy | .] (M, N + E) -> dx (M, K), assigned, unless undefined; ds is put behind dy. Accumulates
-  // the gradient of B. s (M, E) as Forward had it.
+  // the gradient of B. s (M, E) as Forward had it. `codes`: those of dy, if there are.
   void Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
-                const TensorView& dx) const;
+                const TensorView& dx, const Fp8Rows& codes = {}) const;
   // What takes x (M, K) as Forward had it, behind Backward: accumulates the gradient of A, and of
   // DoRA's magnitudes.
   void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
@@ -97,7 +104,8 @@ struct LoraLinear {
 
  private:
   // y without the bias.
-  void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
+  void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
+                const Fp8Rows& codes) const;
   // dx += ds A, through the mask of dropout.
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;
@@ -109,9 +117,11 @@ struct LoraLinear {
   void BackwardB(const LayerContext& ctx, const TensorView& dy, const TensorView& s,
                  const TensorView& ds) const;
   // y = output_scale * x W^T, or backward x W, in 8 bits. The last e columns of x are the
-  // adapter's.
+  // adapter's; `codes`, if there are, are those of the others.
   void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
-                   const TensorView& y) const;
+                   const Fp8Rows& codes, const TensorView& y) const;
+  // Memory for the codes of rows with e columns of the adapter's.
+  Fp8Rows CodesScratch(const LayerContext& ctx, Direction direction, int64_t rows, int64_t e) const;
   // W_p of an expansion.
   TensorView RowsOf(const LoraPart& adapter, const TensorView& expansion) const;
   // y without the bias, with DoRA.

@@ -46,11 +46,18 @@ double GradientError(const Outcome& got, const Outcome& want) {
   return std::sqrt(error / norm);
 }
 
+// The largest |got - want| / want of the losses.
+double LossError(const Outcome& got, const Outcome& want) {
+  double error = 0;
+  for (size_t s = 0; s < want.losses.size(); ++s) {
+    error = std::max(error, std::abs(got.losses[s] - want.losses[s]) / want.losses[s]);
+  }
+  return error;
+}
+
 void ExpectClose(const Outcome& got, const Outcome& want, double loss_tolerance,
                  double grad_tolerance, const std::string& what) {
-  for (size_t s = 0; s < want.losses.size(); ++s) {
-    EXPECT_NEAR(got.losses[s], want.losses[s], loss_tolerance * want.losses[s]) << what;
-  }
+  EXPECT_LE(LossError(got, want), loss_tolerance) << what;
   EXPECT_LT(GradientError(got, want), grad_tolerance) << what;
 }
 
@@ -141,7 +148,8 @@ TEST_P(EngineCuda, TilesGiveWhatTheCpuGives) {
   }
 }
 
-// Roundings flip codes here and there, so this is not much nearer than 8 bits are to f32.
+// Roundings flip codes here and there, so this is not much nearer than 8 bits are to f32. (The loss
+// of gemma2, whose scores are sharp, moves by 0.3 % when its embeddings are scaled by 1 + 1e-5.)
 TEST_P(EngineCuda, Fp8GivesWhatTheCpuGives) {
   GoldenCase golden = Load(DType::kF32);
   if (golden.options.adapters.use_dora) GTEST_SKIP() << "refused with DoRA";
@@ -149,8 +157,8 @@ TEST_P(EngineCuda, Fp8GivesWhatTheCpuGives) {
   golden.options.spec.mutable_quantization()->set_fp8_products(true);
   const Outcome cpu = Steps(golden, 2, 1e-3);
   golden.options.device = DeviceKind::kCuda;
-  const double tolerance = std::max(0.05, 0.7 * GradientError(cpu, full));
-  ExpectClose(Steps(golden, 2, 1e-3), cpu, 5e-3, tolerance, "fp8");
+  ExpectClose(Steps(golden, 2, 1e-3), cpu, std::max(5e-3, LossError(cpu, full)),
+              std::max(0.05, 0.7 * GradientError(cpu, full)), "fp8");
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, EngineCuda, testing::Values("dense", "nf4"));

@@ -497,6 +497,23 @@ TEST_P(Fp8EngineTest, IsNearFullPrecision) {
   }
 }
 
+TEST_P(Fp8EngineTest, PeakOfThePlanIsThePeakOfTheRun) {
+  for (const double dropout : {0.0, 0.2}) {
+    for (const bool sparing : {false, true}) {
+      GoldenCase golden = LoadGoldenCase(kGolden + GetParam(), DType::kBF16);
+      golden.options.spec.mutable_quantization()->set_fp8_products(true);
+      golden.options.spec.mutable_lora()->set_dropout(dropout);
+      if (sparing) golden.options.activations = MostSparing(golden);
+      const int64_t plan = Engine::Plan(golden.options, *golden.weights).value().peak_bytes();
+      std::unique_ptr<Engine> engine = StartEngine(golden);
+      std::unique_ptr<Communicator> self = NewSelfCommunicator();
+      GoldenStep step = StepOf(golden, 0);
+      ASSERT_TRUE(engine->TrainStep(step.input, step.packs, self.get(), [] {}).ok());
+      EXPECT_EQ(engine->peak_bytes(), plan) << dropout << ", " << sparing;
+    }
+  }
+}
+
 // Rows are quantised each by itself, so tiles and layers that are made again change nothing but the
 // roundings of products, which flip a code here and there.
 TEST_P(Fp8EngineTest, TilesAndRebuiltLayersChangeLittle) {
