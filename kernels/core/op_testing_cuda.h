@@ -139,6 +139,15 @@ using Views = std::vector<TensorView>;
 
 constexpr DType kDTypes[] = {DType::kF32, DType::kBF16};
 
+// (columns, padding between rows): packs of 16 bytes, and what forbids them.
+struct Width {
+  int64_t columns, padding;
+};
+inline std::string Name(DType dtype, const Width& w) {
+  return std::string(DTypeName(dtype)) + " x" + std::to_string(w.columns) + "+" +
+         std::to_string(w.padding);
+}
+
 class CudaOps : public testing::Test {
  protected:
   void SetUp() override {
