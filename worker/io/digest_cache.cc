@@ -3,8 +3,10 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdlib>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "proto/sha256.h"
@@ -69,22 +71,49 @@ std::map<std::string, Entry> Read(const std::string& path) {
 DigestCache::DigestCache(std::string path, absl::Time now)
     : path_(std::move(path)), now_(now), entries_(Read(path_)) {}
 
-absl::StatusOr<std::string> DigestCache::Sha256Hex(const std::string& file) {
+DigestCache::Hashed DigestCache::Hash(const std::string& file) const {
   Entry before, after;
   const std::string real = RealPath(file);
   const bool there = Stat(real, &before);
   const auto known = entries_.find(real);
   if (there && known != entries_.end() && SameFile(known->second, before)) {
-    return known->second.sha256;
+    return {known->second.sha256, "", {}};
   }
-  absl::StatusOr<std::string> sha256 = Sha256HexOfFile(file);
-  if (!sha256.ok()) return sha256;
+  Hashed hashed = {Sha256HexOfFile(file), "", before};
   const absl::Time changed = absl::FromUnixNanos(std::max(before.mtime_ns, before.ctime_ns));
-  if (there && Stat(real, &after) && SameFile(before, after) && changed + kSettledAfter < now_) {
-    before.sha256 = *sha256;
-    entries_[real] = found_[real] = before;
+  if (hashed.sha256.ok() && there && Stat(real, &after) && SameFile(before, after) &&
+      changed + kSettledAfter < now_) {
+    hashed.real = real;
+    hashed.entry.sha256 = *hashed.sha256;
   }
-  return sha256;
+  return hashed;
+}
+
+absl::StatusOr<std::vector<std::string>> DigestCache::Sha256HexOfAll(
+    const std::vector<std::string>& files) {
+  std::vector<Hashed> hashed(files.size());
+  std::atomic<size_t> next = 0;
+  const auto work = [&] {
+    for (size_t i = next++; i < files.size(); i = next++) hashed[i] = Hash(files[i]);
+  };
+  const size_t most = std::max(1u, std::thread::hardware_concurrency());
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < std::min(most, files.size()); ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  std::vector<std::string> digests;
+  for (Hashed& one : hashed) {
+    if (!one.sha256.ok()) return one.sha256.status();
+    if (!one.real.empty()) entries_[one.real] = found_[one.real] = one.entry;
+    digests.push_back(*std::move(one.sha256));
+  }
+  return digests;
+}
+
+absl::StatusOr<std::string> DigestCache::Sha256Hex(const std::string& file) {
+  absl::StatusOr<std::vector<std::string>> digests = Sha256HexOfAll({file});
+  if (!digests.ok()) return digests.status();
+  return digests->front();
 }
 
 absl::Status DigestCache::Save() {

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -33,6 +34,9 @@ class DigestCache {
   // Of the whole file, as 64 hexadecimal digits. Errors as those of Sha256HexOfFile.
   absl::StatusOr<std::string> Sha256Hex(const std::string& file);
 
+  // Of several files, hashed side by side; in their order.
+  absl::StatusOr<std::vector<std::string>> Sha256HexOfAll(const std::vector<std::string>& files);
+
   // Writes what was found anew, and drops files that are no longer there. Does nothing where
   // nothing is new.
   absl::Status Save();
@@ -43,6 +47,13 @@ class DigestCache {
   };
 
  private:
+  struct Hashed {
+    absl::StatusOr<std::string> sha256;
+    std::string real;  // the path to remember it by; empty where it is known, or may change
+    Entry entry;
+  };
+  Hashed Hash(const std::string& file) const;
+
   const std::string path_;
   const absl::Time now_;
   std::map<std::string, Entry> entries_;

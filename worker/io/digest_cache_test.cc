@@ -55,6 +55,23 @@ TEST_F(DigestCacheTest, ASecondProcessDoesNotHashAgain) {
   EXPECT_EQ(Digest(file_), kLie);
 }
 
+TEST_F(DigestCacheTest, SeveralAreInTheirOrderAndRemembered) {
+  std::vector<std::string> files;
+  for (int i = 0; i < 9; ++i) {
+    files.push_back(absl::StrCat(directory_, "/", i));
+    Write(files.back(), absl::StrCat("shard ", i));
+  }
+  DigestCache cache(cache_, absl::Now() + absl::Hours(1));
+  const std::vector<std::string> digests = cache.Sha256HexOfAll(files).value();
+  ASSERT_EQ(digests.size(), files.size());
+  for (int i = 0; i < 9; ++i) EXPECT_EQ(digests[i], True(absl::StrCat("shard ", i)));
+  ASSERT_TRUE(cache.Save().ok());
+  PlantLie("shard 5");
+  EXPECT_EQ(Digest(files[5]), kLie);
+  files.push_back(directory_ + "/none");
+  EXPECT_FALSE(cache.Sha256HexOfAll(files).ok());
+}
+
 TEST_F(DigestCacheTest, ALinkIsTheFileBehindIt) {
   Digest(file_);
   PlantLie("weights");

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/core/parallel.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
 #include "kernels/fp8/fp8.h"
@@ -22,9 +23,10 @@ bool AllFinite(const TensorView& w) {
   const int64_t n = w.size();
   const auto any = [&]<typename Word>(Word exponent) {
     const Word* words = static_cast<const Word*>(w.data);
-    bool bad = false;
+    int bad = 0;
+#pragma omp parallel for schedule(static) reduction(| : bad) if (WorthThreads(n))
     for (int64_t i = 0; i < n; ++i) bad |= (words[i] & exponent) == exponent;
-    return bad;
+    return bad != 0;
   };
   switch (w.dtype) {
     case DType::kF64:

@@ -630,11 +630,13 @@ absl::StatusOr<std::string> ModelDigest(const std::string& directory, DigestCach
   }
   if (error) return FileError(error.value(), "list", directory);
   std::sort(names.begin(), names.end());
+  std::vector<std::string> files;
+  for (const std::string& name : names) files.push_back(absl::StrCat(directory, "/", name));
+  const absl::StatusOr<std::vector<std::string>> sha256 = digests->Sha256HexOfAll(files);
+  if (!sha256.ok()) return sha256.status();
   Sha256 sha;
-  for (const std::string& name : names) {
-    absl::StatusOr<std::string> sha256 = digests->Sha256Hex(absl::StrCat(directory, "/", name));
-    if (!sha256.ok()) return sha256.status();
-    sha.Update(absl::StrCat(*sha256, "  ", name, "\n"));
+  for (size_t i = 0; i < names.size(); ++i) {
+    sha.Update(absl::StrCat((*sha256)[i], "  ", names[i], "\n"));
   }
   return sha.HexDigest();
 }
