@@ -171,7 +171,6 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s, const 
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
-  if (IsDora()) return MultiplyDora(ctx, x_s, y);
   if (w->fp8()) {
     MultiplyA(ctx, x, s);
     const TensorView used = Columns(x_s, 0, K + columns());
@@ -189,38 +188,15 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s, const 
                .d = y,
                .trans_b = true,
                .alpha = output_scale});
-  GiveBack(ctx);
+  const bool drops_dora = IsDora() && ctx.dropout.p > 0;  // multiplies with W once more
+  if (!drops_dora) GiveBack(ctx);
   MultiplyA(ctx, x, s);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
     const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
     const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    MatMul(ctx, {.a = s_p,
-                 .b = adapter.b,
-                 .d = y_p,
-                 .trans_b = true,
-                 .alpha = output_scale * scale,
-                 .beta = 1});
-  }
-}
-
-void LoraLinear::MultiplyDora(const LayerContext& ctx, const TensorView& x_s,
-                              const TensorView& y) const {
-  const int64_t K = w->in(), N = w->rows();
-  const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, extension());
-  const TensorView expansion = Expand(ctx, Direction::kForward);
-  MatMul(ctx, {.a = x,
-               .b = Columns(expansion.Slice(0, 0, N), 0, K),
-               .d = y,
-               .trans_b = true,
-               .alpha = output_scale});
-  MultiplyA(ctx, x, s);
-  for (size_t i = 0; i < adapters.size(); ++i) {
-    const LoraPart& adapter = adapters[i];
-    const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);
-    const TensorView y_p = Columns(y, w->row_begin(adapter.part), w->part_rows(adapter.part));
-    ArenaScope scope(ctx.arena);
-    if (ctx.dropout.p > 0) {
+    if (drops_dora) {
+      ArenaScope part_scope(ctx.arena);
       AddDroppedDora(ctx, adapter, Dropped(ctx, adapter, x), s_p, RowsOf(adapter, expansion), y_p);
       continue;
     }
@@ -230,9 +206,9 @@ void LoraLinear::MultiplyDora(const LayerContext& ctx, const TensorView& x_s,
                  .trans_b = true,
                  .alpha = output_scale * scale,
                  .beta = 1});
-    ScaleColumns(ctx.exec, {.x = y_p, .factor = adapter.factor, .y = y_p});
+    if (IsDora()) ScaleColumns(ctx.exec, {.x = y_p, .factor = adapter.factor, .y = y_p});
   }
-  GiveBack(ctx);
+  if (drops_dora) GiveBack(ctx);
 }
 
 void LoraLinear::AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter,

@@ -124,8 +124,6 @@ struct LoraLinear {
   Fp8Rows CodesScratch(const LayerContext& ctx, Direction direction, int64_t rows, int64_t e) const;
   // W_p of an expansion.
   TensorView RowsOf(const LoraPart& adapter, const TensorView& expansion) const;
-  // y without the bias, with DoRA.
-  void MultiplyDora(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
   // Adds to y_p what the adapter's dropout lets through.
   void AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter, const TensorView& x,
                       const TensorView& s_p, const TensorView& w_p, const TensorView& y_p) const;
