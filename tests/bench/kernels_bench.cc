@@ -6,9 +6,12 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention/attention.h"
@@ -387,46 +390,85 @@ void BenchOptimizer(Bench* b) {
   b->Bytes("GradNorm 1 tensor, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
 }
 
-void BenchAttention(Bench* b) {
-  constexpr int64_t kTokens = 4096, kHeads = 32, kKeyHeads = 8, kD = 128, kLength = 2048;
-  const auto heads = [](int64_t h) { return Device(DType::kBF16, {kTokens, h, kD}); };
-  const auto ints = [](std::vector<int32_t> values) {
+struct AttentionRow {
+  std::string shape;
+  int documents, length;
+  int64_t hq, hk, d;
+  double softcap;
+};
+
+// The own kernels' backward is repeatable; cuDNN's is timed so where its workspace is not too
+// large.
+void BenchAttentionOf(Bench* b, const AttentionRow& row, bool by_cudnn) {
+  const int64_t tokens = int64_t{row.documents} * row.length;
+  std::vector<int32_t> begin, length(row.documents, row.length), offset(row.documents, 0);
+  for (int i = 0; i <= row.documents; ++i) begin.push_back(i * row.length);
+  const auto ints = [](const std::vector<int32_t>& values) {
     const TensorView out = Device(DType::kI32, {static_cast<int64_t>(values.size())});
     CUDA_CHECK(cudaMemcpy(out.data, values.data(), values.size() * 4, cudaMemcpyHostToDevice));
     return out;
   };
-  const AttentionSegments segments{ints({2}), ints({0, kLength, kTokens}), ints({0, kLength}),
-                                   ints({kLength, kLength}), ints({0, 0})};
-  AttentionForwardArgs f{.q = heads(kHeads),
-                         .k = heads(kKeyHeads),
-                         .v = heads(kKeyHeads),
-                         .o = heads(kHeads),
-                         .lse = Device(DType::kF32, {kTokens, kHeads}),
-                         .segments = segments,
-                         .options = {.scale = 0.088388}};
-  const double flops = 4.0 * kD * kHeads * kTokens * kLength / 2;
-  b->Flops("AttentionForward 2x2048 causal 32/8x128", flops, 3,
+  const auto heads = [&](int64_t h) { return Device(DType::kBF16, {tokens, h, row.d}); };
+  // cuDNN is asked for whole segments only.
+  const AttentionSegments segments{
+      ints({row.documents}), ints(begin),  ints({begin.begin(), begin.end() - 1}),
+      ints(length),          ints(offset), by_cudnn};
+  AttentionForwardArgs f{
+      .q = heads(row.hq),
+      .k = heads(row.hk),
+      .v = heads(row.hk),
+      .o = heads(row.hq),
+      .lse = Device(DType::kF32, {tokens, row.hq}),
+      .segments = segments,
+      .options = {.scale = 1.0 / std::sqrt(static_cast<double>(row.d)), .softcap = row.softcap}};
+  f.workspace = Device(DType::kU8, {AttentionForwardWorkspaceBytes(b->exec, f)});
+  const double flops = 4.0 * static_cast<double>(row.d * row.hq * tokens) * row.length / 2;
+  const int repeats = row.length > 8192 ? 5 : 20;
+  const std::string end = " " + row.shape + (by_cudnn ? ", cuDNN" : "");
+  b->Flops(("AttentionForward" + end).c_str(), flops, repeats,
            [&] { AttentionForward(b->exec, f); });
   AttentionBackwardArgs g{.q = f.q,
                           .k = f.k,
                           .v = f.v,
                           .o = f.o,
                           .lse = f.lse,
-                          .d_o = heads(kHeads),
-                          .dq = heads(kHeads),
-                          .dk = heads(kKeyHeads),
-                          .dv = heads(kKeyHeads),
+                          .d_o = heads(row.hq),
+                          .dq = heads(row.hq),
+                          .dk = heads(row.hk),
+                          .dv = heads(row.hk),
                           .segments = segments,
                           .options = f.options};
-  g.workspace = Device(DType::kU8, {AttentionBackwardWorkspaceBytes(b->exec, g)});
-  b->Flops("AttentionBackward 2x2048 causal 32/8x128", 2.5 * flops, 3,
-           [&] { AttentionBackward(b->exec, g); });
+  for (const bool deterministic : {true, false}) {
+    if (!deterministic && !by_cudnn) continue;
+    if (deterministic && by_cudnn && row.length > 8192) continue;  // the own kernels would run
+    Exec exec = b->exec;
+    exec.deterministic = deterministic;
+    g.workspace = Device(DType::kU8, {AttentionBackwardWorkspaceBytes(exec, g)});
+    b->Flops(("AttentionBackward" + end + (deterministic ? "" : ", any order")).c_str(),
+             2.5 * flops, repeats, [&] { AttentionBackward(exec, g); });
+    CUDA_CHECK(cudaFree(g.workspace.data));
+  }
+  for (const TensorView& v : {f.q, f.k, f.v, f.o, f.lse, f.workspace, g.d_o, g.dq, g.dk, g.dv}) {
+    CUDA_CHECK(cudaFree(v.data));
+  }
+}
+
+void BenchAttention(Bench* b) {
+  for (const AttentionRow& row :
+       {AttentionRow{"2x2048 causal 32/8x128", 2, 2048, 32, 8, 128, 0.0},
+        AttentionRow{"8x2048 causal 32/8x128", 8, 2048, 32, 8, 128, 0.0},
+        AttentionRow{"1x16384 causal 32/8x128", 1, 16384, 32, 8, 128, 0.0},
+        AttentionRow{"8x2048 causal 32/8x64", 8, 2048, 32, 8, 64, 0.0},
+        AttentionRow{"4x4096 causal 16/8x256 softcap 50", 4, 4096, 16, 8, 256, 50.0}}) {
+    for (const bool by_cudnn : {false, true}) BenchAttentionOf(b, row, by_cudnn);
+  }
 }
 
 }  // namespace
 }  // namespace attune
 
-int main() {
+// The argument, if any, names what is measured beside the roofs.
+int main(int argc, char** argv) {
   using namespace attune;  // NOLINT: a program of one file
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
@@ -436,14 +478,17 @@ int main() {
   Bench bench;
   bench.exec.device = DeviceKind::kCuda;
   MeasureRoofs(&bench);
-  BenchProducts(&bench);
-  BenchLoraBackward(&bench);
-  BenchNf4(&bench);
-  BenchFp8(&bench);
-  BenchNormAndRope(&bench);
-  BenchMlpAndLoss(&bench);
-  BenchOptimizer(&bench);
-  BenchAttention(&bench);
+  const std::pair<std::string, void (*)(Bench*)> groups[] = {{"products", BenchProducts},
+                                                             {"lora", BenchLoraBackward},
+                                                             {"nf4", BenchNf4},
+                                                             {"fp8", BenchFp8},
+                                                             {"norm_and_rope", BenchNormAndRope},
+                                                             {"mlp_and_loss", BenchMlpAndLoss},
+                                                             {"optimizer", BenchOptimizer},
+                                                             {"attention", BenchAttention}};
+  for (const auto& [name, measure] : groups) {
+    if (argc < 2 || name == argv[1]) measure(&bench);
+  }
   CUDA_CHECK(cudaDeviceSynchronize());
   return 0;
 }

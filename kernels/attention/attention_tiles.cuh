@@ -1,0 +1,289 @@
+// What the kernels of attention on the tensor cores share.
+//
+// A block of threads owns a tile of adjacent rows of one head: queries, or keys in the kernel of dk
+// and dv. It walks over the segments that own rows of the tile and, in each, over the blocks of
+// columns (keys, or queries) of which a row of the tile sees something. Blocks begin at multiples
+// of their size from the segment's first column: so a row's sums do not hang on what is packed
+// beside its segment, as long as that is finite. Columns behind the segment's end are zeros in
+// shared memory; pairs that do not see each other are masked one by one, and only in the blocks
+// where there are any.
+//
+// One warpgroup copies the columns into a ring of slots in shared memory, two compute; barriers
+// tell each other what is full and what is empty.
+#pragma once
+
+#include "kernels/attention/attention_device.cuh"
+#include "kernels/core/warpgroup.cuh"
+
+namespace attune::attention_cuda {
+
+constexpr int kTileThreads = 3 * kWarpgroup;
+constexpr int kComputingWarps = 8;
+// Registers per thread; 65536 in all.
+constexpr int kCopyingRegisters = 40, kComputingRegisters = 232;
+constexpr int kSharedLimit = 227 << 10;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ inline float MinusInfinity() {
+  return __int_as_float(0xff800000);
+}
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Wrong by some 1e-7, absolutely.
+__device__ inline float Tanh(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + Exp2(2.0f * kLog2E * x)));
+  return 1.0f - 2.0f * y;
+}
+
+// A score's way from the product of q and k to what exp2 takes: factor * product, or
+// factor * tanh(cap * product).
+struct ScoreScale {
+  float factor, cap;
+};
+__device__ inline ScoreScale ScoreScaleOf(const Shape& shape) {
+  if (shape.softcap > 0.0f) return {shape.softcap * kLog2E, shape.scale / shape.softcap};
+  return {shape.scale * kLog2E, 0.0f};
+}
+
+// The blocks of kColumns columns that the rows [first, first + rows) see, and who sees what there.
+template <bool kOwnKeys, int kColumns>
+class Walk {
+ public:
+  __device__ Walk(const Shape& shape, const Segments& segments, int first, int rows)
+      : shape_(shape), segments_(segments), count_(*segments.count), first_(first), rows_(rows) {}
+
+  // By whole warps. False: there are no more.
+  __device__ bool Next() {
+    block_ += kColumns;
+    while (block_ >= end_) {
+      if (!NextSegment()) return false;
+    }
+    return true;
+  }
+  // The first token of the block's columns, and how many of them are the segment's.
+  __device__ int ColumnBegin() const { return OtherBegin() + block_; }
+  __device__ int Columns() const { return min(kColumns, OtherLength() - block_); }
+
+  // Columns of the block, from 0, that a row of the tile sees; may end before it begins.
+  __device__ Range SeenBy(int row) const {
+    const int i = first_ + row - OwnBegin();
+    if (i < 0 || i >= OwnLength()) return {0, 0};
+    const Range seen = See(i);
+    return {seen.begin - block_, seen.end - block_};
+  }
+  // Whether each of the rows [row, row + rows) sees every column.
+  __device__ bool AllSee(int row, int rows) const {
+    const Range first = SeenBy(row), last = SeenBy(row + rows - 1);
+    return last.begin <= 0 && first.end >= kColumns && last.end >= kColumns;
+  }
+  // Whether any of them may see one.
+  __device__ bool AnySees(int row, int rows) const {
+    const int low = max(first_ + row - OwnBegin(), 0);
+    const int high = min(first_ + row + rows - OwnBegin(), OwnLength()) - 1;
+    return low <= high && See(high).end > block_ && See(low).begin < block_ + kColumns;
+  }
+
+ private:
+  __device__ int OwnBegin() const { return kOwnKeys ? segment_.k_begin : segment_.q_begin; }
+  __device__ int OwnLength() const { return kOwnKeys ? segment_.k_length : segment_.q_length; }
+  __device__ int OtherBegin() const { return kOwnKeys ? segment_.q_begin : segment_.k_begin; }
+  __device__ int OtherLength() const { return kOwnKeys ? segment_.q_length : segment_.k_length; }
+  __device__ Range See(int i) const {
+    return kOwnKeys ? VisibleQueries(shape_, segment_, i)
+                    : VisibleKeys(shape_, segment_, segment_.q_offset + i);
+  }
+
+  __device__ bool NextSegment() {
+    while (hits_ == 0) {
+      chunk_ += 32;
+      if (chunk_ >= count_) return false;
+      const int s = chunk_ + static_cast<int>(threadIdx.x % 32);
+      bool hit = false;
+      if (s < count_) {
+        const int begin = kOwnKeys ? segments_.k_begin[s] : segments_.q_begin[s];
+        const int end = kOwnKeys ? begin + segments_.k_length[s] : segments_.q_begin[s + 1];
+        hit = max(begin, first_) < min(end, first_ + rows_);
+      }
+      hits_ = __ballot_sync(0xffffffffu, hit);
+    }
+    segment_ = SegmentAt(segments_, chunk_ + __ffs(static_cast<int>(hits_)) - 1);
+    hits_ &= hits_ - 1;
+    const int low = max(first_ - OwnBegin(), 0);
+    const int high = min(first_ + rows_ - OwnBegin(), OwnLength()) - 1;
+    block_ = See(low).begin / kColumns * kColumns;
+    end_ = See(high).end;
+    return true;
+  }
+
+  const Shape& shape_;
+  const Segments& segments_;
+  int count_, first_, rows_;
+  int chunk_ = -32;
+  uint32_t hits_ = 0;  // segments of the chunk that are still to come
+  Segment segment_;
+  int block_ = 0, end_ = 0;
+};
+
+// Copies the tokens [begin, begin + real) of a head to the first rows of a matrix, zeros to the
+// others and to the columns from `width` on, up to kSteps times 16. By the threads of a warpgroup.
+template <int kRows, int kSteps>
+__device__ void CopyRows(const Heads<const Bf16>& from, int begin, int real, int head, int width,
+                         bool packed, uint32_t to) {
+  constexpr int kPacks = kSteps * 2;
+  for (int i = threadIdx.x % kWarpgroup; i < kRows * kPacks; i += kWarpgroup) {
+    const int row = i / kPacks, pack = i % kPacks;
+    const uint32_t at = PackAddress(to, kRows, row, pack);
+    const int real_columns = row < real ? width - pack * 8 : 0;
+    const Bf16* source = real_columns > 0 ? from(begin + row, head) + pack * 8 : from.data;
+    if (packed) {
+      CopyOrZero<16>(at, source, real_columns > 0);
+      continue;
+    }
+    uint32_t words[4] = {};
+    for (int c = 0; c < min(8, real_columns); ++c) {
+      words[c / 2] |= static_cast<uint32_t>(__bfloat16_as_ushort(source[c])) << (c % 2 * 16);
+    }
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+}
+
+// A ring of slots: matrix n of a sequence is in slot n % kSlots.
+template <int kSlots>
+struct Ring {
+  uint32_t full, empty;  // barriers, 8 bytes each
+
+  static constexpr int kBarriers = 2 * kSlots;
+  __device__ void Init() const {
+    for (int i = 0; i < kSlots; ++i) {
+      InitBarrier(full + 8 * i, kWarpgroup);
+      InitBarrier(empty + 8 * i, kComputingWarps);
+    }
+  }
+  __device__ static int Slot(int n) { return n % kSlots; }
+  // For the copying warpgroup.
+  __device__ void WaitEmpty(int n) const { WaitFor(empty + 8 * Slot(n), ((n / kSlots) & 1) ^ 1); }
+  __device__ void Fill(int n, bool packed) const {
+    const uint32_t barrier = full + 8 * Slot(n);
+    packed ? ArriveWithCopies(barrier) : Arrive(barrier);
+  }
+  // For those that compute. Release: the warp has read it.
+  __device__ void WaitFull(int n) const {
+    WaitFor(full + 8 * Slot(n), (n / kSlots) & 1);
+    FenceSharedWrites();
+  }
+  __device__ void Release(int n) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) Arrive(empty + 8 * Slot(n));
+  }
+};
+
+// s (64, kN) = a b^T over kSteps times 16 columns: the rows of a (those from a_row on of a_rows)
+// and b (kN) are in shared memory.
+template <int kSteps, int kN>
+__device__ void MultiplyRows(float (&s)[kN / 2], uint32_t a, int a_rows, int a_row, uint32_t b) {
+  a += a_row * kPanelRowBytes;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int panel = step / 4, at = step % 4 * 32;
+    MultiplyShared<kN>(s, DescriptorOf(a + panel * a_rows * kPanelRowBytes + at),
+                       DescriptorOf(b + panel * kN * kPanelRowBytes + at), step > 0);
+  }
+}
+// out (64, kPanels * 64) += w (64, kRows) b: b's kRows rows are in shared memory, w in registers.
+template <int kPanels, int kRows>
+__device__ void MultiplyWeights(float (&out)[kPanels][32], const uint32_t (&w)[kRows / 16][4],
+                                uint32_t b) {
+#pragma unroll
+  for (int step = 0; step < kRows / 16; ++step) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      MultiplyRegisters(out[panel], w[step],
+                        DescriptorOf(b + (panel * kRows + step * 16) * kPanelRowBytes));
+    }
+  }
+}
+
+// The left side of a product from an accumulator, as bf16.
+template <int kN>
+__device__ void PackWeights(const float (&s)[kN], uint32_t (&w)[kN / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) w[i / 4][i % 4] = PackPair(s[2 * i], s[2 * i + 1]);
+}
+
+// Of element i of an accumulator: 0 or 1 for the thread's row, and its column, of which `Column` is
+// the part that hangs on the thread.
+__device__ inline int ThreadRow() {
+  return static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 +
+         static_cast<int>(threadIdx.x) % 32 / 4;
+}
+__device__ inline int ThreadColumn() {
+  return static_cast<int>(threadIdx.x) % 4 * 2;
+}
+__host__ __device__ constexpr int RowOf(int i) {
+  return i / 2 % 2;
+}
+__host__ __device__ constexpr int ColumnOf(int i) {
+  return i / 4 * 8 + i % 2;
+}
+
+// Writes the thread's two rows (8 apart) of an output's tile.
+template <int kPanels>
+__device__ void StoreRows(const float (&x)[kPanels][32], const float (&factor)[2],
+                          const Heads<Bf16>& to, int64_t token, int64_t tokens, int head,
+                          int column_begin, int width, bool pairs) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    if (token + 8 * row >= tokens) continue;
+    Bf16* out = to(token + 8 * row, head);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int c = column_begin + panel * kPanelColumns + j * 8 + ThreadColumn();
+        const float low = x[panel][4 * j + 2 * row] * factor[row];
+        const float high = x[panel][4 * j + 2 * row + 1] * factor[row];
+        if (pairs && c < width) {
+          *reinterpret_cast<uint32_t*>(out + c) = PackPair(low, high);
+          continue;
+        }
+        if (c < width) out[c] = __float2bfloat16_rn(low);
+        if (c + 1 < width) out[c + 1] = __float2bfloat16_rn(high);
+      }
+    }
+  }
+}
+
+// Calls f.operator()<kSteps>(): heads are padded to 16 kSteps columns.
+template <typename F>
+void DispatchSteps(int width, F&& f) {
+  if (width <= 64) return f.template operator()<4>();
+  if (width <= 96) return f.template operator()<6>();
+  if (width <= 128) return f.template operator()<8>();
+  f.template operator()<16>();
+}
+constexpr int PanelsOf(int steps) {
+  return (steps + 3) / 4;
+}
+
+template <typename Kernel, typename Args>
+void LaunchTiles(Kernel* kernel, int shared_bytes, int64_t blocks, void* stream, const Args& args) {
+  if (blocks == 0) return;
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<static_cast<unsigned>(blocks), kTileThreads, shared_bytes, StreamOf(stream)>>>(args);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// Kernels' matrices begin at a multiple of 1024 bytes.
+__device__ inline uint32_t AlignedShared(const void* p) {
+  return (SharedAddressOf(p) + 1023) / 1024 * 1024;
+}
+
+}  // namespace attune::attention_cuda
