@@ -129,28 +129,48 @@ class Walk {
   int block_ = 0, end_ = 0;
 };
 
+// Of a head padded to `steps` times 16 columns.
+constexpr int PanelsOf(int steps) {
+  return (steps + 3) / 4;
+}
+
+// Eight bf16 to shared memory, zeros from the first `real` on; for rows that no 16 bytes are read of.
+__device__ inline void CopySingly(uint32_t to, const Bf16* from, int real) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = 2 * i < real ? __bfloat16_as_ushort(from[2 * i]) : 0;
+    const uint32_t high = 2 * i + 1 < real ? __bfloat16_as_ushort(from[2 * i + 1]) : 0;
+    words[i] = high << 16 | low;
+  }
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // Copies the tokens [begin, begin + real) of a head to the first rows of a matrix, zeros to the
 // others and to the columns from `width` on, up to kSteps times 16. By the threads of a warpgroup.
 template <int kRows, int kSteps>
 __device__ void CopyRows(const Heads<const Bf16>& from, int begin, int real, int head, int width,
                          bool packed, uint32_t to) {
-  constexpr int kPacks = kSteps * 2;
-  for (int i = threadIdx.x % kWarpgroup; i < kRows * kPacks; i += kWarpgroup) {
-    const int row = i / kPacks, pack = i % kPacks;
-    const uint32_t at = PackAddress(to, kRows, row, pack);
-    const int real_columns = row < real ? width - pack * 8 : 0;
-    const Bf16* source = real_columns > 0 ? from(begin + row, head) + pack * 8 : from.data;
-    if (packed) {
-      CopyOrZero<16>(at, source, real_columns > 0);
-      continue;
+  constexpr int kPacks = PanelsOf(kSteps) * 8;  // a thread's is the same in every row
+  constexpr int kRowsAtOnce = kWarpgroup / kPacks;
+  const int thread = threadIdx.x % kWarpgroup, pack = thread % kPacks;
+  if (pack >= 2 * kSteps) return;
+  const Bf16* source = from(begin + thread / kPacks, head) + pack * 8;
+  const int columns = width - pack * 8;
+  if (packed) {
+#pragma unroll 8
+    for (int row = thread / kPacks; row < kRows; row += kRowsAtOnce) {
+      CopyOrZero<16>(PackAddress(to, kRows, row, pack), source, row < real && columns > 0);
+      source += kRowsAtOnce * from.token;
     }
-    uint32_t words[4] = {};
-    for (int c = 0; c < min(8, real_columns); ++c) {
-      words[c / 2] |= static_cast<uint32_t>(__bfloat16_as_ushort(source[c])) << (c % 2 * 16);
-    }
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(words[0]), "r"(words[1]),
-                 "r"(words[2]), "r"(words[3])
-                 : "memory");
+    return;
+  }
+#pragma unroll 1
+  for (int row = thread / kPacks; row < kRows; row += kRowsAtOnce) {
+    CopySingly(PackAddress(to, kRows, row, pack), source, row < real ? columns : 0);
+    source += kRowsAtOnce * from.token;
   }
 }
 
@@ -267,9 +287,6 @@ void DispatchSteps(int width, F&& f) {
   if (width <= 96) return f.template operator()<6>();
   if (width <= 128) return f.template operator()<8>();
   f.template operator()<16>();
-}
-constexpr int PanelsOf(int steps) {
-  return (steps + 3) / 4;
 }
 
 template <typename Kernel, typename Args>

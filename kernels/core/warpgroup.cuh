@@ -29,7 +29,7 @@ __device__ inline uint32_t PackAddress(uint32_t matrix, int rows, int row, int p
 
 // ---- Copies to shared memory, and barriers ----
 
-// kBytes (4 or 16), zeros if not `real`; `from` is an address in either case.
+// kBytes (4 or 16), zeros if not `real`: then nothing is read.
 template <int kBytes>
 __device__ void CopyOrZero(uint32_t to, const void* from, bool real) {
   const int bytes = real ? kBytes : 0;
