@@ -241,7 +241,7 @@ TEST_F(CudaAttention, AttentionAsCudnn) {
   Call call{.c = {8, 2, 128, 128}, .packing = Documents("a document", 0, {8200}, 0)};
   Call by_cudnn = call;
   by_cudnn.packing.whole = true;
-  by_cudnn.deterministic = false;  // whose workspace is small
+  by_cudnn.deterministic = false;
   const std::vector<Operand> forward = ForwardOperands(call);
   const std::vector<Tensor> want = RunOnGpu(forward, ForwardOf(by_cudnn));
   const std::vector<Tensor> got = RunOnGpu(forward, ForwardOf(call));
@@ -329,7 +329,8 @@ TEST(CudnnAttention, IsNotAskedWhereOffsetsWouldOverflow) {
     AttentionBackwardArgs args{.q = q, .k = kv, .v = kv, .o = q, .d_o = q, .dq = q, .dk = kv};
     args.dv = kv;
     args.segments = segments;
-    EXPECT_EQ(CudnnTakes(args), forward);
+    EXPECT_EQ(CudnnTakes({.deterministic = false}, args), forward);
+    EXPECT_FALSE(CudnnTakes({.deterministic = true}, args));
     return forward;
   };
   EXPECT_TRUE(takes((1 << 19) - 1));

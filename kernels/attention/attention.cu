@@ -268,7 +268,7 @@ void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
 }
 
 void AttentionBackwardCuda(const Exec& exec, const AttentionBackwardArgs& a) {
-  if (CudnnTakes(a) && CudnnBackward(exec, a)) return;
+  if (CudnnTakes(exec, a) && CudnnBackward(exec, a)) return;
   if (TilesTake(a)) return TilesBackward(exec, a);
   const Shape shape = ShapeOf(a, Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v, &a.d_o}));
   const cudaStream_t stream = StreamOf(exec.stream);

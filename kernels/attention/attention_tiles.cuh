@@ -8,8 +8,9 @@
 // shared memory; pairs that do not see each other are masked one by one, and only in the blocks
 // where there are any.
 //
-// One warpgroup copies the columns into a ring of slots in shared memory, two compute; barriers
-// tell each other what is full and what is empty.
+// One warpgroup copies rows and columns into shared memory, columns into a ring of slots, two
+// compute; barriers tell each other what is full and what is empty. A block takes one tile after
+// the other: while the last columns of a tile are worked on, the next tile is being copied.
 #pragma once
 
 #include "kernels/attention/attention_device.cuh"
@@ -134,7 +135,8 @@ constexpr int PanelsOf(int steps) {
   return (steps + 3) / 4;
 }
 
-// Eight bf16 to shared memory, zeros from the first `real` on; for rows that no 16 bytes are read of.
+// Eight bf16 to shared memory, zeros from the first `real` on; for rows that no 16 bytes are read
+// of.
 __device__ inline void CopySingly(uint32_t to, const Bf16* from, int real) {
   uint32_t words[4];
 #pragma unroll
@@ -179,7 +181,9 @@ template <int kSlots>
 struct Ring {
   uint32_t full, empty;  // barriers, 8 bytes each
 
-  static constexpr int kBarriers = 2 * kSlots;
+  static constexpr int kBytes = 16 * kSlots;
+  __device__ explicit Ring(uint32_t barriers) : full(barriers), empty(barriers + 8 * kSlots) {}
+  // By one thread.
   __device__ void Init() const {
     for (int i = 0; i < kSlots; ++i) {
       InitBarrier(full + 8 * i, kWarpgroup);
@@ -204,6 +208,41 @@ struct Ring {
   }
 };
 
+// The numbers of the units of work, in ascending order, for the block that is free next. The
+// copying warpgroup takes them and passes them on.
+struct Queue {
+  int* taken;        // in global memory, 0 at first: beyond the first of each block
+  uint32_t numbers;  // two, in shared memory
+  Ring<2> ring;
+
+  static constexpr int kBytes = 16 + Ring<2>::kBytes;
+  __device__ Queue(int* taken, uint32_t shared)
+      : taken(taken), numbers(shared), ring(shared + 16) {}
+  // The number of turn i, for the copying warpgroup.
+  __device__ int Take(int i) const {
+    ring.WaitEmpty(i);
+    if (threadIdx.x % kWarpgroup == 0) {
+      StoreShared(numbers + 4 * Ring<2>::Slot(i),
+                  i == 0 ? static_cast<int>(blockIdx.x)
+                         : static_cast<int>(gridDim.x) + atomicAdd(taken, 1));
+    }
+    ring.Fill(i, /*packed=*/false);
+    return Read(i);
+  }
+  // The same for those that compute.
+  __device__ int Receive(int i) const {
+    const int number = Read(i);
+    ring.Release(i);
+    return number;
+  }
+
+ private:
+  __device__ int Read(int i) const {
+    ring.WaitFull(i);
+    return LoadShared(numbers + 4 * Ring<2>::Slot(i));
+  }
+};
+
 // s (64, kN) = a b^T over kSteps times 16 columns: the rows of a (those from a_row on of a_rows)
 // and b (kN) are in shared memory.
 template <int kSteps, int kN>
@@ -222,10 +261,15 @@ __device__ void MultiplyWeights(float (&out)[kPanels][32], const uint32_t (&w)[k
                                 uint32_t b) {
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
+    if constexpr (kPanels == 1) {
+      MultiplyRegisters(out[0], w[step], DescriptorOf(b + step * 16 * kPanelRowBytes));
+    } else {
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      MultiplyRegisters(out[panel], w[step],
-                        DescriptorOf(b + (panel * kRows + step * 16) * kPanelRowBytes));
+      for (int panel = 0; panel < kPanels; panel += 2) {
+        MultiplyRegisters(
+            out[panel], out[panel + 1], w[step],
+            DescriptorOf(b + (panel * kRows + step * 16) * kPanelRowBytes, kRows * kPanelRowBytes));
+      }
     }
   }
 }
@@ -289,14 +333,34 @@ void DispatchSteps(int width, F&& f) {
   f.template operator()<16>();
 }
 
+// A block for each multiprocessor, or fewer. `taken`: see Queue.
 template <typename Kernel, typename Args>
-void LaunchTiles(Kernel* kernel, int shared_bytes, int64_t blocks, void* stream, const Args& args) {
-  if (blocks == 0) return;
+void LaunchTiles(Kernel* kernel, int shared_bytes, int64_t units, void* stream, const Args& args) {
+  if (units == 0) return;
+  int device = 0, blocks = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<static_cast<unsigned>(blocks), kTileThreads, shared_bytes, StreamOf(stream)>>>(args);
+  kernel<<<static_cast<unsigned>(std::min<int64_t>(units, blocks)), kTileThreads, shared_bytes,
+           StreamOf(stream)>>>(args);
   CUDA_CHECK(cudaGetLastError());
 }
+
+// A tile of queries of a head.
+constexpr int kQueryRows = 128;
+struct QueryUnit {
+  int head, key_head, first;
+  __device__ QueryUnit(const Shape& shape, int number) {
+    const int tile = number / shape.hq;
+    head = number % shape.hq;
+    key_head = head / (shape.hq / shape.hk);
+    first = (Count(shape) / shape.hq - 1 - tile) * kQueryRows;  // where most is to do first
+  }
+  __host__ __device__ static int Count(const Shape& shape) {
+    return static_cast<int>((shape.tq + kQueryRows - 1) / kQueryRows) * shape.hq;
+  }
+};
 
 // Kernels' matrices begin at a multiple of 1024 bytes.
 __device__ inline uint32_t AlignedShared(const void* p) {

@@ -9,8 +9,9 @@ namespace attune {
 bool TilesTake(const AttentionForwardArgs& a);
 bool TilesTake(const AttentionBackwardArgs& a);
 
+// Workspace: 4 bytes.
 void TilesForward(const Exec& exec, const AttentionForwardArgs& a);
-// Workspace: an f32 per query and head.
+// Workspace: an f32 per query and head, and 8 bytes.
 void TilesBackward(const Exec& exec, const AttentionBackwardArgs& a);
 
 }  // namespace attune

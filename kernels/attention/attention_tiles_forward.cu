@@ -12,7 +12,7 @@ using namespace attention_cuda;  // NOLINT: the parts of this op
 
 namespace {
 
-constexpr int kRows = 128;
+constexpr int kRows = kQueryRows;
 
 template <int kSteps>
 struct ForwardLayout {
@@ -21,20 +21,23 @@ struct ForwardLayout {
   static constexpr int kSlots = 2;
   static constexpr int kQBytes = kPanels * kRows * kPanelRowBytes;
   static constexpr int kSlotBytes = kPanels * kColumns * kPanelRowBytes;
-  static constexpr int kBarrierBytes = 128;
-  static constexpr int kBytes = 1024 + kQBytes + 2 * kSlots * kSlotBytes + kBarrierBytes;
+  static constexpr int kBytes = 1024 + kQBytes + 2 * kSlots * kSlotBytes + Ring<1>::kBytes +
+                                2 * Ring<kSlots>::kBytes + Queue::kBytes;
   static_assert(kBytes <= kSharedLimit);
 
-  uint32_t q, k, v, q_full;
+  uint32_t q, k, v;
+  Ring<1> q_ring;
   Ring<kSlots> k_ring, v_ring;
+  Queue queue;
 
-  __device__ explicit ForwardLayout(uint32_t base)
+  __device__ ForwardLayout(uint32_t base, int* taken)
       : q(base),
         k(q + kQBytes),
         v(k + kSlots * kSlotBytes),
-        q_full(v + kSlots * kSlotBytes),
-        k_ring{q_full + 8, q_full + 8 + 8 * kSlots},
-        v_ring{q_full + 8 + 16 * kSlots, q_full + 8 + 24 * kSlots} {}
+        q_ring(v + kSlots * kSlotBytes),
+        k_ring(q_ring.full + Ring<1>::kBytes),
+        v_ring(k_ring.full + Ring<kSlots>::kBytes),
+        queue(taken, v_ring.full + Ring<kSlots>::kBytes) {}
   __device__ uint32_t K(int n) const { return k + Ring<kSlots>::Slot(n) * kSlotBytes; }
   __device__ uint32_t V(int n) const { return v + Ring<kSlots>::Slot(n) * kSlotBytes; }
 };
@@ -45,37 +48,34 @@ struct Forward {
   Heads<const Bf16> q, k, v;
   Heads<Bf16> o;
   float* lse;
+  int* taken;
   bool pairs;  // o can be written two elements at a time
 };
 
-// What a block is about.
-struct Unit {
-  int head, key_head, first;
-  __device__ explicit Unit(const Shape& shape) {
-    const int tiles = gridDim.x / shape.hq;
-    head = blockIdx.x % shape.hq;
-    key_head = head / (shape.hq / shape.hk);
-    first = (tiles - 1 - static_cast<int>(blockIdx.x / shape.hq)) * kRows;  // the longest first
-  }
-};
-
 template <int kSteps>
-__device__ void CopyAll(const Forward& a, const ForwardLayout<kSteps>& layout, const Unit& unit) {
+__device__ void CopyAll(const Forward& a, const ForwardLayout<kSteps>& layout) {
   using L = ForwardLayout<kSteps>;
   const Shape& shape = a.shape;
-  const int real = static_cast<int>(min(int64_t{kRows}, shape.tq - unit.first));
-  CopyRows<kRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed, layout.q);
-  shape.packed ? ArriveWithCopies(layout.q_full) : Arrive(layout.q_full);
-  Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kRows);
-  for (int n = 0; walk.Next(); ++n) {
-    layout.k_ring.WaitEmpty(n);
-    CopyRows<L::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head, shape.dqk,
-                                  shape.packed, layout.K(n));
-    layout.k_ring.Fill(n, shape.packed);
-    layout.v_ring.WaitEmpty(n);
-    CopyRows<L::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head, shape.dv,
-                                  shape.packed, layout.V(n));
-    layout.v_ring.Fill(n, shape.packed);
+  int n = 0;
+  for (int turn = 0;; ++turn) {
+    const int number = layout.queue.Take(turn);
+    if (number >= QueryUnit::Count(shape)) break;
+    const QueryUnit unit(shape, number);
+    const int real = static_cast<int>(min(int64_t{kRows}, shape.tq - unit.first));
+    layout.q_ring.WaitEmpty(turn);
+    CopyRows<kRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed, layout.q);
+    layout.q_ring.Fill(turn, shape.packed);
+    Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kRows);
+    for (; walk.Next(); ++n) {
+      layout.k_ring.WaitEmpty(n);
+      CopyRows<L::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
+                                    shape.dqk, shape.packed, layout.K(n));
+      layout.k_ring.Fill(n, shape.packed);
+      layout.v_ring.WaitEmpty(n);
+      CopyRows<L::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
+                                    shape.dv, shape.packed, layout.V(n));
+      layout.v_ring.Fill(n, shape.packed);
+    }
   }
   WaitForAllCopies();
 }
@@ -113,8 +113,9 @@ struct Softmax {
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
       // A row that has seen no key yet: any finite shift leaves its exponentials at 0.
-      shift[row_of_two] = most == MinusInfinity() ? 0.0f : most * scale.factor;
-      rescale[row_of_two] = Exp2(largest[row_of_two] * scale.factor - shift[row_of_two]);
+      const float finite = most == MinusInfinity() ? 0.0f : most;
+      shift[row_of_two] = finite * scale.factor;
+      rescale[row_of_two] = Exp2((largest[row_of_two] - finite) * scale.factor);  // or 1 exactly
       largest[row_of_two] = most;
       total[row_of_two] *= rescale[row_of_two];
     }
@@ -126,32 +127,35 @@ struct Softmax {
   }
 };
 
+// Returns the number of blocks so far, `n` before.
 template <int kSteps>
-__device__ void Compute(const Forward& a, const ForwardLayout<kSteps>& layout, const Unit& unit) {
+__device__ int ComputeUnit(const Forward& a, const ForwardLayout<kSteps>& layout, int turn,
+                           const QueryUnit& unit, int n) {
   using L = ForwardLayout<kSteps>;
   const Shape& shape = a.shape;
-  const int row = (static_cast<int>(threadIdx.x) / kWarpgroup - 1) * 64;
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1, row = warpgroup * 64;
   float o[L::kPanels][32] = {};
   Softmax softmax{ScoreScaleOf(shape)};
   Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kRows);
-  bool more = walk.Next();
-  if (more) {
+  layout.q_ring.WaitFull(turn);
+  if (walk.Next()) {
     float s[L::kColumns / 2], rescale[2];
     uint32_t weights[L::kColumns / 16][4];
-    WaitFor(layout.q_full, 0);
-    layout.k_ring.WaitFull(0);
+    layout.k_ring.WaitFull(n);
+    AwaitTurn(warpgroup);
     FenceProducts();
-    MultiplyRows<kSteps, L::kColumns>(s, layout.q, kRows, row, layout.K(0));
+    MultiplyRows<kSteps, L::kColumns>(s, layout.q, kRows, row, layout.K(n));
     CommitProducts();
+    PassTurn(warpgroup);
     WaitForProducts<0>();
     Pin(s);
-    layout.k_ring.Release(0);
+    layout.k_ring.Release(n);
     softmax.Apply(s, walk, row, rescale);
     PackWeights(s, weights);
-    int n = 0;
     for (; walk.Next(); ++n) {
       layout.v_ring.WaitFull(n);
       layout.k_ring.WaitFull(n + 1);
+      AwaitTurn(warpgroup);
       Pin(s);
       Pin(o);
       FenceProducts();
@@ -159,6 +163,7 @@ __device__ void Compute(const Forward& a, const ForwardLayout<kSteps>& layout, c
       CommitProducts();
       MultiplyWeights<L::kPanels, L::kColumns>(o, weights, layout.V(n));
       CommitProducts();
+      PassTurn(warpgroup);
       WaitForProducts<1>();
       Pin(s);
       layout.k_ring.Release(n + 1);
@@ -173,6 +178,7 @@ __device__ void Compute(const Forward& a, const ForwardLayout<kSteps>& layout, c
       }
       PackWeights(s, weights);
     }
+    layout.q_ring.Release(turn);
     layout.v_ring.WaitFull(n);
     Pin(o);
     FenceProducts();
@@ -180,6 +186,9 @@ __device__ void Compute(const Forward& a, const ForwardLayout<kSteps>& layout, c
     CommitProducts();
     WaitForProducts<0>();
     Pin(o);
+    layout.v_ring.Release(n++);
+  } else {
+    layout.q_ring.Release(turn);
   }
   float factor[2];
 #pragma unroll
@@ -196,26 +205,33 @@ __device__ void Compute(const Forward& a, const ForwardLayout<kSteps>& layout, c
   }
   StoreRows(o, factor, a.o, unit.first + row + ThreadRow(), shape.tq, unit.head, 0, shape.dv,
             a.pairs);
+  return n;
 }
 
 template <int kSteps>
 __global__ __launch_bounds__(kTileThreads,
                              1) void ForwardTilesKernel(const __grid_constant__ Forward a) {
   extern __shared__ char shared[];
-  const ForwardLayout<kSteps> layout(AlignedShared(shared));
-  const Unit unit(a.shape);
+  const ForwardLayout<kSteps> layout(AlignedShared(shared), a.taken);
   if (threadIdx.x == 0) {
-    InitBarrier(layout.q_full, kWarpgroup);
+    layout.q_ring.Init();
     layout.k_ring.Init();
     layout.v_ring.Init();
+    layout.queue.ring.Init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     GiveRegisters<kCopyingRegisters>();
-    CopyAll<kSteps>(a, layout, unit);
-  } else {
-    TakeRegisters<kComputingRegisters>();
-    Compute<kSteps>(a, layout, unit);
+    CopyAll<kSteps>(a, layout);
+    return;
+  }
+  TakeRegisters<kComputingRegisters>();
+  if (threadIdx.x >= 2 * kWarpgroup) PassTurn(1);
+  int n = 0;
+  for (int turn = 0;; ++turn) {
+    const int number = layout.queue.Receive(turn);
+    if (number >= QueryUnit::Count(a.shape)) break;
+    n = ComputeUnit<kSteps>(a, layout, turn, QueryUnit(a.shape, number), n);
   }
 }
 
@@ -234,11 +250,12 @@ void TilesForward(const Exec& exec, const AttentionForwardArgs& a) {
                      HeadsOf<const Bf16>(a.v),
                      HeadsOf<Bf16>(a.o),
                      Data<float>(a.lse),
+                     Data<int>(a.workspace),
                      Packable(2, {&a.o})};
-  const int64_t tiles = (args.shape.tq + kRows - 1) / kRows;
+  CUDA_CHECK(cudaMemsetAsync(args.taken, 0, sizeof(int), StreamOf(exec.stream)));
   DispatchSteps(std::max(args.shape.dqk, args.shape.dv), [&]<int kSteps>() {
-    LaunchTiles(ForwardTilesKernel<kSteps>, ForwardLayout<kSteps>::kBytes, tiles * args.shape.hq,
-                exec.stream, args);
+    LaunchTiles(ForwardTilesKernel<kSteps>, ForwardLayout<kSteps>::kBytes,
+                QueryUnit::Count(args.shape), exec.stream, args);
   });
 }
 

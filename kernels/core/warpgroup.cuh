@@ -46,6 +46,15 @@ __device__ inline void WaitForAllCopies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+__device__ inline void StoreShared(uint32_t to, int value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+__device__ inline int LoadShared(uint32_t from) {
+  int out;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(out) : "r"(from) : "memory");
+  return out;
+}
+
 __device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -66,6 +75,13 @@ __device__ inline void WaitFor(uint32_t barrier, int parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
   }
+}
+// Two warpgroups, 0 and 1, that take turns; 0 begins, once 1 has passed.
+__device__ inline void AwaitTurn(int warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+}
+__device__ inline void PassTurn(int warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory");
 }
 // Products from here on see what was written to shared memory before.
 __device__ inline void FenceSharedWrites() {
@@ -96,10 +112,11 @@ __device__ void Pin(float (&d)[kM][kN]) {
   for (int i = 0; i < kM; ++i) Pin(d[i]);
 }
 
-// A matrix, from `address` on: 128-byte swizzle, groups of eight rows 1024 bytes apart.
-__device__ inline uint64_t DescriptorOf(uint32_t address) {
-  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 |
-         (address & 0x3ffff) >> 4;
+// A matrix, from `address` on: 128-byte swizzle, groups of eight rows 1024 bytes apart. Of the
+// right side of a product from registers also the bytes between panels, where there are two.
+__device__ inline uint64_t DescriptorOf(uint32_t address, int panel_bytes = 16) {
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 |
+         static_cast<uint64_t>(panel_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
 #define ATTUNE_REGISTERS_32                                                                \
@@ -146,6 +163,16 @@ __device__ inline void MultiplyRegisters(float (&d)[32], const uint32_t (&a)[4],
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ATTUNE_REGISTERS_32
       "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1; }"
       : ATTUNE_OPERANDS_32(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// The same with two panels of b, for the left and the right 64 columns of the sum.
+__device__ inline void MultiplyRegisters(float (&left)[32], float (&right)[32],
+                                         const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ATTUNE_REGISTERS_64
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"
+      : ATTUNE_OPERANDS_32(left, 0), ATTUNE_OPERANDS_32(right, 0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
