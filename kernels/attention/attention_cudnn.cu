@@ -472,11 +472,11 @@ bool CudnnTakes(const AttentionForwardArgs& a) {
   return TakesInputs(a) && OffsetsFit(ProblemOf(a));
 }
 
-// It has a repeatable backward, too, no faster than ours and in 2 Hq Tq^2 bytes of workspace. Its sums
-// by atomics give a wrong dq for heads that are no multiple of 64 (seen with 40).
+// It has a repeatable backward, too, no faster than ours and in 2 Hq Tq^2 bytes of workspace. Its
+// sums by atomics give a wrong dq for heads that are no multiple of 64 (seen with 40).
 bool CudnnTakes(const Exec& exec, const AttentionBackwardArgs& a) {
-  return !exec.deterministic && a.q.dim(2) % 64 == 0 && TakesInputs(a) && CompactHeads(a.d_o) && Compact(a.dq) && Compact(a.dk) && Compact(a.dv) &&
-         OffsetsFit(ProblemOfBackward(a));
+  return !exec.deterministic && a.q.dim(2) % 64 == 0 && TakesInputs(a) && CompactHeads(a.d_o) &&
+         Compact(a.dq) && Compact(a.dk) && Compact(a.dv) && OffsetsFit(ProblemOfBackward(a));
 }
 
 int64_t CudnnForwardWorkspaceBytes(const AttentionForwardArgs& a) {

@@ -34,11 +34,12 @@ __device__ inline float Exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Wrong by some 1e-7, absolutely.
+// Sums of products of f32 are spelled with fmaf, or kept apart, so that a pair's bits do not hang
+// on where the compiler would fuse them. Wrong by some 1e-7, absolutely.
 __device__ inline float Tanh(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + Exp2(2.0f * kLog2E * x)));
-  return 1.0f - 2.0f * y;
+  return fmaf(-2.0f, y, 1.0f);
 }
 
 // A score's way from the product of q and k to what exp2 takes: factor * product, or
@@ -51,12 +52,35 @@ __device__ inline ScoreScale ScoreScaleOf(const Shape& shape) {
   return {shape.scale * kLog2E, 0.0f};
 }
 
-// The blocks of kColumns columns that the rows [first, first + rows) see, and who sees what there.
+// Of element i of an accumulator: 0 or 1 for the thread's row, and its column, but for what hangs
+// on the thread.
+__host__ __device__ constexpr int RowOf(int i) {
+  return i / 2 % 2;
+}
+__host__ __device__ constexpr int ColumnOf(int i) {
+  return i / 4 * 8 + i % 2;
+}
+// The first of the thread's two rows, which are 8 apart, and the first of its columns.
+__device__ inline int ThreadRow() {
+  return static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 +
+         static_cast<int>(threadIdx.x) % 32 / 4;
+}
+__device__ inline int ThreadColumn() {
+  return static_cast<int>(threadIdx.x) % 4 * 2;
+}
+
+// The blocks of kColumns columns that the rows [first, first + rows) see, and who sees what there
+// of a warpgroup's 64 rows, those from first + group on.
 template <bool kOwnKeys, int kColumns>
 class Walk {
  public:
-  __device__ Walk(const Shape& shape, const Segments& segments, int first, int rows)
-      : shape_(shape), segments_(segments), count_(*segments.count), first_(first), rows_(rows) {}
+  __device__ Walk(const Shape& shape, const Segments& segments, int first, int rows, int group = 0)
+      : shape_(shape),
+        segments_(segments),
+        count_(*segments.count),
+        first_(first),
+        rows_(rows),
+        group_(first + group) {}
 
   // By whole warps. False: there are no more.
   __device__ bool Next() {
@@ -67,38 +91,18 @@ class Walk {
     return true;
   }
   // The first token of the block's columns, and how many of them are the segment's.
-  __device__ int ColumnBegin() const { return OtherBegin() + block_; }
-  __device__ int Columns() const { return min(kColumns, OtherLength() - block_); }
+  __device__ int ColumnBegin() const { return other_begin_ + block_; }
+  __device__ int Columns() const { return min(kColumns, other_length_ - block_); }
 
-  // Columns of the block, from 0, that a row of the tile sees; may end before it begins.
+  // Whether any of the warpgroup's rows may see a column of the block, and whether all see all.
+  __device__ bool AnySees() const { return any_.begin < block_ + kColumns && block_ < any_.end; }
+  __device__ bool AllSee() const { return all_.begin <= block_ && block_ + kColumns <= all_.end; }
+  // Columns of the block, from 0, that the thread's row 0 or 1 sees; may end before it begins.
   __device__ Range SeenBy(int row) const {
-    const int i = first_ + row - OwnBegin();
-    if (i < 0 || i >= OwnLength()) return {0, 0};
-    const Range seen = See(i);
-    return {seen.begin - block_, seen.end - block_};
-  }
-  // Whether each of the rows [row, row + rows) sees every column.
-  __device__ bool AllSee(int row, int rows) const {
-    const Range first = SeenBy(row), last = SeenBy(row + rows - 1);
-    return last.begin <= 0 && first.end >= kColumns && last.end >= kColumns;
-  }
-  // Whether any of them may see one.
-  __device__ bool AnySees(int row, int rows) const {
-    const int low = max(first_ + row - OwnBegin(), 0);
-    const int high = min(first_ + row + rows - OwnBegin(), OwnLength()) - 1;
-    return low <= high && See(high).end > block_ && See(low).begin < block_ + kColumns;
+    return {seen_[row].begin - block_, seen_[row].end - block_};
   }
 
  private:
-  __device__ int OwnBegin() const { return kOwnKeys ? segment_.k_begin : segment_.q_begin; }
-  __device__ int OwnLength() const { return kOwnKeys ? segment_.k_length : segment_.q_length; }
-  __device__ int OtherBegin() const { return kOwnKeys ? segment_.q_begin : segment_.k_begin; }
-  __device__ int OtherLength() const { return kOwnKeys ? segment_.q_length : segment_.k_length; }
-  __device__ Range See(int i) const {
-    return kOwnKeys ? VisibleQueries(shape_, segment_, i)
-                    : VisibleKeys(shape_, segment_, segment_.q_offset + i);
-  }
-
   __device__ bool NextSegment() {
     while (hits_ == 0) {
       chunk_ += 32;
@@ -112,21 +116,45 @@ class Walk {
       }
       hits_ = __ballot_sync(0xffffffffu, hit);
     }
-    segment_ = SegmentAt(segments_, chunk_ + __ffs(static_cast<int>(hits_)) - 1);
+    const Segment segment = SegmentAt(segments_, chunk_ + __ffs(static_cast<int>(hits_)) - 1);
     hits_ &= hits_ - 1;
-    const int low = max(first_ - OwnBegin(), 0);
-    const int high = min(first_ + rows_ - OwnBegin(), OwnLength()) - 1;
-    block_ = See(low).begin / kColumns * kColumns;
-    end_ = See(high).end;
+    other_begin_ = kOwnKeys ? segment.q_begin : segment.k_begin;
+    other_length_ = kOwnKeys ? segment.q_length : segment.k_length;
+    const int own_begin = kOwnKeys ? segment.k_begin : segment.q_begin;
+    const int own_length = kOwnKeys ? segment.k_length : segment.q_length;
+    // Of the segment's row i.
+    const auto see = [&](int i) {
+      return kOwnKeys ? VisibleQueries(shape_, segment, i)
+                      : VisibleKeys(shape_, segment, segment.q_offset + i);
+    };
+    const int low = max(first_ - own_begin, 0);
+    const int high = min(first_ + rows_ - own_begin, own_length) - 1;
+    block_ = see(low).begin / kColumns * kColumns;
+    end_ = see(high).end;
+    const int group_low = max(group_ - own_begin, 0);
+    const int group_high = min(group_ + 64 - own_begin, own_length) - 1;
+    any_ = all_ = {0, 0};
+    if (group_low <= group_high) {
+      const Range lowest = see(group_low), highest = see(group_high);
+      any_ = {lowest.begin, highest.end};
+      if (group_high - group_low == 63) all_ = {highest.begin, lowest.end};
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int i = group_ + ThreadRow() + 8 * row - own_begin;
+      seen_[row] = i < 0 || i >= own_length ? Range{0, 0} : see(i);
+    }
     return true;
   }
 
   const Shape& shape_;
   const Segments& segments_;
-  int count_, first_, rows_;
+  int count_, first_, rows_, group_;
   int chunk_ = -32;
   uint32_t hits_ = 0;  // segments of the chunk that are still to come
-  Segment segment_;
+  // Of the segment.
+  int other_begin_ = 0, other_length_ = 0;
+  Range any_, all_, seen_[2];
   int block_ = 0, end_ = 0;
 };
 
@@ -176,70 +204,66 @@ __device__ void CopyRows(const Heads<const Bf16>& from, int begin, int real, int
   }
 }
 
-// A ring of slots: matrix n of a sequence is in slot n % kSlots.
+// Barriers of a ring of slots, in shared memory: matrix n of a sequence is in slot n % kSlots.
 template <int kSlots>
 struct Ring {
-  uint32_t full, empty;  // barriers, 8 bytes each
+  uint64_t full[kSlots], empty[kSlots];
 
-  static constexpr int kBytes = 16 * kSlots;
-  __device__ explicit Ring(uint32_t barriers) : full(barriers), empty(barriers + 8 * kSlots) {}
   // By one thread.
-  __device__ void Init() const {
+  __device__ void Init() {
     for (int i = 0; i < kSlots; ++i) {
-      InitBarrier(full + 8 * i, kWarpgroup);
-      InitBarrier(empty + 8 * i, kComputingWarps);
+      InitBarrier(&full[i], kWarpgroup);
+      InitBarrier(&empty[i], kComputingWarps);
     }
   }
-  __device__ static int Slot(int n) { return n % kSlots; }
   // For the copying warpgroup.
-  __device__ void WaitEmpty(int n) const { WaitFor(empty + 8 * Slot(n), ((n / kSlots) & 1) ^ 1); }
-  __device__ void Fill(int n, bool packed) const {
-    const uint32_t barrier = full + 8 * Slot(n);
+  __device__ void WaitEmpty(int n) { WaitFor(&empty[n % kSlots], ((n / kSlots) & 1) ^ 1); }
+  __device__ void Fill(int n, bool packed) {
+    uint64_t* barrier = &full[n % kSlots];
     packed ? ArriveWithCopies(barrier) : Arrive(barrier);
   }
   // For those that compute. Release: the warp has read it.
-  __device__ void WaitFull(int n) const {
-    WaitFor(full + 8 * Slot(n), (n / kSlots) & 1);
-    FenceSharedWrites();
+  __device__ void WaitFull(int n) {
+    WaitFor(&full[n % kSlots], (n / kSlots) & 1);
+    FenceBulkCopies();
   }
-  __device__ void Release(int n) const {
+  __device__ void Release(int n) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) Arrive(empty + 8 * Slot(n));
+    if (threadIdx.x % 32 == 0) Arrive(&empty[n % kSlots]);
   }
 };
 
-// The numbers of the units of work, in ascending order, for the block that is free next. The
-// copying warpgroup takes them and passes them on.
-struct Queue {
-  int* taken;        // in global memory, 0 at first: beyond the first of each block
-  uint32_t numbers;  // two, in shared memory
-  Ring<2> ring;
+// Matrices of kRows rows, in shared memory.
+template <int kSlots, int kRows, int kPanels>
+struct Matrices {
+  alignas(1024) char data[kSlots][kPanels * kRows * kPanelRowBytes];
+  __device__ uint32_t operator()(int n) const { return SharedAddress(data[n % kSlots]); }
+};
 
-  static constexpr int kBytes = 16 + Ring<2>::kBytes;
-  __device__ Queue(int* taken, uint32_t shared)
-      : taken(taken), numbers(shared), ring(shared + 16) {}
-  // The number of turn i, for the copying warpgroup.
-  __device__ int Take(int i) const {
+// The numbers of the units of work, in ascending order, for the block that is free next. The
+// copying warpgroup takes them and passes them on. In shared memory.
+struct Queue {
+  Ring<2> ring;
+  int numbers[2];
+
+  // The number of turn i, for the copying warpgroup. `taken`: in global memory, 0 at first; counts
+  // what is taken beyond the first of each block.
+  __device__ int Take(int i, int* taken) {
     ring.WaitEmpty(i);
     if (threadIdx.x % kWarpgroup == 0) {
-      StoreShared(numbers + 4 * Ring<2>::Slot(i),
-                  i == 0 ? static_cast<int>(blockIdx.x)
-                         : static_cast<int>(gridDim.x) + atomicAdd(taken, 1));
+      numbers[i % 2] =
+          i == 0 ? static_cast<int>(blockIdx.x) : static_cast<int>(gridDim.x) + atomicAdd(taken, 1);
     }
     ring.Fill(i, /*packed=*/false);
-    return Read(i);
+    ring.WaitFull(i);
+    return numbers[i % 2];
   }
   // The same for those that compute.
-  __device__ int Receive(int i) const {
-    const int number = Read(i);
+  __device__ int Receive(int i) {
+    ring.WaitFull(i);
+    const int number = numbers[i % 2];
     ring.Release(i);
     return number;
-  }
-
- private:
-  __device__ int Read(int i) const {
-    ring.WaitFull(i);
-    return LoadShared(numbers + 4 * Ring<2>::Slot(i));
   }
 };
 
@@ -279,22 +303,6 @@ template <int kN>
 __device__ void PackWeights(const float (&s)[kN], uint32_t (&w)[kN / 8][4]) {
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) w[i / 4][i % 4] = PackPair(s[2 * i], s[2 * i + 1]);
-}
-
-// Of element i of an accumulator: 0 or 1 for the thread's row, and its column, of which `Column` is
-// the part that hangs on the thread.
-__device__ inline int ThreadRow() {
-  return static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 +
-         static_cast<int>(threadIdx.x) % 32 / 4;
-}
-__device__ inline int ThreadColumn() {
-  return static_cast<int>(threadIdx.x) % 4 * 2;
-}
-__host__ __device__ constexpr int RowOf(int i) {
-  return i / 2 % 2;
-}
-__host__ __device__ constexpr int ColumnOf(int i) {
-  return i / 4 * 8 + i % 2;
 }
 
 // Writes the thread's two rows (8 apart) of an output's tile.
@@ -362,9 +370,13 @@ struct QueryUnit {
   }
 };
 
-// Kernels' matrices begin at a multiple of 1024 bytes.
-__device__ inline uint32_t AlignedShared(const void* p) {
-  return (SharedAddressOf(p) + 1023) / 1024 * 1024;
+// What a kernel has in shared memory.
+template <typename T>
+__device__ T& Shared() {
+  extern __shared__ char bytes[];
+  return *reinterpret_cast<T*>(bytes + (1024 - SharedAddress(bytes) % 1024) % 1024);
 }
+template <typename T>
+constexpr int kSharedBytes = 1024 + static_cast<int>(sizeof(T));
 
 }  // namespace attune::attention_cuda

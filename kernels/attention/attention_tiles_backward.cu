@@ -1,7 +1,7 @@
 // Attention backward on Hopper's tensor cores: bf16, heads up to 256 wide.
 //
 // dq comes from one kernel (128 queries of a head per block) and dk, dv from another (128 keys, or
-// 64 of wide heads, over the queries of every head that reads them, head by head): each computes
+// 64 of wide heads, over the queries of every head that reads them, block by block): each computes
 // the weights once more from lse, so that no two blocks add to one element. Gradients stay in
 // registers; weights and their gradients go from the accumulators straight into the products.
 //   delta_i = o_i . do_i,  p = exp(z - lse),  ds = p (do v^T - delta) dz/d(scale q k^T)
@@ -65,77 +65,63 @@ __device__ bool Outside(const Range& range, int column) {
 // ---- dq ----
 
 template <int kSteps>
-struct QueryLayout {
+struct QueryShared {
   static constexpr int kPanels = PanelsOf(kSteps);
   static constexpr int kColumns = kPanels <= 2 ? 128 : 64;
-  static constexpr int kKSlots = 2, kVSlots = kPanels <= 2 ? 2 : 1;
-  static constexpr int kOwnBytes = kPanels * kQueryRows * kPanelRowBytes;
-  static constexpr int kSlotBytes = kPanels * kColumns * kPanelRowBytes;
-  static constexpr int kBytes = 1024 + 2 * kOwnBytes + (kKSlots + kVSlots) * kSlotBytes +
-                                Ring<1>::kBytes + Ring<kKSlots>::kBytes + Ring<kVSlots>::kBytes +
-                                Queue::kBytes;
-  static_assert(kBytes <= kSharedLimit);
+  static constexpr int kVSlots = kPanels <= 2 ? 2 : 1;
 
-  uint32_t q, d_o, k, v;
+  Matrices<1, kQueryRows, kPanels> q, d_o;
+  Matrices<2, kColumns, kPanels> k;
+  Matrices<kVSlots, kColumns, kPanels> v;
   Ring<1> own_ring;
-  Ring<kKSlots> k_ring;
+  Ring<2> k_ring;
   Ring<kVSlots> v_ring;
   Queue queue;
-
-  __device__ QueryLayout(uint32_t base, int* taken)
-      : q(base),
-        d_o(q + kOwnBytes),
-        k(d_o + kOwnBytes),
-        v(k + kKSlots * kSlotBytes),
-        own_ring(v + kVSlots * kSlotBytes),
-        k_ring(own_ring.full + Ring<1>::kBytes),
-        v_ring(k_ring.full + Ring<kKSlots>::kBytes),
-        queue(taken, v_ring.full + Ring<kVSlots>::kBytes) {}
-  __device__ uint32_t K(int n) const { return k + Ring<kKSlots>::Slot(n) * kSlotBytes; }
-  __device__ uint32_t V(int n) const { return v + Ring<kVSlots>::Slot(n) * kSlotBytes; }
 };
 
 template <int kSteps>
-__device__ void CopyForQueries(const Backward& a, const QueryLayout<kSteps>& layout) {
-  using L = QueryLayout<kSteps>;
+__device__ void CopyForQueries(const Backward& a, QueryShared<kSteps>& shared) {
+  using S = QueryShared<kSteps>;
   const Shape& shape = a.shape;
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = layout.queue.Take(turn);
+    const int number = shared.queue.Take(turn, &a.taken[0]);
     if (number >= QueryUnit::Count(shape)) break;
     const QueryUnit unit(shape, number);
     const int real = static_cast<int>(min(int64_t{kQueryRows}, shape.tq - unit.first));
-    layout.own_ring.WaitEmpty(turn);
+    shared.own_ring.WaitEmpty(turn);
     CopyRows<kQueryRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed,
-                                 layout.q);
+                                 shared.q(0));
     CopyRows<kQueryRows, kSteps>(a.d_o, unit.first, real, unit.head, shape.dv, shape.packed,
-                                 layout.d_o);
-    layout.own_ring.Fill(turn, shape.packed);
-    Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kQueryRows);
+                                 shared.d_o(0));
+    shared.own_ring.Fill(turn, shape.packed);
+    Walk<false, S::kColumns> walk(shape, a.segments, unit.first, kQueryRows);
     for (; walk.Next(); ++n) {
-      layout.k_ring.WaitEmpty(n);
-      CopyRows<L::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
-                                    shape.dqk, shape.packed, layout.K(n));
-      layout.k_ring.Fill(n, shape.packed);
-      layout.v_ring.WaitEmpty(n);
-      CopyRows<L::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
-                                    shape.dv, shape.packed, layout.V(n));
-      layout.v_ring.Fill(n, shape.packed);
+      shared.k_ring.WaitEmpty(n);
+      CopyRows<S::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
+                                    shape.dqk, shape.packed, shared.k(n));
+      shared.k_ring.Fill(n, shape.packed);
+      shared.v_ring.WaitEmpty(n);
+      CopyRows<S::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
+                                    shape.dv, shape.packed, shared.v(n));
+      shared.v_ring.Fill(n, shape.packed);
     }
   }
-  WaitForAllCopies();
+  CommitCopies();
+  WaitForCopies<0>();
 }
 
 // The thread's two rows: s of a block of keys becomes p times the slope of the cap.
 template <int kN, typename W>
-__device__ void QueryWeights(const ScoreScale& scale, const W& walk, int row,
-                             const float (&lse_log2)[2], float (&s)[kN]) {
-  DispatchPairs(scale.cap > 0.0f, !walk.AllSee(row, 64), [&]<bool kCapped, bool kMasked>() {
-    const Range seen[2] = {walk.SeenBy(row + ThreadRow()), walk.SeenBy(row + ThreadRow() + 8)};
+__device__ void QueryWeights(const ScoreScale& scale, const W& walk, const float (&lse_log2)[2],
+                             float (&s)[kN]) {
+  DispatchPairs(scale.cap > 0.0f, !walk.AllSee(), [&]<bool kCapped, bool kMasked>() {
+    const Range seen[2] = {walk.SeenBy(0), walk.SeenBy(1)};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const float x = kCapped ? Tanh(s[i] * scale.cap) : s[i];
-      s[i] = Exp2(x * scale.factor - lse_log2[RowOf(i)]) * (kCapped ? 1.0f - x * x : 1.0f);
+      s[i] =
+          Exp2(fmaf(x, scale.factor, -lse_log2[RowOf(i)])) * (kCapped ? fmaf(-x, x, 1.0f) : 1.0f);
       if (kMasked && Outside(seen[RowOf(i)], ColumnOf(i) + ThreadColumn())) s[i] = 0.0f;
     }
   });
@@ -154,9 +140,9 @@ __device__ void QueryScoreGradients(const float (&delta)[2], const float (&s)[kN
 
 // Returns the number of blocks so far, `n` before.
 template <int kSteps>
-__device__ int ComputeQueries(const Backward& a, const QueryLayout<kSteps>& layout, int turn,
+__device__ int ComputeQueries(const Backward& a, QueryShared<kSteps>& shared, int turn,
                               const QueryUnit& unit, int n) {
-  using L = QueryLayout<kSteps>;
+  using S = QueryShared<kSteps>;
   const Shape& shape = a.shape;
   const ScoreScale scale = ScoreScaleOf(shape);
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1, row = warpgroup * 64;
@@ -168,37 +154,37 @@ __device__ int ComputeQueries(const Backward& a, const QueryLayout<kSteps>& layo
     lse_log2[i] = a.lse[at] * kLog2E;
     delta[i] = a.delta[at];
   }
-  float dq[L::kPanels][32] = {};
-  layout.own_ring.WaitFull(turn);
-  Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kQueryRows);
+  float dq[S::kPanels][32] = {};
+  shared.own_ring.WaitFull(turn);
+  Walk<false, S::kColumns> walk(shape, a.segments, unit.first, kQueryRows, row);
   for (; walk.Next(); ++n) {
-    layout.k_ring.WaitFull(n);
-    layout.v_ring.WaitFull(n);
-    float s[L::kColumns / 2], dp[L::kColumns / 2];
-    uint32_t ds[L::kColumns / 16][4];
+    shared.k_ring.WaitFull(n);
+    shared.v_ring.WaitFull(n);
+    float s[S::kColumns / 2], dp[S::kColumns / 2];
+    uint32_t ds[S::kColumns / 16][4];
     AwaitTurn(warpgroup);
     FenceProducts();
-    MultiplyRows<kSteps, L::kColumns>(s, layout.q, kQueryRows, row, layout.K(n));
+    MultiplyRows<kSteps, S::kColumns>(s, shared.q(0), kQueryRows, row, shared.k(n));
     CommitProducts();
-    MultiplyRows<kSteps, L::kColumns>(dp, layout.d_o, kQueryRows, row, layout.V(n));
+    MultiplyRows<kSteps, S::kColumns>(dp, shared.d_o(0), kQueryRows, row, shared.v(n));
     CommitProducts();
     PassTurn(warpgroup);
     WaitForProducts<1>();
     Pin(s);
-    QueryWeights(scale, walk, row, lse_log2, s);
+    QueryWeights(scale, walk, lse_log2, s);
     WaitForProducts<0>();
     Pin(dp);
-    layout.v_ring.Release(n);
+    shared.v_ring.Release(n);
     QueryScoreGradients(delta, s, dp, ds);
     Pin(dq);
     FenceProducts();
-    MultiplyWeights<L::kPanels, L::kColumns>(dq, ds, layout.K(n));
+    MultiplyWeights<S::kPanels, S::kColumns>(dq, ds, shared.k(n));
     CommitProducts();
     WaitForProducts<0>();
     Pin(dq);
-    layout.k_ring.Release(n);
+    shared.k_ring.Release(n);
   }
-  layout.own_ring.Release(turn);
+  shared.own_ring.Release(turn);
   StoreRows(dq, {shape.scale, shape.scale}, a.dq, token, shape.tq, unit.head, 0, shape.dqk,
             a.pairs);
   return n;
@@ -207,27 +193,26 @@ __device__ int ComputeQueries(const Backward& a, const QueryLayout<kSteps>& layo
 template <int kSteps>
 __global__ __launch_bounds__(kTileThreads,
                              1) void QueryTilesKernel(const __grid_constant__ Backward a) {
-  extern __shared__ char shared[];
-  const QueryLayout<kSteps> layout(AlignedShared(shared), a.taken);
+  auto& shared = Shared<QueryShared<kSteps>>();
   if (threadIdx.x == 0) {
-    layout.own_ring.Init();
-    layout.k_ring.Init();
-    layout.v_ring.Init();
-    layout.queue.ring.Init();
+    shared.own_ring.Init();
+    shared.k_ring.Init();
+    shared.v_ring.Init();
+    shared.queue.ring.Init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     GiveRegisters<kCopyingRegisters>();
-    CopyForQueries<kSteps>(a, layout);
+    CopyForQueries<kSteps>(a, shared);
     return;
   }
   TakeRegisters<kComputingRegisters>();
   if (threadIdx.x >= 2 * kWarpgroup) PassTurn(1);
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = layout.queue.Receive(turn);
+    const int number = shared.queue.Receive(turn);
     if (number >= QueryUnit::Count(a.shape)) break;
-    n = ComputeQueries<kSteps>(a, layout, turn, QueryUnit(a.shape, number), n);
+    n = ComputeQueries<kSteps>(a, shared, turn, QueryUnit(a.shape, number), n);
   }
 }
 
@@ -236,37 +221,20 @@ __global__ __launch_bounds__(kTileThreads,
 // The warpgroups share the keys; of wide heads, both have all of them and share the columns of dk
 // and dv.
 template <int kSteps>
-struct KeyLayout {
+struct KeyShared {
   static constexpr int kPanels = PanelsOf(kSteps);
   static constexpr bool kShareColumns = kPanels > 2;
   static constexpr int kRows = kShareColumns ? 64 : 128;
   static constexpr int kGradientPanels = kShareColumns ? kPanels / 2 : kPanels;
   static constexpr int kColumns = 64;  // queries
   static constexpr int kSlots = kShareColumns ? 2 : 3;
-  static constexpr int kOwnBytes = kPanels * kRows * kPanelRowBytes;
-  static constexpr int kSideBytes = kPanels * kColumns * kPanelRowBytes;  // of q, or of do
-  static constexpr int kSumBytes = 2 * kColumns * 4;                      // lse and delta
-  static constexpr int kBytes = 1024 + 2 * kOwnBytes + kSlots * (2 * kSideBytes + kSumBytes) +
-                                Ring<1>::kBytes + Ring<kSlots>::kBytes + Queue::kBytes;
-  static_assert(kBytes <= kSharedLimit);
 
-  uint32_t k, v, q, d_o, sums;
+  Matrices<1, kRows, kPanels> k, v;
+  Matrices<kSlots, kColumns, kPanels> q, d_o;
+  float sums[kSlots][2][kColumns];  // lse and delta
   Ring<1> own_ring;
   Ring<kSlots> ring;
   Queue queue;
-
-  __device__ KeyLayout(uint32_t base, int* taken)
-      : k(base),
-        v(k + kOwnBytes),
-        q(v + kOwnBytes),
-        d_o(q + kSlots * kSideBytes),
-        sums(d_o + kSlots * kSideBytes),
-        own_ring(sums + kSlots * kSumBytes),
-        ring(own_ring.full + Ring<1>::kBytes),
-        queue(taken, ring.full + Ring<kSlots>::kBytes) {}
-  __device__ uint32_t Q(int n) const { return q + Ring<kSlots>::Slot(n) * kSideBytes; }
-  __device__ uint32_t Do(int n) const { return d_o + Ring<kSlots>::Slot(n) * kSideBytes; }
-  __device__ uint32_t Sums(int n) const { return sums + Ring<kSlots>::Slot(n) * kSumBytes; }
 };
 
 // A tile of keys of a head that keys have.
@@ -284,100 +252,93 @@ struct KeyUnit {
 
 // lse and delta of the queries, zeros behind the last.
 template <int kColumns>
-__device__ void CopySums(const Backward& a, int begin, int real, int head, uint32_t to) {
-  const int i = threadIdx.x % kWarpgroup;
+__device__ void CopySums(const Backward& a, int begin, int real, int head,
+                         float (&to)[2][kColumns]) {
+  const int which = threadIdx.x % kWarpgroup / kColumns, column = threadIdx.x % kColumns;
   static_assert(2 * kColumns == kWarpgroup);
-  const int row = i % kColumns;
-  const float* from = i < kColumns ? a.lse : a.delta;
-  const bool is_real = row < real;
-  if (is_real) from += static_cast<int64_t>(begin + row) * a.shape.hq + head;
-  if (a.shape.packed) return CopyOrZero<4>(to + 4 * i, from, is_real);
-  StoreShared(to + 4 * i, is_real ? __float_as_int(*from) : 0);
+  const float* from = which == 0 ? a.lse : a.delta;
+  const bool is_real = column < real;
+  if (is_real) from += static_cast<int64_t>(begin + column) * a.shape.hq + head;
+  float* at = &to[which][column];
+  if (a.shape.packed) return CopyOrZero<4>(SharedAddress(at), from, is_real);
+  *at = is_real ? *from : 0.0f;
 }
 
 template <int kSteps>
-__device__ void CopyForKeys(const Backward& a, const KeyLayout<kSteps>& layout) {
-  using L = KeyLayout<kSteps>;
+__device__ void CopyForKeys(const Backward& a, KeyShared<kSteps>& shared) {
+  using S = KeyShared<kSteps>;
   const Shape& shape = a.shape;
   const int group = shape.hq / shape.hk;
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = layout.queue.Take(turn);
-    if (number >= KeyUnit<L::kRows>::Count(shape)) break;
-    const KeyUnit<L::kRows> unit(shape, number);
-    const int real = static_cast<int>(min(int64_t{L::kRows}, shape.tk - unit.first));
-    layout.own_ring.WaitEmpty(turn);
-    CopyRows<L::kRows, kSteps>(a.k, unit.first, real, unit.key_head, shape.dqk, shape.packed,
-                               layout.k);
-    CopyRows<L::kRows, kSteps>(a.v, unit.first, real, unit.key_head, shape.dv, shape.packed,
-                               layout.v);
-    layout.own_ring.Fill(turn, shape.packed);
-    for (int head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
-      Walk<true, L::kColumns> walk(shape, a.segments, unit.first, L::kRows);
-      for (; walk.Next(); ++n) {
-        const int begin = walk.ColumnBegin(), columns = walk.Columns();
-        layout.ring.WaitEmpty(n);
-        CopyRows<L::kColumns, kSteps>(a.q, begin, columns, head, shape.dqk, shape.packed,
-                                      layout.Q(n));
-        CopyRows<L::kColumns, kSteps>(a.d_o, begin, columns, head, shape.dv, shape.packed,
-                                      layout.Do(n));
-        CopySums<L::kColumns>(a, begin, columns, head, layout.Sums(n));
-        layout.ring.Fill(n, shape.packed);
+    const int number = shared.queue.Take(turn, &a.taken[1]);
+    if (number >= KeyUnit<S::kRows>::Count(shape)) break;
+    const KeyUnit<S::kRows> unit(shape, number);
+    const int real = static_cast<int>(min(int64_t{S::kRows}, shape.tk - unit.first));
+    shared.own_ring.WaitEmpty(turn);
+    CopyRows<S::kRows, kSteps>(a.k, unit.first, real, unit.key_head, shape.dqk, shape.packed,
+                               shared.k(0));
+    CopyRows<S::kRows, kSteps>(a.v, unit.first, real, unit.key_head, shape.dv, shape.packed,
+                               shared.v(0));
+    shared.own_ring.Fill(turn, shape.packed);
+    Walk<true, S::kColumns> walk(shape, a.segments, unit.first, S::kRows);
+    while (walk.Next()) {
+      const int begin = walk.ColumnBegin(), columns = walk.Columns();
+      for (int head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head, ++n) {
+        shared.ring.WaitEmpty(n);
+        CopyRows<S::kColumns, kSteps>(a.q, begin, columns, head, shape.dqk, shape.packed,
+                                      shared.q(n));
+        CopyRows<S::kColumns, kSteps>(a.d_o, begin, columns, head, shape.dv, shape.packed,
+                                      shared.d_o(n));
+        CopySums<S::kColumns>(a, begin, columns, head, shared.sums[n % S::kSlots]);
+        shared.ring.Fill(n, shape.packed);
       }
     }
   }
-  WaitForAllCopies();
+  CommitCopies();
+  WaitForCopies<0>();
 }
-
-// Two adjacent values of a row of lse or delta.
-struct PairOfSums {
-  float of[2];
-  __device__ explicit PairOfSums(uint32_t address) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(of[0]), "=f"(of[1])
-                 : "r"(address)
-                 : "memory");
-  }
-};
 
 // The thread's two rows: s of a block of queries becomes p; of capped scores, the tanh.
 template <int kN, typename W>
-__device__ void KeyWeights(const ScoreScale& scale, const W& walk, int row, uint32_t lse,
+__device__ void KeyWeights(const ScoreScale& scale, const W& walk, const float (&lse)[2 * kN],
                            float (&s)[kN]) {
-  DispatchPairs(scale.cap > 0.0f, !walk.AllSee(row, 64), [&]<bool kCapped, bool kMasked>() {
-    const Range seen[2] = {walk.SeenBy(row + ThreadRow()), walk.SeenBy(row + ThreadRow() + 8)};
+  DispatchPairs(scale.cap > 0.0f, !walk.AllSee(), [&]<bool kCapped, bool kMasked>() {
+    const Range seen[2] = {walk.SeenBy(0), walk.SeenBy(1)};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       if (kCapped) {
         s[i] = Tanh(s[i] * scale.cap);
         continue;
       }
-      const PairOfSums lse_of(lse + 4 * (ColumnOf(i / 4 * 4) + ThreadColumn()));
-      s[i] = Exp2(s[i] * scale.factor - lse_of.of[i % 2] * kLog2E);
+      s[i] = Exp2(fmaf(s[i], scale.factor, -kLog2E * lse[ColumnOf(i) + ThreadColumn()]));
       if (kMasked && Outside(seen[RowOf(i)], ColumnOf(i) + ThreadColumn())) s[i] = 0.0f;
     }
   });
 }
 // And that, with dp, p and ds as left sides of products. Rows that no segment owns may be NaN.
 template <int kN, typename W>
-__device__ void KeyScoreGradients(const ScoreScale& scale, const W& walk, int row, uint32_t sums,
-                                  const float (&s)[kN], const float (&dp)[kN],
-                                  uint32_t (&p)[kN / 8][4], uint32_t (&ds)[kN / 8][4]) {
-  DispatchPairs(scale.cap > 0.0f, !walk.AllSee(row, 64), [&]<bool kCapped, bool kMasked>() {
-    const Range seen[2] = {walk.SeenBy(row + ThreadRow()), walk.SeenBy(row + ThreadRow() + 8)};
+__device__ void KeyScoreGradients(const ScoreScale& scale, const W& walk,
+                                  const float (&sums)[2][2 * kN], const float (&s)[kN],
+                                  const float (&dp)[kN], uint32_t (&p)[kN / 8][4],
+                                  uint32_t (&ds)[kN / 8][4]) {
+  DispatchPairs(scale.cap > 0.0f, !walk.AllSee(), [&]<bool kCapped, bool kMasked>() {
+    const Range seen[2] = {walk.SeenBy(0), walk.SeenBy(1)};
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
-      const uint32_t column_sums = sums + 4 * (ColumnOf(i) + ThreadColumn());
-      const PairOfSums delta_of(column_sums + 4 * 2 * kN), lse_of(column_sums);
+      const int column = ColumnOf(i) + ThreadColumn();
+      const float2 lse = *reinterpret_cast<const float2*>(&sums[0][column]);
+      const float2 delta = *reinterpret_cast<const float2*>(&sums[1][column]);
 #pragma unroll
       for (int at = i; at < i + 4; at += 2) {
         float weight[2], gradient[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float x = s[at + e];
-          weight[e] = kCapped ? Exp2(x * scale.factor - lse_of.of[e] * kLog2E) : x;
-          gradient[e] = weight[e] * (dp[at + e] - delta_of.of[e]) * (kCapped ? 1.0f - x * x : 1.0f);
-          if (kMasked && Outside(seen[RowOf(at)], ColumnOf(at + e) + ThreadColumn())) {
+          weight[e] = kCapped ? Exp2(fmaf(x, scale.factor, -kLog2E * (e == 0 ? lse.x : lse.y))) : x;
+          gradient[e] = weight[e] * (dp[at + e] - (e == 0 ? delta.x : delta.y)) *
+                        (kCapped ? fmaf(-x, x, 1.0f) : 1.0f);
+          if (kMasked && Outside(seen[RowOf(at)], column + e)) {
             weight[e] = gradient[e] = 0.0f;
           }
         }
@@ -390,56 +351,49 @@ __device__ void KeyScoreGradients(const ScoreScale& scale, const W& walk, int ro
 
 // Returns the number of blocks so far, `n` before.
 template <int kSteps>
-__device__ int ComputeKeys(const Backward& a, const KeyLayout<kSteps>& layout, int turn,
-                           const KeyUnit<KeyLayout<kSteps>::kRows>& unit, int n) {
-  using L = KeyLayout<kSteps>;
+__device__ int ComputeKeys(const Backward& a, KeyShared<kSteps>& shared, int turn,
+                           const KeyUnit<KeyShared<kSteps>::kRows>& unit, int n) {
+  using S = KeyShared<kSteps>;
   const Shape& shape = a.shape;
   const ScoreScale scale = ScoreScaleOf(shape);
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
-  const int row = L::kShareColumns ? 0 : warpgroup * 64;
-  const int panel = L::kShareColumns ? warpgroup * L::kGradientPanels : 0;
-  const uint32_t panel_offset = panel * L::kColumns * kPanelRowBytes;
-  float dk[L::kGradientPanels][32] = {}, dv[L::kGradientPanels][32] = {};
-  layout.own_ring.WaitFull(turn);
-  for (int h = 0; h < shape.hq / shape.hk; ++h) {
-    Walk<true, L::kColumns> walk(shape, a.segments, unit.first, L::kRows);
-    for (; walk.Next(); ++n) {
-      layout.ring.WaitFull(n);
-#ifdef KEY_TURNS
-      AwaitTurn(warpgroup);
-      if (!walk.AnySees(row, 64)) PassTurn(warpgroup);
-#endif
-      if (walk.AnySees(row, 64)) {
-        float s[L::kColumns / 2], dp[L::kColumns / 2];
-        uint32_t p[L::kColumns / 16][4], ds[L::kColumns / 16][4];
+  const int row = S::kShareColumns ? 0 : warpgroup * 64;
+  const int panel = S::kShareColumns ? warpgroup * S::kGradientPanels : 0;
+  const uint32_t panel_offset = panel * S::kColumns * kPanelRowBytes;
+  float dk[S::kGradientPanels][32] = {}, dv[S::kGradientPanels][32] = {};
+  shared.own_ring.WaitFull(turn);
+  Walk<true, S::kColumns> walk(shape, a.segments, unit.first, S::kRows, row);
+  while (walk.Next()) {
+    for (int head = 0; head < shape.hq / shape.hk; ++head, ++n) {
+      shared.ring.WaitFull(n);
+      if (walk.AnySees()) {
+        float s[S::kColumns / 2], dp[S::kColumns / 2];
+        uint32_t p[S::kColumns / 16][4], ds[S::kColumns / 16][4];
         FenceProducts();
-        MultiplyRows<kSteps, L::kColumns>(s, layout.k, L::kRows, row, layout.Q(n));
+        MultiplyRows<kSteps, S::kColumns>(s, shared.k(0), S::kRows, row, shared.q(n));
         CommitProducts();
-        MultiplyRows<kSteps, L::kColumns>(dp, layout.v, L::kRows, row, layout.Do(n));
+        MultiplyRows<kSteps, S::kColumns>(dp, shared.v(0), S::kRows, row, shared.d_o(n));
         CommitProducts();
-#ifdef KEY_TURNS
-        PassTurn(warpgroup);
-#endif
         WaitForProducts<1>();
         Pin(s);
-        KeyWeights(scale, walk, row, layout.Sums(n), s);
+        KeyWeights(scale, walk, shared.sums[n % S::kSlots][0], s);
         WaitForProducts<0>();
         Pin(dp);
-        KeyScoreGradients(scale, walk, row, layout.Sums(n), s, dp, p, ds);
+        KeyScoreGradients(scale, walk, shared.sums[n % S::kSlots], s, dp, p, ds);
         Pin(dk);
         Pin(dv);
         FenceProducts();
-        MultiplyWeights<L::kGradientPanels, L::kColumns>(dv, p, layout.Do(n) + panel_offset);
-        MultiplyWeights<L::kGradientPanels, L::kColumns>(dk, ds, layout.Q(n) + panel_offset);
+        MultiplyWeights<S::kGradientPanels, S::kColumns>(dv, p, shared.d_o(n) + panel_offset);
+        MultiplyWeights<S::kGradientPanels, S::kColumns>(dk, ds, shared.q(n) + panel_offset);
         CommitProducts();
         WaitForProducts<0>();
         Pin(dk);
         Pin(dv);
       }
-      layout.ring.Release(n);
+      shared.ring.Release(n);
     }
   }
-  layout.own_ring.Release(turn);
+  shared.own_ring.Release(turn);
   const int64_t token = unit.first + row + ThreadRow();
   const int column = panel * kPanelColumns;
   StoreRows(dk, {shape.scale, shape.scale}, a.dk, token, shape.tk, unit.key_head, column, shape.dqk,
@@ -451,29 +405,25 @@ __device__ int ComputeKeys(const Backward& a, const KeyLayout<kSteps>& layout, i
 template <int kSteps>
 __global__ __launch_bounds__(kTileThreads,
                              1) void KeyTilesKernel(const __grid_constant__ Backward a) {
-  extern __shared__ char shared[];
-  using Unit = KeyUnit<KeyLayout<kSteps>::kRows>;
-  const KeyLayout<kSteps> layout(AlignedShared(shared), a.taken + 1);
+  using Unit = KeyUnit<KeyShared<kSteps>::kRows>;
+  auto& shared = Shared<KeyShared<kSteps>>();
   if (threadIdx.x == 0) {
-    layout.own_ring.Init();
-    layout.ring.Init();
-    layout.queue.ring.Init();
+    shared.own_ring.Init();
+    shared.ring.Init();
+    shared.queue.ring.Init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     GiveRegisters<kCopyingRegisters>();
-    CopyForKeys<kSteps>(a, layout);
+    CopyForKeys<kSteps>(a, shared);
     return;
   }
   TakeRegisters<kComputingRegisters>();
-#ifdef KEY_TURNS
-  if (threadIdx.x >= 2 * kWarpgroup) PassTurn(1);
-#endif
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = layout.queue.Receive(turn);
+    const int number = shared.queue.Receive(turn);
     if (number >= Unit::Count(a.shape)) break;
-    n = ComputeKeys<kSteps>(a, layout, turn, Unit(a.shape, number), n);
+    n = ComputeKeys<kSteps>(a, shared, turn, Unit(a.shape, number), n);
   }
 }
 
@@ -509,11 +459,11 @@ void TilesBackward(const Exec& exec, const AttentionBackwardArgs& a) {
     CUDA_CHECK(cudaGetLastError());
   }
   DispatchSteps(std::max(shape.dqk, shape.dv), [&]<int kSteps>() {
-    using KeyL = KeyLayout<kSteps>;
-    LaunchTiles(QueryTilesKernel<kSteps>, QueryLayout<kSteps>::kBytes, QueryUnit::Count(shape),
+    using Key = KeyShared<kSteps>;
+    LaunchTiles(QueryTilesKernel<kSteps>, kSharedBytes<QueryShared<kSteps>>,
+                QueryUnit::Count(shape), stream, args);
+    LaunchTiles(KeyTilesKernel<kSteps>, kSharedBytes<Key>, KeyUnit<Key::kRows>::Count(shape),
                 stream, args);
-    LaunchTiles(KeyTilesKernel<kSteps>, KeyL::kBytes, KeyUnit<KeyL::kRows>::Count(shape), stream,
-                args);
   });
 }
 

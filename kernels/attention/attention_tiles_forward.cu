@@ -15,31 +15,16 @@ namespace {
 constexpr int kRows = kQueryRows;
 
 template <int kSteps>
-struct ForwardLayout {
+struct ForwardShared {
   static constexpr int kPanels = PanelsOf(kSteps);
   static constexpr int kColumns = kPanels <= 2 ? 128 : 64;
   static constexpr int kSlots = 2;
-  static constexpr int kQBytes = kPanels * kRows * kPanelRowBytes;
-  static constexpr int kSlotBytes = kPanels * kColumns * kPanelRowBytes;
-  static constexpr int kBytes = 1024 + kQBytes + 2 * kSlots * kSlotBytes + Ring<1>::kBytes +
-                                2 * Ring<kSlots>::kBytes + Queue::kBytes;
-  static_assert(kBytes <= kSharedLimit);
 
-  uint32_t q, k, v;
+  Matrices<1, kRows, kPanels> q;
+  Matrices<kSlots, kColumns, kPanels> k, v;
   Ring<1> q_ring;
   Ring<kSlots> k_ring, v_ring;
   Queue queue;
-
-  __device__ ForwardLayout(uint32_t base, int* taken)
-      : q(base),
-        k(q + kQBytes),
-        v(k + kSlots * kSlotBytes),
-        q_ring(v + kSlots * kSlotBytes),
-        k_ring(q_ring.full + Ring<1>::kBytes),
-        v_ring(k_ring.full + Ring<kSlots>::kBytes),
-        queue(taken, v_ring.full + Ring<kSlots>::kBytes) {}
-  __device__ uint32_t K(int n) const { return k + Ring<kSlots>::Slot(n) * kSlotBytes; }
-  __device__ uint32_t V(int n) const { return v + Ring<kSlots>::Slot(n) * kSlotBytes; }
 };
 
 struct Forward {
@@ -53,31 +38,32 @@ struct Forward {
 };
 
 template <int kSteps>
-__device__ void CopyAll(const Forward& a, const ForwardLayout<kSteps>& layout) {
-  using L = ForwardLayout<kSteps>;
+__device__ void CopyAll(const Forward& a, ForwardShared<kSteps>& shared) {
+  using S = ForwardShared<kSteps>;
   const Shape& shape = a.shape;
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = layout.queue.Take(turn);
+    const int number = shared.queue.Take(turn, a.taken);
     if (number >= QueryUnit::Count(shape)) break;
     const QueryUnit unit(shape, number);
     const int real = static_cast<int>(min(int64_t{kRows}, shape.tq - unit.first));
-    layout.q_ring.WaitEmpty(turn);
-    CopyRows<kRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed, layout.q);
-    layout.q_ring.Fill(turn, shape.packed);
-    Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kRows);
+    shared.q_ring.WaitEmpty(turn);
+    CopyRows<kRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed, shared.q(0));
+    shared.q_ring.Fill(turn, shape.packed);
+    Walk<false, S::kColumns> walk(shape, a.segments, unit.first, kRows);
     for (; walk.Next(); ++n) {
-      layout.k_ring.WaitEmpty(n);
-      CopyRows<L::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
-                                    shape.dqk, shape.packed, layout.K(n));
-      layout.k_ring.Fill(n, shape.packed);
-      layout.v_ring.WaitEmpty(n);
-      CopyRows<L::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
-                                    shape.dv, shape.packed, layout.V(n));
-      layout.v_ring.Fill(n, shape.packed);
+      shared.k_ring.WaitEmpty(n);
+      CopyRows<S::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
+                                    shape.dqk, shape.packed, shared.k(n));
+      shared.k_ring.Fill(n, shape.packed);
+      shared.v_ring.WaitEmpty(n);
+      CopyRows<S::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
+                                    shape.dv, shape.packed, shared.v(n));
+      shared.v_ring.Fill(n, shape.packed);
     }
   }
-  WaitForAllCopies();
+  CommitCopies();
+  WaitForCopies<0>();
 }
 
 // A thread's two rows: products become weights, not yet divided by their sum.
@@ -88,13 +74,13 @@ struct Softmax {
 
   // Returns by what earlier sums are to be multiplied.
   template <int kN, typename W>
-  __device__ void Apply(float (&s)[kN], const W& walk, int row, float (&rescale)[2]) {
+  __device__ void Apply(float (&s)[kN], const W& walk, float (&rescale)[2]) {
     if (scale.cap > 0.0f) {
 #pragma unroll
       for (int i = 0; i < kN; ++i) s[i] = Tanh(s[i] * scale.cap);
     }
-    if (!walk.AllSee(row, 64)) {
-      const Range seen[2] = {walk.SeenBy(row + ThreadRow()), walk.SeenBy(row + ThreadRow() + 8)};
+    if (!walk.AllSee()) {
+      const Range seen[2] = {walk.SeenBy(0), walk.SeenBy(1)};
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         const int column = ColumnOf(i) + ThreadColumn();
@@ -117,11 +103,11 @@ struct Softmax {
       shift[row_of_two] = finite * scale.factor;
       rescale[row_of_two] = Exp2((largest[row_of_two] - finite) * scale.factor);  // or 1 exactly
       largest[row_of_two] = most;
-      total[row_of_two] *= rescale[row_of_two];
+      total[row_of_two] = __fmul_rn(total[row_of_two], rescale[row_of_two]);
     }
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      s[i] = Exp2(s[i] * scale.factor - shift[RowOf(i)]);
+      s[i] = Exp2(fmaf(s[i], scale.factor, -shift[RowOf(i)]));
       total[RowOf(i)] += s[i];
     }
   }
@@ -129,66 +115,66 @@ struct Softmax {
 
 // Returns the number of blocks so far, `n` before.
 template <int kSteps>
-__device__ int ComputeUnit(const Forward& a, const ForwardLayout<kSteps>& layout, int turn,
+__device__ int ComputeUnit(const Forward& a, ForwardShared<kSteps>& shared, int turn,
                            const QueryUnit& unit, int n) {
-  using L = ForwardLayout<kSteps>;
+  using S = ForwardShared<kSteps>;
   const Shape& shape = a.shape;
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1, row = warpgroup * 64;
-  float o[L::kPanels][32] = {};
+  float o[S::kPanels][32] = {};
   Softmax softmax{ScoreScaleOf(shape)};
-  Walk<false, L::kColumns> walk(shape, a.segments, unit.first, kRows);
-  layout.q_ring.WaitFull(turn);
+  Walk<false, S::kColumns> walk(shape, a.segments, unit.first, kRows, row);
+  shared.q_ring.WaitFull(turn);
   if (walk.Next()) {
-    float s[L::kColumns / 2], rescale[2];
-    uint32_t weights[L::kColumns / 16][4];
-    layout.k_ring.WaitFull(n);
+    float s[S::kColumns / 2], rescale[2];
+    uint32_t weights[S::kColumns / 16][4];
+    shared.k_ring.WaitFull(n);
     AwaitTurn(warpgroup);
     FenceProducts();
-    MultiplyRows<kSteps, L::kColumns>(s, layout.q, kRows, row, layout.K(n));
+    MultiplyRows<kSteps, S::kColumns>(s, shared.q(0), kRows, row, shared.k(n));
     CommitProducts();
     PassTurn(warpgroup);
     WaitForProducts<0>();
     Pin(s);
-    layout.k_ring.Release(n);
-    softmax.Apply(s, walk, row, rescale);
+    shared.k_ring.Release(n);
+    softmax.Apply(s, walk, rescale);
     PackWeights(s, weights);
     for (; walk.Next(); ++n) {
-      layout.v_ring.WaitFull(n);
-      layout.k_ring.WaitFull(n + 1);
+      shared.v_ring.WaitFull(n);
+      shared.k_ring.WaitFull(n + 1);
       AwaitTurn(warpgroup);
       Pin(s);
       Pin(o);
       FenceProducts();
-      MultiplyRows<kSteps, L::kColumns>(s, layout.q, kRows, row, layout.K(n + 1));
+      MultiplyRows<kSteps, S::kColumns>(s, shared.q(0), kRows, row, shared.k(n + 1));
       CommitProducts();
-      MultiplyWeights<L::kPanels, L::kColumns>(o, weights, layout.V(n));
+      MultiplyWeights<S::kPanels, S::kColumns>(o, weights, shared.v(n));
       CommitProducts();
       PassTurn(warpgroup);
       WaitForProducts<1>();
       Pin(s);
-      layout.k_ring.Release(n + 1);
-      softmax.Apply(s, walk, row, rescale);
+      shared.k_ring.Release(n + 1);
+      softmax.Apply(s, walk, rescale);
       WaitForProducts<0>();
       Pin(o);
-      layout.v_ring.Release(n);
+      shared.v_ring.Release(n);
 #pragma unroll
-      for (int panel = 0; panel < L::kPanels; ++panel) {
+      for (int panel = 0; panel < S::kPanels; ++panel) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) o[panel][i] *= rescale[RowOf(i)];
       }
       PackWeights(s, weights);
     }
-    layout.q_ring.Release(turn);
-    layout.v_ring.WaitFull(n);
+    shared.q_ring.Release(turn);
+    shared.v_ring.WaitFull(n);
     Pin(o);
     FenceProducts();
-    MultiplyWeights<L::kPanels, L::kColumns>(o, weights, layout.V(n));
+    MultiplyWeights<S::kPanels, S::kColumns>(o, weights, shared.v(n));
     CommitProducts();
     WaitForProducts<0>();
     Pin(o);
-    layout.v_ring.Release(n++);
+    shared.v_ring.Release(n++);
   } else {
-    layout.q_ring.Release(turn);
+    shared.q_ring.Release(turn);
   }
   float factor[2];
 #pragma unroll
@@ -200,7 +186,7 @@ __device__ int ComputeUnit(const Forward& a, const ForwardLayout<kSteps>& layout
     const int64_t t = unit.first + row + ThreadRow() + 8 * i;
     if (ThreadColumn() == 0 && t < shape.tq) {
       a.lse[t * shape.hq + unit.head] =
-          softmax.largest[i] * (softmax.scale.factor * kLn2) + logf(total);
+          fmaf(softmax.largest[i], softmax.scale.factor * kLn2, logf(total));
     }
   }
   StoreRows(o, factor, a.o, unit.first + row + ThreadRow(), shape.tq, unit.head, 0, shape.dv,
@@ -211,27 +197,26 @@ __device__ int ComputeUnit(const Forward& a, const ForwardLayout<kSteps>& layout
 template <int kSteps>
 __global__ __launch_bounds__(kTileThreads,
                              1) void ForwardTilesKernel(const __grid_constant__ Forward a) {
-  extern __shared__ char shared[];
-  const ForwardLayout<kSteps> layout(AlignedShared(shared), a.taken);
+  auto& shared = Shared<ForwardShared<kSteps>>();
   if (threadIdx.x == 0) {
-    layout.q_ring.Init();
-    layout.k_ring.Init();
-    layout.v_ring.Init();
-    layout.queue.ring.Init();
+    shared.q_ring.Init();
+    shared.k_ring.Init();
+    shared.v_ring.Init();
+    shared.queue.ring.Init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     GiveRegisters<kCopyingRegisters>();
-    CopyAll<kSteps>(a, layout);
+    CopyAll<kSteps>(a, shared);
     return;
   }
   TakeRegisters<kComputingRegisters>();
   if (threadIdx.x >= 2 * kWarpgroup) PassTurn(1);
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = layout.queue.Receive(turn);
+    const int number = shared.queue.Receive(turn);
     if (number >= QueryUnit::Count(a.shape)) break;
-    n = ComputeUnit<kSteps>(a, layout, turn, QueryUnit(a.shape, number), n);
+    n = ComputeUnit<kSteps>(a, shared, turn, QueryUnit(a.shape, number), n);
   }
 }
 
@@ -254,7 +239,7 @@ void TilesForward(const Exec& exec, const AttentionForwardArgs& a) {
                      Packable(2, {&a.o})};
   CUDA_CHECK(cudaMemsetAsync(args.taken, 0, sizeof(int), StreamOf(exec.stream)));
   DispatchSteps(std::max(args.shape.dqk, args.shape.dv), [&]<int kSteps>() {
-    LaunchTiles(ForwardTilesKernel<kSteps>, ForwardLayout<kSteps>::kBytes,
+    LaunchTiles(ForwardTilesKernel<kSteps>, kSharedBytes<ForwardShared<kSteps>>,
                 QueryUnit::Count(args.shape), exec.stream, args);
   });
 }

@@ -11,7 +11,7 @@
 // lane l has l / 4 and l / 4 + 8; of every 8 columns it has 2 (l % 4) and the next.
 #pragma once
 
-#include "kernels/core/cuda.cuh"
+#include "kernels/core/tensor_core.cuh"
 
 namespace attune {
 
@@ -19,9 +19,6 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 2 * kPanelColumns;
 constexpr int kWarpgroup = 128;  // threads
 
-__device__ inline uint32_t SharedAddressOf(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 // Where the 16 bytes of number `pack` of a row are.
 __device__ inline uint32_t PackAddress(uint32_t matrix, int rows, int row, int pack) {
   return matrix + (pack / 8 * rows + row) * kPanelRowBytes + ((pack % 8) ^ (row % 8)) * 16;
@@ -42,39 +39,13 @@ __device__ void CopyOrZero(uint32_t to, const void* from, bool real) {
                  : "memory");
   }
 }
-__device__ inline void WaitForAllCopies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-__device__ inline void StoreShared(uint32_t to, int value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
-}
-__device__ inline int LoadShared(uint32_t from) {
-  int out;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(out) : "r"(from) : "memory");
-  return out;
-}
-
-__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void Arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ inline void Arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 // Arrives when the copies that this thread has started are done.
-__device__ inline void ArriveWithCopies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void WaitFor(uint32_t barrier, int parity) {
-  int done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
-        "selp.b32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
+__device__ inline void ArriveWithCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
+               : "memory");
 }
 // Two warpgroups, 0 and 1, that take turns; 0 begins, once 1 has passed.
 __device__ inline void AwaitTurn(int warpgroup) {
@@ -82,10 +53,6 @@ __device__ inline void AwaitTurn(int warpgroup) {
 }
 __device__ inline void PassTurn(int warpgroup) {
   asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory");
-}
-// Products from here on see what was written to shared memory before.
-__device__ inline void FenceSharedWrites() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- Products ----
