@@ -1,10 +1,45 @@
 // The pieces that the CUDA backend cuts long tensors into.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "kernels/core/tensor.h"
 
 namespace attune {
 
 constexpr int64_t kCudaPiece = 8192;  // elements that one block of threads takes
+
+// A matrix of Adafactor in tiles, one for each block of threads: of 128 columns and of at least 128
+// rows, more where there would be many tiles, since each block adds up what all of them gave. A
+// vector is one row.
+struct AdafactorTiles {
+  static constexpr int64_t kColumns = 128, kMinRows = 128, kTarget = 1024;
+  static constexpr int64_t kLines = 256;  // rows or columns whose averages a block takes
+
+  int64_t rows, columns;
+
+  static AdafactorTiles Of(const TensorView& x) {
+    return x.rank == 1 ? AdafactorTiles{1, x.dim(0)} : AdafactorTiles{x.dim(0), x.dim(1)};
+  }
+  static constexpr int64_t Ceil(int64_t n, int64_t piece) { return (n + piece - 1) / piece; }
+  constexpr int64_t across() const { return Ceil(columns, kColumns); }
+  constexpr int64_t tile_rows() const {
+    return std::max(kMinRows, Ceil(rows, std::max<int64_t>(1, kTarget / across())));
+  }
+  constexpr int64_t down() const { return Ceil(rows, tile_rows()); }
+  constexpr int64_t count() const { return across() * down(); }
+  constexpr int64_t row_pieces() const { return Ceil(rows, kLines); }
+  constexpr int64_t column_pieces() const { return Ceil(columns, kLines); }
+
+  // Sums in f64, one after the other in the workspace: of each row in each tile, (across, rows); of
+  // each column, (down, columns); of each kLines averages of rows; of the squares of the
+  // directions, and of the parameters, in each tile.
+  constexpr int64_t column_sums() const { return across() * rows; }
+  constexpr int64_t average_sums() const { return column_sums() + down() * columns; }
+  constexpr int64_t direction_sums() const { return average_sums() + row_pieces(); }
+  constexpr int64_t param_sums() const { return direction_sums() + count(); }
+  constexpr int64_t sums() const { return param_sums() + count(); }
+};
 
 }  // namespace attune

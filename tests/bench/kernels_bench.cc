@@ -359,6 +359,24 @@ void BenchMlpAndLoss(Bench* b) {
   });
 }
 
+// On the tensors of AdamW: three passes over the gradients, one that changes the parameters.
+void BenchAdafactor(Bench* b, const std::vector<AdamWTensor>& like, double elements) {
+  std::vector<AdafactorTensor> tensors;
+  for (const AdamWTensor& t : like) {
+    tensors.push_back({.param = t.param,
+                       .grad = t.grad,
+                       .v_row = Device(DType::kF32, {t.param.dim(0)}),
+                       .v_column = Device(DType::kF32, {t.param.dim(1)})});
+    for (const TensorView& v : {tensors.back().v_row, tensors.back().v_column}) {
+      Fill(b->exec, {.x = v, .value = 1.0});
+    }
+  }
+  AdafactorArgs args{.tensors = tensors, .lr = 1e-5};
+  args.workspace = Device(DType::kU8, {AdafactorWorkspaceBytes(b->exec, args)});
+  b->Bytes("Adafactor 448 tensors, 42 M elements", elements * 20,
+           [&] { Adafactor(b->exec, args); });
+}
+
 void BenchOptimizer(Bench* b) {
   std::vector<AdamWTensor> tensors;
   std::vector<TensorView> grads;
@@ -373,6 +391,7 @@ void BenchOptimizer(Bench* b) {
   const TensorView norm = Device(DType::kF64, {1});
   b->Bytes("AdamW 448 tensors, 42 M elements", elements * 28,
            [&] { AdamW(b->exec, {.tensors = tensors, .lr = 1e-5}); });
+  BenchAdafactor(b, tensors, elements);
   GradNormArgs args{.grads = grads, .norm_sq = norm};
   args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
   b->Bytes("GradNorm 448 tensors, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
