@@ -87,23 +87,44 @@ TEST_F(CudaOptimizer, Lion) {
   });
 }
 
-// Operands of Adafactor: the gradients' scale, then param, v_row, v_column, m and a gradient for
-// each step.
-struct AdafactorCase {
-  static constexpr int kSteps = 4, kEach = 4 + kSteps;
-  std::vector<Operand> operands;
+// (rows, columns), of a vector 0 columns.
+using Shapes = std::vector<std::pair<int64_t, int64_t>>;
 
-  AdafactorTensor TensorAt(const Views& v, size_t i, int step) const {
-    const bool vector = v[i].rank == 1;
+class CudaAdafactor : public CudaOps {
+ protected:
+  static constexpr int kSteps = 4, kEach = 4 + kSteps;
+  // Sums in another order, in f64, rounded to f32: hardly a bit differs.
+  static constexpr double kTolerance = 1e-6;
+
+  // The gradients' scale; then of each tensor param, v_row, v_column, m and a gradient a step.
+  std::vector<Operand> Operands(const Shapes& shapes, double grad_scale) {
+    std::vector<Operand> operands;
+    operands.push_back({Tensor(DType::kF32, {1}).Constant(grad_scale)});
+    for (const auto& [rows, columns] : shapes) {
+      const auto random = [&, rows = rows, columns = columns](double deviation) {
+        return columns == 0 ? Random(DType::kF32, {rows}, 0, deviation)
+                            : Random(DType::kF32, {rows, columns}, 0, deviation);
+      };
+      operands.push_back({random(0.1), kTolerance});
+      for (const int64_t n : {rows, columns, rows * std::max<int64_t>(1, columns)}) {
+        operands.push_back({Tensor(DType::kF32, {n}).Constant(0), kTolerance});
+      }
+      for (int step = 0; step < kSteps; ++step) operands.push_back({random(1e-3)});
+    }
+    return operands;
+  }
+
+  static AdafactorTensor TensorAt(const Views& v, size_t i, int step) {
     return {.param = v[i],
             .grad = v[i + 4 + step],
             .v_row = v[i + 1],
-            .v_column = vector ? TensorView() : v[i + 2],
+            .v_column = v[i].rank == 1 ? TensorView() : v[i + 2],
             .m = v[i + 3],
             .weight_decay = i % 3 == 0 ? 0.1 : 0.0,
             .lr_scale = i % 2 == 0 ? 4.0 : 1.0};
   }
-  void Expect(const std::string& what, AdafactorArgs args) const {
+
+  void Expect(const std::string& what, const std::vector<Operand>& operands, AdafactorArgs args) {
     const auto steps = [&](const Exec& exec, const Views& v, Scratch& scratch) {
       for (int step = 0; step < kSteps; ++step) {
         std::vector<AdafactorTensor> tensors;
@@ -119,42 +140,27 @@ struct AdafactorCase {
   }
 };
 
-// Sums in another order, in f64, rounded to f32: hardly a bit differs.
-TEST_F(CudaOptimizer, Adafactor) {
-  struct Shape {
-    int64_t rows, columns;  // of a vector 0
-  };
-  constexpr double kTolerance = 1e-6;
-  // Less and more than a tile, an average's piece and a launch; last, tiles of more than 128 rows.
-  std::vector<Shape> shapes = {{1, 1},     {1, 0},     {3, 700},  {700, 3},
-                               {301, 131}, {129, 257}, {16, 128}, {1000, 0}};
+constexpr AdafactorArgs kOptions = {.lr = 1e-2,
+                                    .beta1 = 0.9,
+                                    .eps = 1e-12,
+                                    .clip_threshold = 0.3,
+                                    .decay_rate = 0.6,
+                                    .scale_parameter = true};
+
+// Less and more than a tile, a piece of averages, and a launch.
+TEST_F(CudaAdafactor, Many) {
+  Shapes shapes = {{1, 1},     {1, 0},     {3, 700},  {700, 3},
+                   {301, 131}, {129, 257}, {16, 128}, {1000, 0}};
   for (int i = 0; i < 50; ++i) shapes.push_back({5 + i, i % 7 == 0 ? 0 : 300 - i});
-  shapes.push_back({400, 3000});
-  shapes.push_back({140001, 5});
-  AdafactorCase c;
-  c.operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
-  for (const Shape& s : shapes) {
-    const bool vector = s.columns == 0;
-    const auto random = [&](double deviation) {
-      return vector ? Random(DType::kF32, {s.rows}, 0, deviation)
-                    : Random(DType::kF32, {s.rows, s.columns}, 0, deviation);
-    };
-    const auto zeros = [](int64_t n) { return Tensor(DType::kF32, {n}).Constant(0); };
-    c.operands.push_back({random(0.1), kTolerance});
-    c.operands.push_back({zeros(s.rows), kTolerance});
-    c.operands.push_back({zeros(vector ? 1 : s.columns), kTolerance});
-    c.operands.push_back({zeros(s.rows * (vector ? 1 : s.columns)), kTolerance});
-    for (int step = 0; step < AdafactorCase::kSteps; ++step) c.operands.push_back({random(1e-3)});
-  }
-  c.Expect("adafactor", {.lr = 1e-2});
-  c.Expect("adafactor with options", {.lr = 1e-2,
-                                      .beta1 = 0.9,
-                                      .eps = 1e-12,
-                                      .clip_threshold = 0.3,
-                                      .decay_rate = 0.6,
-                                      .scale_parameter = true});
-  c.operands[0] = {Tensor(DType::kF32, {1}).Constant(NAN)};
-  c.Expect("adafactor of what is not finite", {.lr = 1e-2});
+  Expect("plain", Operands(shapes, 0.5), {.lr = 1e-2});
+  Expect("with options", Operands(shapes, 0.5), kOptions);
+  Expect("not finite", Operands({{3, 5}, {7, 0}}, NAN), {.lr = 1e-2});
+}
+
+// Tiles of more than 128 rows.
+TEST_F(CudaAdafactor, Large) {
+  const Shapes shapes = {{1000, 1500}, {140001, 5}, {300000, 0}};
+  Expect("large", Operands(shapes, 0.5), kOptions);
 }
 
 }  // namespace
