@@ -1,7 +1,6 @@
 // The pieces that the CUDA backend cuts long tensors into.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "kernels/core/tensor.h"
@@ -24,8 +23,11 @@ struct AdafactorTiles {
   }
   static constexpr int64_t Ceil(int64_t n, int64_t piece) { return (n + piece - 1) / piece; }
   constexpr int64_t across() const { return Ceil(columns, kColumns); }
+  // Not by std::max, which takes the addresses of constants: a device has none.
   constexpr int64_t tile_rows() const {
-    return std::max(kMinRows, Ceil(rows, std::max<int64_t>(1, kTarget / across())));
+    const int64_t most = kTarget > across() ? kTarget / across() : 1;
+    const int64_t even = Ceil(rows, most);
+    return even > kMinRows ? even : kMinRows;
   }
   constexpr int64_t down() const { return Ceil(rows, tile_rows()); }
   constexpr int64_t count() const { return across() * down(); }
