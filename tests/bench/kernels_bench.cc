@@ -250,6 +250,8 @@ void BenchFp8(Bench* b) {
                                   .transposed = transposed});
              });
   }
+  const TensorView room = Device(DType::kF32, {1});
+  Fill(b->exec, {.x = room, .value = kFp8MostRoom});
   for (const auto& [m, k, name] : {std::tuple{kT, kC, "Fp8Quantize 8192x4112"},
                                    {kT, 6144, "Fp8Quantize 8192x6160"},
                                    {kT, kF, "Fp8Quantize 8192x14352"},
@@ -258,11 +260,12 @@ void BenchFp8(Bench* b) {
     const TensorView x = Device(DType::kBF16, {m, k + 16});
     const TensorView s = scale.Slice(0, 0, m);
     b->Bytes(name, 3.0 * m * k, [&, m = m, k = k] {
-      Fp8Quantize(b->exec, {.x = x, .e = 16, .q = rows(m, k + E), .scale = s});
+      Fp8Quantize(b->exec, {.x = x, .e = 16, .room = room, .q = rows(m, k + E), .scale = s});
     });
     if (k == kC && m == kT) {
       b->Bytes("Fp8QuantizeAdapter 8192x16 beside 4096", m * (32.0 + E + 4), [&, m = m, k = k] {
-        Fp8QuantizeAdapter(b->exec, {.x = x, .e = 16, .q = rows(m, k + E), .scale = s});
+        Fp8QuantizeAdapter(b->exec,
+                           {.x = x, .e = 16, .room = room, .q = rows(m, k + E), .scale = s});
       });
     }
     CUDA_CHECK(cudaFree(x.data));
@@ -312,6 +315,23 @@ void BenchFp8(Bench* b) {
              });
   }
   for (const TensorView& v : {q, x, y, gate_up, h}) CUDA_CHECK(cudaFree(v.data));
+}
+
+// Of the 128 stacks of an 8B model.
+void BenchFp8AdapterRoom(Bench* b) {
+  constexpr int64_t kStacks[][2] = {{6144, kC}, {kC, kC}, {2 * kF, kC}, {kC, kF}};
+  const TensorView scale = Device(DType::kF32, {1});
+  std::vector<LoraExtendPart> parts;
+  std::vector<Fp8AdapterRoomArgs> all;
+  double elements = 0;
+  parts.reserve(128);
+  for (int i = 0; i < 128; ++i) {
+    const auto& [n, k] = kStacks[i % 4];
+    parts.push_back({Device(DType::kBF16, {16, k}), Device(DType::kBF16, {n, 16}), 0});
+    all.push_back({.parts = {&parts.back(), 1}, .scale = scale, .room = Device(DType::kF32, {2})});
+    elements += static_cast<double>(16 * (n + k));
+  }
+  b->Bytes("Fp8AdapterRoom r 16, 8B", elements * 2, [&] { Fp8AdapterRoom(b->exec, all); });
 }
 
 void BenchNormAndRope(Bench* b) {
@@ -459,6 +479,7 @@ int main() {
   BenchLoraBackward(&bench);
   BenchNf4(&bench);
   BenchFp8(&bench);
+  BenchFp8AdapterRoom(&bench);
   BenchNormAndRope(&bench);
   BenchMlpAndLoss(&bench);
   BenchOptimizer(&bench);
