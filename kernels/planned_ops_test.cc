@@ -78,9 +78,9 @@ TEST(CudaPlan, AdafactorKeepsSumsOfTiles) {
                                      tensor({7}, 7)};
   AdafactorArgs args{.tensors = tensors};
   args.workspace = Planned(DType::kU8, {AdafactorWorkspaceBytes(CudaPlan(), args)});
-  // Of rows, columns, averages, directions and parameters: 2 x 3 tiles, 2 x 512, and one.
-  EXPECT_EQ(args.workspace.bytes() / 8, (2 * 300 + 3 * 130 + 2 + 6 + 6) +
-                                            (2 * 200000 + 512 * 130 + 782 + 1024 + 1024) +
+  // Of rows, columns, averages, directions and parameters: 2 x 5 tiles, 2 x 3125, and one.
+  EXPECT_EQ(args.workspace.bytes() / 8, (2 * 300 + 5 * 130 + 2 + 10 + 10) +
+                                            (2 * 200000 + 3125 * 130 + 782 + 6250 + 6250) +
                                             (1 + 7 + 1 + 1 + 1));
   Adafactor(CudaPlan(), args);
 }

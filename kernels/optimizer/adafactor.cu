@@ -3,7 +3,8 @@
 //   averages of rows and columns                        -> v_row, v_column; sums of v_row
 //   sums of each tile's squared directions (and params) -> workspace
 //   the update
-// Whatever all tiles gave is added up by each block of threads that needs it, in one order, in f64.
+// A warp has a tile. What all tiles gave is added up by each block of threads that needs it, in one
+// order, in f64.
 // Every product and sum of the rest is rounded on its own, as on the CPU.
 #include <cmath>
 #include <limits>
@@ -44,17 +45,19 @@ struct AdafactorBatch {
 };
 static_assert(sizeof(AdafactorBatch) <= 4096);
 
-// The part of a tile that a thread goes through: rows row, row + kWarps, ... and some columns.
-struct Part {
-  int64_t tile, across, down;  // which tile, and where it is
+// The tile of a warp of a tensor's `block`, and the columns of its thread. Without rows, if it is
+// none of the tensor's.
+struct Tile {
+  int64_t index, across, down;  // which one, and where it is
   int64_t row, end;
   int64_t column[kPerLane];
 
-  __device__ Part(const AdafactorTiles& tiles, int64_t tile)
-      : tile(tile), across(tile % tiles.across()), down(tile / tiles.across()) {
-    const int64_t begin = down * tiles.tile_rows();
-    row = begin + threadIdx.x / 32;
-    end = min(begin + tiles.tile_rows(), tiles.rows);
+  __device__ Tile(const AdafactorTiles& tiles, int64_t block)
+      : index(block * kWarps + threadIdx.x / 32),
+        across(index % tiles.across()),
+        down(index / tiles.across()),
+        row(down * tiles.tile_rows()),
+        end(min(row + tiles.tile_rows(), tiles.rows)) {
     for (int k = 0; k < kPerLane; ++k) {
       column[k] = across * AdafactorTiles::kColumns + threadIdx.x % 32 + k * 32;
     }
@@ -73,42 +76,38 @@ __device__ double SumOf(const double* x, int64_t n) {
 }
 
 __global__ __launch_bounds__(kThreads) void SumSquares(const __grid_constant__ AdafactorBatch b) {
-  __shared__ double partial[kWarps][AdafactorTiles::kColumns];
-  const int t = TensorOf(b, blockIdx.x), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int t = TensorOf(b, blockIdx.x);
   const AdafactorTiles tiles = b.Tiles(t);
-  const int64_t tile = blockIdx.x - b.first_piece[t];
-  if (tile >= tiles.count()) return;
-  const Part part(tiles, tile);
+  const Tile tile(tiles, blockIdx.x - b.first_piece[t]);
+  if (tile.index >= tiles.count()) return;
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
-  double* const row_sums = b.sums[t] + part.across * tiles.rows;
+  double* const row_sums = b.sums[t] + tile.across * tiles.rows;
   double of_column[kPerLane] = {};
 #pragma unroll 4
-  for (int64_t row = part.row; row < part.end; row += kWarps) {
+  for (int64_t row = tile.row; row < tile.end; ++row) {
     const float* grad = b.grad[t] + row * tiles.columns;
     double of_row = 0.0;
     for (int k = 0; k < kPerLane; ++k) {
-      if (part.column[k] >= tiles.columns) continue;
-      const float g = __fmul_rn(grad[part.column[k]], grad_scale);
+      if (tile.column[k] >= tiles.columns) continue;
+      const float g = __fmul_rn(grad[tile.column[k]], grad_scale);
       const double square = static_cast<double>(__fadd_rn(__fmul_rn(g, g), b.eps));
       of_row += square;
       of_column[k] += square;
     }
     of_row = WarpSum(of_row);
-    if (lane == 0) row_sums[row] = of_row;
+    if (threadIdx.x % 32 == 0) row_sums[row] = of_row;
   }
-  for (int k = 0; k < kPerLane; ++k) partial[warp][lane + k * 32] = of_column[k];
-  __syncthreads();
-  const int64_t column = part.across * AdafactorTiles::kColumns + threadIdx.x;
-  if (threadIdx.x >= AdafactorTiles::kColumns || column >= tiles.columns) return;
-  double sum = 0.0;
-  for (int w = 0; w < kWarps; ++w) sum += partial[w][threadIdx.x];
-  b.sums[t][tiles.column_sums() + part.down * tiles.columns + column] = sum;
+  double* const column_sums = b.sums[t] + tiles.column_sums() + tile.down * tiles.columns;
+  for (int k = 0; k < kPerLane; ++k) {
+    if (tile.column[k] < tiles.columns) column_sums[tile.column[k]] = of_column[k];
+  }
 }
 
 // v * beta2 + (1 - beta2) * mean, whose n numbers have sums of parts, `stride` apart.
 __device__ float Average(const AdafactorBatch& b, float v, const double* sums, int64_t parts,
                          int64_t stride, int64_t n) {
   double sum = 0.0;
+#pragma unroll 8
   for (int64_t i = 0; i < parts; ++i) sum += sums[i * stride];
   const float mean = static_cast<float>(sum / static_cast<double>(n));
   return __fadd_rn(__fmul_rn(v, b.beta2), __fmul_rn(b.one_minus_beta2, mean));
@@ -138,10 +137,11 @@ __global__ __launch_bounds__(kThreads) void AverageLines(const __grid_constant__
   *v = Average(b, *v, sums + tiles.column_sums() + column, tiles.down(), tiles.columns, tiles.rows);
 }
 
-// u before it is clipped: of one part of a tile, whose columns' factors it keeps.
+// u before it is clipped, of one tile, whose columns' factors it keeps. Made by all threads of a
+// block.
 class Direction {
  public:
-  __device__ Direction(const AdafactorBatch& b, int t, const Part& part)
+  __device__ Direction(const AdafactorBatch& b, int t, const Tile& tile)
       : v_row_(b.v_row[t]), grad_scale_(static_cast<float>(b.grad_scale.Read(1.0))) {
     const AdafactorTiles tiles = b.Tiles(t);
     if (v_row_ != nullptr) {
@@ -149,8 +149,8 @@ class Direction {
       mean_row_ = static_cast<float>(sum / static_cast<double>(tiles.rows));
     }
     for (int k = 0; k < kPerLane; ++k) {
-      const bool inside = part.column[k] < tiles.columns;
-      column_factor_[k] = inside ? Inverse(__fsqrt_rn(b.v_column[t][part.column[k]])) : 0.0f;
+      const bool inside = tile.column[k] < tiles.columns;
+      column_factor_[k] = inside ? Inverse(__fsqrt_rn(b.v_column[t][tile.column[k]])) : 0.0f;
     }
   }
   __device__ float RowFactor(int64_t row) const {
@@ -172,35 +172,32 @@ __global__ __launch_bounds__(kThreads) void SumDirections(
     const __grid_constant__ AdafactorBatch b) {
   const int t = TensorOf(b, blockIdx.x);
   const AdafactorTiles tiles = b.Tiles(t);
-  const int64_t tile = blockIdx.x - b.first_piece[t];
-  if (tile >= tiles.count()) return;
-  const Part part(tiles, tile);
-  const Direction direction(b, t, part);
+  const Tile tile(tiles, blockIdx.x - b.first_piece[t]);
+  const Direction direction(b, t, tile);
+  if (tile.index >= tiles.count()) return;
   double directions = 0.0, params = 0.0;
 #pragma unroll 4
-  for (int64_t row = part.row; row < part.end; row += kWarps) {
+  for (int64_t row = tile.row; row < tile.end; ++row) {
     const float factor = direction.RowFactor(row);
     for (int k = 0; k < kPerLane; ++k) {
-      if (part.column[k] >= tiles.columns) continue;
-      const int64_t i = row * tiles.columns + part.column[k];
+      if (tile.column[k] >= tiles.columns) continue;
+      const int64_t i = row * tiles.columns + tile.column[k];
       directions += Square(direction.Of(b.grad[t][i], factor, k));
       if (b.scale_parameter) params += Square(b.param[t][i]);
     }
   }
-  directions = BlockSum<kThreads>(directions);
-  params = BlockSum<kThreads>(params);
-  if (threadIdx.x != 0) return;
-  b.sums[t][tiles.direction_sums() + tile] = directions;
-  b.sums[t][tiles.param_sums() + tile] = params;
+  directions = WarpSum(directions);
+  params = WarpSum(params);
+  if (threadIdx.x % 32 != 0) return;
+  b.sums[t][tiles.direction_sums() + tile.index] = directions;
+  b.sums[t][tiles.param_sums() + tile.index] = params;
 }
 
 __global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ AdafactorBatch b) {
   const int t = TensorOf(b, blockIdx.x);
   const AdafactorTiles tiles = b.Tiles(t);
-  const int64_t tile = blockIdx.x - b.first_piece[t];
-  if (tile >= tiles.count()) return;
-  const Part part(tiles, tile);
-  const Direction direction(b, t, part);
+  const Tile tile(tiles, blockIdx.x - b.first_piece[t]);
+  const Direction direction(b, t, tile);
   const auto rms_of = [&](int64_t sums) {
     const double sum = SumOf(b.sums[t] + sums, tiles.count());
     return static_cast<float>(sqrt(sum / static_cast<double>(tiles.rows * tiles.columns)));
@@ -212,12 +209,12 @@ __global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ 
   const float step = static_cast<float>(lr);
   const float decay = static_cast<float>(-b.weight_decay[t] * lr);
   float* const m = b.m[t];
-#pragma unroll 2
-  for (int64_t row = part.row; row < part.end; row += kWarps) {
+#pragma unroll 4
+  for (int64_t row = tile.row; row < tile.end; ++row) {
     const float factor = direction.RowFactor(row);
     for (int k = 0; k < kPerLane; ++k) {
-      if (part.column[k] >= tiles.columns) continue;
-      const int64_t i = row * tiles.columns + part.column[k];
+      if (tile.column[k] >= tiles.columns) continue;
+      const int64_t i = row * tiles.columns + tile.column[k];
       float u = __fmul_rn(__fdiv_rn(direction.Of(b.grad[t][i], factor, k), clip), step);
       if (m != nullptr) {
         u = __fadd_rn(__fmul_rn(m[i], b.beta1), __fmul_rn(b.one_minus_beta1, u));
@@ -264,7 +261,8 @@ void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
     b.rows[i] = static_cast<int32_t>(tiles.rows);
     b.columns[i] = static_cast<int32_t>(tiles.columns);
     sums += tiles.sums();
-    return std::max(tiles.count(), tiles.row_pieces() + tiles.column_pieces());
+    return std::max(AdafactorTiles::Ceil(tiles.count(), kWarps),
+                    tiles.row_pieces() + tiles.column_pieces());
   };
   InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
     cudaStream_t stream = StreamOf(exec.stream);

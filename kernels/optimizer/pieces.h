@@ -9,11 +9,11 @@ namespace attune {
 
 constexpr int64_t kCudaPiece = 8192;  // elements that one block of threads takes
 
-// A matrix of Adafactor in tiles, one for each block of threads: of 128 columns and of at least 128
-// rows, more where there would be many tiles, since each block adds up what all of them gave. A
+// A matrix of Adafactor in tiles, one for each warp: of 128 columns and of at least 64 rows, more
+// where there would be many tiles, since each block of threads adds up what all of them gave. A
 // vector is one row.
 struct AdafactorTiles {
-  static constexpr int64_t kColumns = 128, kMinRows = 128, kTarget = 1024;
+  static constexpr int64_t kColumns = 128, kMinRows = 64, kTarget = 8192;
   static constexpr int64_t kLines = 256;  // rows or columns whose averages a block takes
 
   int64_t rows, columns;
