@@ -530,6 +530,17 @@ TEST_P(Fp8EngineTest, TilesAndRebuiltLayersChangeLittle) {
   }
 }
 
+// B and A as they are, but counted a hundred times as much: more than 8 times W's largest.
+TEST_P(Fp8EngineTest, AnAdapterLargerThanItsWeightIsWhole) {
+  GoldenCase golden = LoadGoldenCase(kGolden + GetParam(), DType::kF32);
+  golden.options.adapters.alpha *= 100;
+  const StepOutcome<float> full = OneStep(golden);
+  golden.options.spec.mutable_quantization()->set_fp8_products(true);
+  const StepOutcome<float> fp8 = OneStep(golden);
+  EXPECT_NEAR(fp8.loss, full.loss, 0.01 * full.loss);
+  EXPECT_LT(GradientError(fp8, full), 5);  // of what is cut off up to 100,000
+}
+
 INSTANTIATE_TEST_SUITE_P(Cases, Fp8EngineTest, testing::Values("dense", "nf4"));
 INSTANTIATE_TEST_SUITE_P(Families, Fp8EngineTest,
                          testing::Values("qwen3", "phi3", "gemma2", "nf4_qwen2"));
