@@ -46,6 +46,8 @@ int main(int argc, char** argv) {
   invocation.endpoint.address = Environment("ATTUNE_COORDINATOR");
   invocation.endpoint.data_directory =
       attune::DefaultDataDirectory(std::getenv("XDG_DATA_HOME"), std::getenv("HOME"));
+  invocation.cache_directory =
+      attune::DefaultCacheDirectory(std::getenv("XDG_CACHE_HOME"), std::getenv("HOME"));
   invocation.ascii = TerminalIsAscii();
   // A reader of our output that goes away is an error of write, not a reason to die of.
   signal(SIGPIPE, SIG_IGN);

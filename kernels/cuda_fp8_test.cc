@@ -140,62 +140,97 @@ TEST_F(CudaFp8, Fp8) {
         }
         for (int64_t c = 0; c < K; ++c) x.Set(5 * (K + e) + c, 0.0), x.Set(6 * (K + e) + c, 0.0);
         for (int64_t c = K; c < K + e; ++c) x.Set(6 * (K + e) + c, 0.0);
-        ExpectGpuAsCpu("fp8 rows",
-                       {{x},
-                        {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
-                        {Tensor(DType::kF32, {M})},
-                        {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
-                        {Tensor(DType::kF32, {M})}},
-                       [&](const Exec& exec, const Views& v, Scratch&) {
-                         Fp8Quantize(exec, {.x = v[0], .e = e, .q = v[1], .scale = v[2]});
-                         Fp8Quantize(exec, Fp8QuantizeOf(v[0].Slice(1, 0, K), {v[3], v[4]}));
-                         Fp8QuantizeAdapter(exec, {.x = v[0], .e = e, .q = v[3], .scale = v[4]});
-                       });
+        ExpectGpuAsCpu(
+            "fp8 rows",
+            {{x},
+             {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
+             {Tensor(DType::kF32, {M})},
+             {Tensor(DType::kF8E4M3, {M, K + X}, 16)},
+             {Tensor(DType::kF32, {M})},
+             {Tensor(DType::kF32, {1}).Constant(K == 1024 ? 0x1p-7 : 4.0)}},
+            [&](const Exec& exec, const Views& v, Scratch&) {
+              Fp8Quantize(exec, {.x = v[0], .e = e, .room = v[5], .q = v[1], .scale = v[2]});
+              Fp8Quantize(exec, Fp8QuantizeOf(v[0].Slice(1, 0, K), {v[3], v[4]}));
+              Fp8QuantizeAdapter(exec, {.x = v[0], .e = e, .room = v[5], .q = v[3], .scale = v[4]});
+            });
       }
     }
-    for (const int64_t r : {3, 16}) {
+    for (const auto& [r, size] : {std::pair<int64_t, double>{3, 0.01}, {16, 0.01}, {16, 30.0}}) {
       const int64_t K = 112, N = 80, X = Fp8Extension(2 * r), M = 50;
       Tensor scale(DType::kF32, {K});
-      ExpectGpuAsCpu("fp8 weight",
-                     {{Random(dtype, {N, K}, 8, 0.02)},
-                      {scale.Constant(0.0)},
-                      {Tensor(DType::kF8E4M3, {N, K + X}, 16)},
-                      {Tensor(DType::kF8E4M3, {K, N + X}, 16)},
-                      {Random(dtype, {r, K})},
-                      {Random(dtype, {20, r}, 0, 0.01)},
-                      {Random(dtype, {r, K})},
-                      {Random(dtype, {25, r}, 0, 0.01)},
-                      {Random(dtype, {M, K + 2 * r}, 0, 3.0)},
-                      {Tensor(DType::kF8E4M3, {M, K + X})},
-                      {Tensor(DType::kF32, {M})},
-                      {Tensor(dtype, {M, N}, 8), 4e-3}},
-                     [&](const Exec& exec, const Views& v, Scratch& scratch) {
-                       Fp8WeightScale(exec, {.w = v[0], .scale = v[1]});
-                       const LoraExtendPart parts[] = {{v[4], v[5], 2}, {v[6], v[7], 40}};
-                       for (const bool transposed : {false, true}) {
-                         const TensorView& q = v[transposed ? 3 : 2];
-                         const int64_t columns = transposed ? N : K;
-                         Fp8QuantizeWeight(exec, {.w = v[0],
-                                                  .scale = v[1],
-                                                  .q = q.Slice(1, 0, columns),
-                                                  .transposed = transposed});
-                         Fp8Extend(exec, {.parts = parts,
-                                          .scale = v[1],
-                                          .q = q.Slice(1, columns, columns + X),
-                                          .transposed = transposed,
-                                          .factor = 0.5});
-                       }
-                       Fp8Quantize(exec, {.x = v[8], .e = 2 * r, .q = v[9], .scale = v[10]});
-                       MatMulArgs product{.a = v[9],
-                                          .b = v[2],
-                                          .d = v[11],
-                                          .trans_b = true,
-                                          .a_scale = v[10],
-                                          .b_scale = v[1].Slice(0, 0, N)};
-                       product.workspace = scratch(MatMulWorkspaceBytes(exec, product));
-                       MatMul(exec, product);
-                     });
+      ExpectGpuAsCpu(
+          "fp8 weight",
+          {{Random(dtype, {N, K}, 8, 0.02)},
+           {scale.Constant(0.0)},
+           {Tensor(DType::kF8E4M3, {N, K + X}, 16)},
+           {Tensor(DType::kF8E4M3, {K, N + X}, 16)},
+           {Random(dtype, {r, K})},
+           {Random(dtype, {20, r}, 0, size)},
+           {Random(dtype, {r, K})},
+           {Random(dtype, {25, r}, 0, size)},
+           {Random(dtype, {M, K + 2 * r}, 0, 3.0)},
+           {Tensor(DType::kF8E4M3, {M, K + X})},
+           {Tensor(DType::kF32, {M})},
+           {Tensor(dtype, {M, N}, 8), 4e-3},
+           {Tensor(DType::kF32, {2})}},
+          [&, r = r](const Exec& exec, const Views& v, Scratch& scratch) {
+            Fp8WeightScale(exec, {.w = v[0], .scale = v[1]});
+            const LoraExtendPart parts[] = {{v[4], v[5], 2}, {v[6], v[7], 40}};
+            const Fp8AdapterRoomArgs rooms = {
+                .parts = parts, .scale = v[1], .factor = 0.5, .room = v[12]};
+            Fp8AdapterRoom(exec, {&rooms, 1});
+            for (const bool transposed : {false, true}) {
+              const TensorView& q = v[transposed ? 3 : 2];
+              const int64_t columns = transposed ? N : K;
+              Fp8QuantizeWeight(exec, {.w = v[0],
+                                       .scale = v[1],
+                                       .q = q.Slice(1, 0, columns),
+                                       .transposed = transposed});
+              Fp8Extend(exec, {.parts = parts,
+                               .scale = v[1],
+                               .room = v[12].Slice(0, transposed, transposed + 1),
+                               .q = q.Slice(1, columns, columns + X),
+                               .transposed = transposed,
+                               .factor = 0.5});
+            }
+            Fp8Quantize(
+                exec,
+                {.x = v[8], .e = 2 * r, .room = v[12].Slice(0, 0, 1), .q = v[9], .scale = v[10]});
+            MatMulArgs product{.a = v[9],
+                               .b = v[2],
+                               .d = v[11],
+                               .trans_b = true,
+                               .a_scale = v[10],
+                               .b_scale = v[1].Slice(0, 0, N)};
+            product.workspace = scratch(MatMulWorkspaceBytes(exec, product));
+            MatMul(exec, product);
+          });
     }
+  }
+}
+
+// Of more weights than one launch takes, with parts of any size.
+TEST_F(CudaFp8, AdapterRoom) {
+  for (DType dtype : kDTypes) {
+    std::vector<Operand> operands;
+    for (int i = 0; i < 33; ++i) {
+      operands.push_back({Random(dtype, {1 + i % 5, 300 + 8 * i})});
+      operands.push_back({Random(dtype, {20 * i + 3, 1 + i % 5}, 0, std::exp2(i - 10))});
+      operands.push_back({Random(dtype, {1 + i % 5, 300 + 8 * i}, 0, 0.01)});
+      operands.push_back({Random(dtype, {5000, 1 + i % 5}, 0, std::exp2(i - 10))});
+      operands.push_back({Tensor(DType::kF32, {1}).Constant(0.002)});
+      operands.push_back({Tensor(DType::kF32, {2})});
+    }
+    ExpectGpuAsCpu("rooms", operands, [](const Exec& exec, const Views& v, Scratch&) {
+      std::vector<std::array<LoraExtendPart, 2>> parts;
+      std::vector<Fp8AdapterRoomArgs> all;
+      parts.reserve(v.size() / 6);
+      for (size_t i = 0; i < v.size(); i += 6) {
+        parts.push_back({{{v[i], v[i + 1], 0}, {v[i + 2], v[i + 3], v[i + 1].dim(0)}}});
+        all.push_back({.parts = parts.back(), .scale = v[i + 4], .factor = -2.0, .room = v[i + 5]});
+      }
+      Fp8AdapterRoom(exec, all);
+    });
   }
 }
 

@@ -10,7 +10,6 @@
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
-#include "kernels/optimizer/optimizer.h"
 #include "kernels/qk_norm/qk_norm.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/rope/rope.h"
@@ -512,83 +511,6 @@ TEST_F(CudaOps, DropoutDrawsTheSameMask) {
       }
     }
   }
-}
-
-TEST_F(CudaOps, Optimizer) {
-  constexpr int64_t kSizes[] = {1, 37, 8192, 20001};
-  std::vector<Operand> operands;
-  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
-  for (int i = 0; i < 60; ++i) {  // more than one launch takes
-    const int64_t n = kSizes[i % 4];
-    for (int k = 0; k < 3; ++k) operands.push_back({Random(DType::kF32, {n})});
-    Tensor v = Random(DType::kF32, {n});
-    for (int64_t e = 0; e < n; ++e) v.Set(e, std::abs(v[e]));
-    operands.push_back({v});
-  }
-  ExpectGpuAsCpu("adamw", operands, [](const Exec& exec, const Views& v, Scratch&) {
-    std::vector<AdamWTensor> tensors;
-    for (size_t i = 1; i < v.size(); i += 4) {
-      tensors.push_back(
-          {v[i], v[i + 1], v[i + 2], v[i + 3], i % 8 == 1 ? 0.1 : 0.0, i % 8 == 1 ? 4.0 : 1.0});
-    }
-    AdamW(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
-  });
-  operands[0] = {Tensor(DType::kF64, {1}), 1e-12};
-  operands.push_back({Tensor(DType::kF32, {1}), 1e-6});
-  operands.push_back({Tensor(DType::kF64, {1}), 1e-12});
-  ExpectGpuAsCpu("norm", operands, [](const Exec& exec, const Views& v, Scratch& scratch) {
-    const std::vector<TensorView> grads(v.begin() + 1, v.end() - 2);
-    GradNormArgs args{.grads = grads, .norm_sq = v[0]};
-    args.workspace = scratch(GradNormWorkspaceBytes(exec, args));
-    GradNorm(exec, args);
-    ClipScale(
-        exec,
-        {.norm_sq = v[0], .scale = v[v.size() - 2], .norm = v[v.size() - 1], .max_norm = 1.0});
-  });
-}
-
-TEST_F(CudaOps, AdamW8bit) {
-  std::vector<Operand> operands;
-  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
-  for (int i = 0; i < 50; ++i) {  // more than one launch takes
-    const int64_t n = i % 3 == 0 ? 1 : i % 3 == 1 ? 600 : 8192;
-    const int64_t blocks = AdamW8bitBlocks(n);
-    operands.push_back({Random(DType::kF32, {n})});
-    operands.push_back({Random(DType::kF32, {n})});
-    for (const int64_t factor : {37, 91}) {
-      Tensor codes(DType::kU8, {n});
-      for (int64_t e = 0; e < n; ++e) codes.Set(e, static_cast<double>(e * factor % 256));
-      operands.push_back({codes});
-    }
-    for (int k = 0; k < 2; ++k) {
-      Tensor absmax = Random(DType::kF32, {blocks});
-      for (int64_t e = 0; e < blocks; ++e) absmax.Set(e, e % 5 == 4 ? 0 : std::abs(absmax[e]));
-      operands.push_back({absmax});
-    }
-  }
-  ExpectGpuAsCpu("adamw 8-bit", operands, [](const Exec& exec, const Views& v, Scratch&) {
-    std::vector<AdamW8bitTensor> tensors;
-    for (size_t i = 1; i < v.size(); i += 6) {
-      tensors.push_back(
-          {v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], 0.1, i % 12 == 1 ? 4.0 : 1.0});
-    }
-    AdamW8bit(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
-  });
-}
-
-TEST_F(CudaOps, Lion) {
-  std::vector<Operand> operands;
-  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
-  for (int i = 0; i < 60; ++i) {
-    for (int k = 0; k < 3; ++k) operands.push_back({Random(DType::kF32, {i % 2 ? 20001 : 37})});
-  }
-  ExpectGpuAsCpu("lion", operands, [](const Exec& exec, const Views& v, Scratch&) {
-    std::vector<LionTensor> tensors;
-    for (size_t i = 1; i < v.size(); i += 3) {
-      tensors.push_back({v[i], v[i + 1], v[i + 2], 0.1, i % 6 == 1 ? 4.0 : 1.0});
-    }
-    Lion(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-3});
-  });
 }
 
 // Stacked parts in one call: more than one launch takes, and one that cannot be read in packs.

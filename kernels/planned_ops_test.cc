@@ -85,6 +85,24 @@ TEST(CudaPlan, GradNormKeepsASumPerPiece) {
   GradNorm(CudaPlan(), args);
 }
 
+TEST(CudaPlan, AdafactorKeepsSumsOfTiles) {
+  const auto tensor = [](std::initializer_list<int64_t> shape, int64_t rows) {
+    return AdafactorTensor{.param = Planned(DType::kF32, shape),
+                           .grad = Planned(DType::kF32, shape),
+                           .v_row = Planned(DType::kF32, {rows}),
+                           .v_column = Planned(DType::kF32, {130})};
+  };
+  const AdafactorTensor tensors[] = {tensor({300, 130}, 300), tensor({200000, 130}, 200000),
+                                     tensor({7}, 7)};
+  AdafactorArgs args{.tensors = tensors};
+  args.workspace = Planned(DType::kU8, {AdafactorWorkspaceBytes(CudaPlan(), args)});
+  // Of rows, columns, averages, directions and parameters: 2 x 38 tiles, 2 x 4082, and one.
+  EXPECT_EQ(args.workspace.bytes() / 8, (2 * 300 + 38 * 130 + 10 + 76 + 76) +
+                                            (2 * 200000 + 4082 * 130 + 6250 + 8164 + 8164) +
+                                            (1 + 7 + 1 + 1 + 1));
+  Adafactor(CudaPlan(), args);
+}
+
 TEST(CudaPlan, AttentionBackwardKeepsARowOfSums) {
   const TensorView q = Planned(DType::kBF16, {20, 4, 32}), k = Planned(DType::kBF16, {20, 2, 32});
   const TensorView lse = Planned(DType::kF32, {20, 4}), ints = Planned(DType::kI32, {3});

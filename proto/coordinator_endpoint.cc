@@ -52,6 +52,12 @@ absl::StatusOr<std::string> AddressFromFile(const std::string& data_directory) {
   return json["addresses"][0].get<std::string>();
 }
 
+std::string OfUser(const char* xdg, const char* home, const char* beneath_home) {
+  if (xdg != nullptr && xdg[0] == '/') return absl::StrCat(xdg, "/attune");
+  if (home != nullptr && home[0] == '/') return absl::StrCat(home, beneath_home, "/attune");
+  return "";
+}
+
 }  // namespace
 
 absl::StatusOr<CoordinatorEndpoint> FindCoordinator(const EndpointOptions& options) {
@@ -76,11 +82,11 @@ absl::StatusOr<CoordinatorEndpoint> FindCoordinator(const EndpointOptions& optio
 }
 
 std::string DefaultDataDirectory(const char* xdg_data_home, const char* home) {
-  if (xdg_data_home != nullptr && xdg_data_home[0] == '/') {
-    return absl::StrCat(xdg_data_home, "/attune");
-  }
-  if (home != nullptr && home[0] == '/') return absl::StrCat(home, "/.local/share/attune");
-  return "";
+  return OfUser(xdg_data_home, home, "/.local/share");
+}
+
+std::string DefaultCacheDirectory(const char* xdg_cache_home, const char* home) {
+  return OfUser(xdg_cache_home, home, "/.cache");
 }
 
 }  // namespace attune

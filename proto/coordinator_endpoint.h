@@ -31,5 +31,7 @@ absl::StatusOr<CoordinatorEndpoint> FindCoordinator(const EndpointOptions& optio
 // $XDG_DATA_HOME/attune, else $HOME/.local/share/attune, from the values of these variables
 // (null: unset). Empty if neither is set.
 std::string DefaultDataDirectory(const char* xdg_data_home, const char* home);
+// Of what may be lost: $XDG_CACHE_HOME/attune, else $HOME/.cache/attune; likewise.
+std::string DefaultCacheDirectory(const char* xdg_cache_home, const char* home);
 
 }  // namespace attune

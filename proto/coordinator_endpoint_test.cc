@@ -64,6 +64,8 @@ TEST(DefaultDataDirectoryTest, FollowsXdg) {
   EXPECT_EQ(DefaultDataDirectory(nullptr, "/home/a"), "/home/a/.local/share/attune");
   EXPECT_EQ(DefaultDataDirectory("relative", "/home/a"), "/home/a/.local/share/attune");
   EXPECT_EQ(DefaultDataDirectory(nullptr, nullptr), "");
+  EXPECT_EQ(DefaultCacheDirectory("/cache", "/home/a"), "/cache/attune");
+  EXPECT_EQ(DefaultCacheDirectory(nullptr, "/home/a"), "/home/a/.cache/attune");
 }
 
 }  // namespace

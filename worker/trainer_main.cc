@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "proto/coordinator_endpoint.h"
 #include "proto/job_spec.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
@@ -48,6 +49,7 @@ struct StandaloneFlags {
   std::string device = "auto";
   int samples = 2;
   std::string color = "auto";
+  std::string cache_directory;
 };
 
 struct GenerateFlags {
@@ -164,6 +166,9 @@ absl::StatusOr<v1::TrainerAssignment> StandaloneAssignment(const StandaloneFlags
   assignment.set_world_size(flags.world_size);
   assignment.set_work_directory(flags.output);
   assignment.set_checkpoint_directory(flags.resume);
+  if (!flags.cache_directory.empty()) {
+    assignment.set_digest_cache(flags.cache_directory + "/digests.json");
+  }
   return assignment;
 }
 
@@ -500,13 +505,15 @@ void AddStandaloneFlags(CLI::App* app, StandaloneFlags* flags) {
   app->add_option("--threads", flags->threads, "CPU threads [cores / world size]");
 }
 
-// `cuda_library_directories`: as in PATH; may be null.
-int Main(int argc, char** argv, const char* cuda_library_directories) {
+// `cuda_library_directories`: as in PATH; may be null. `cache_directory`: for runs without an
+// agent.
+int Main(int argc, char** argv, const char* cuda_library_directories,
+         const std::string& cache_directory) {
   CLI::App app("attune-trainer: trains one rank of a job, or a whole job alone");
   app.require_subcommand(0, 1);
   std::string assignment;
   int channel_fd = -1;
-  StandaloneFlags flags;
+  StandaloneFlags flags{.cache_directory = cache_directory};
   GenerateFlags generate;
   std::vector<std::string> directories;
   app.add_option("--assignment", assignment, "What the agent wants done (it starts this)");
@@ -586,5 +593,6 @@ int Main(int argc, char** argv, const char* cuda_library_directories) {
 }  // namespace attune
 
 int main(int argc, char** argv) {
-  return attune::Main(argc, argv, getenv("ATTUNE_CUDA_LIBRARY_DIRS"));
+  return attune::Main(argc, argv, getenv("ATTUNE_CUDA_LIBRARY_DIRS"),
+                      attune::DefaultCacheDirectory(getenv("XDG_CACHE_HOME"), getenv("HOME")));
 }

@@ -22,6 +22,7 @@ struct Invocation {
   bool ascii = false;             // the terminal shows no UTF-8
   std::string program_directory;  // of this program
   std::string trainer;            // ATTUNE_TRAINER, or beside this program
+  std::string cache_directory;    // of this user; may be empty
   std::function<CliExit()> run;   // of the command that was chosen
 };
 

@@ -108,6 +108,9 @@ absl::StatusOr<std::unique_ptr<LocalService>> StartLocalService(const Invocation
   AgentOptions agent;
   agent.coordinator.data_directory = data_directory;
   agent.state_directory = data_directory + "/worker";
+  if (!invocation.cache_directory.empty()) {  // the state directory may go with this run
+    agent.digest_cache = invocation.cache_directory + "/digests.json";
+  }
   agent.trainer_program = invocation.trainer;
   agent.devices.cpu_slots = options.cpu_slots > 0 ? options.cpu_slots : devices;
   agent.roots = options.roots;

@@ -9,6 +9,8 @@ ATTUNE_BACKENDS(Fp8QuantizeAdapter);
 ATTUNE_BACKENDS(Fp8WeightScale);
 ATTUNE_BACKENDS(Fp8QuantizeWeight);
 ATTUNE_BACKENDS(Fp8Extend);
+void Fp8AdapterRoomCpu(const Exec& exec, std::span<const Fp8AdapterRoomArgs> all);
+void Fp8AdapterRoomCuda(const Exec& exec, std::span<const Fp8AdapterRoomArgs> all);
 
 namespace {
 
@@ -23,6 +25,7 @@ void CheckRows(const Args& args) {
   CheckSource(args.x);
   const int64_t M = args.x.dim(0), K = args.x.dim(1) - args.e;
   CHECK(args.e >= 0 && K >= 0);
+  if (args.e > 0) CheckVector(args.room, DType::kF32, 1);
   CheckMatrix(args.q, DType::kF8E4M3, M, K + Fp8Extension(args.e));
   CheckVector(args.scale, DType::kF32, M);
 }
@@ -65,6 +68,23 @@ void Fp8QuantizeWeight(const Exec& exec, const Fp8QuantizeWeightArgs& args) {
   ATTUNE_RUN(Fp8QuantizeWeight, exec, args);
 }
 
+void Fp8AdapterRoom(const Exec& exec, std::span<const Fp8AdapterRoomArgs> all) {
+  if (all.empty()) return;
+  const DType dtype = all[0].parts[0].a.dtype;
+  for (const Fp8AdapterRoomArgs& args : all) {
+    CHECK(!args.parts.empty() && args.parts.size() <= kMaxLoraParts);
+    for (const LoraExtendPart& part : args.parts) {
+      CheckSource(part.a);
+      CheckSource(part.b);
+      CHECK(part.a.dtype == dtype && part.b.dtype == dtype);
+      CHECK(part.a.contiguous() && part.b.contiguous() && part.a.SameShape(args.parts[0].a));
+    }
+    CHECK(args.scale.dtype == DType::kF32 && args.scale.dim(0) >= 1);
+    CheckVector(args.room, DType::kF32, 2);
+  }
+  ATTUNE_RUN(Fp8AdapterRoom, exec, all);
+}
+
 void Fp8Extend(const Exec& exec, const Fp8ExtendArgs& args) {
   CHECK(!args.parts.empty() && args.parts.size() <= kMaxLoraParts);
   const LoraExtendPart& first = args.parts.front();
@@ -72,6 +92,7 @@ void Fp8Extend(const Exec& exec, const Fp8ExtendArgs& args) {
   const int64_t r = first.a.dim(0), K = first.a.dim(1);
   const int64_t columns = Fp8Extension(static_cast<int64_t>(args.parts.size()) * r);
   CHECK(args.scale.dtype == DType::kF32 && args.scale.dim(0) >= 1);
+  CheckVector(args.room, DType::kF32, 1);
   CheckMatrix(args.q, DType::kF8E4M3, args.transposed ? K : args.q.dim(0), columns);
   int64_t end = 0;
   for (const LoraExtendPart& part : args.parts) {

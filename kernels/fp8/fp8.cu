@@ -25,29 +25,32 @@ struct RowsToCodes {
   Rows<const T> x;
   Rows<uint8_t> q;
   float* scale;
+  const float* room;
   int64_t rows;
   int k, e, extension;  // extension: Fp8Extension(e)
+
+  __device__ float Share() const { return e > 0 ? __frcp_rn(*room) : 0.0f; }
 };
 
-template <typename T>
-RowsToCodes<T> RowsToCodesOf(const TensorView& x, int64_t e, const TensorView& q,
-                             const TensorView& scale) {
-  return {RowsOf<const T>(x),
-          RowsOf<uint8_t>(q),
-          Data<float>(scale),
-          x.dim(0),
-          static_cast<int>(x.dim(1) - e),
-          static_cast<int>(e),
-          static_cast<int>(Fp8Extension(e))};
+// Of Fp8Quantize and Fp8QuantizeAdapter.
+template <typename T, typename Args>
+RowsToCodes<T> RowsToCodesOf(const Args& a) {
+  return {RowsOf<const T>(a.x),
+          RowsOf<uint8_t>(a.q),
+          Data<float>(a.scale),
+          a.e > 0 ? Data<const float>(a.room) : nullptr,
+          a.x.dim(0),
+          static_cast<int>(a.x.dim(1) - a.e),
+          static_cast<int>(a.e),
+          static_cast<int>(Fp8Extension(a.e))};
 }
 
 // The threads of a row put s behind its codes: this one those from `first`, `step` apart.
 template <typename T>
-__device__ void EncodeAdapter(const T* s, int e, int extension, float inverse, uint8_t* q,
-                              int first, int step) {
-  const float own = __fmul_rn(inverse, 1.0f / kFp8AdapterRoom);
+__device__ void EncodeAdapter(const T* s, int e, int extension, float share, float inverse,
+                              uint8_t* q, int first, int step) {
   for (int j = first; j < e; j += step) {
-    const TwoCodes codes(__fmul_rn(ToFloat(s[j]), own));
+    const TwoCodes codes(__fmul_rn(__fmul_rn(ToFloat(s[j]), share), inverse));
     q[j] = q[2 * e + j] = codes.high;
     q[e + j] = codes.low;
   }
@@ -55,10 +58,10 @@ __device__ void EncodeAdapter(const T* s, int e, int extension, float inverse, u
 }
 
 template <typename T>
-__device__ float LargestOfAdapter(const T* s, int e, int first, int step) {
+__device__ float LargestOfAdapter(const T* s, int e, float share, int first, int step) {
   float largest = 0.0f;
   for (int j = first; j < e; j += step) largest = fmaxf(largest, fabsf(ToFloat(s[j])));
-  return __fmul_rn(largest, 1.0f / kFp8AdapterRoom);
+  return __fmul_rn(largest, share);
 }
 
 // A block of threads per row; with kShort one of its warps.
@@ -78,7 +81,8 @@ __global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
     held[i] = {};
     if (c < a.k) held[i] = Words<T, N>::Load(x + c);
   }
-  float largest = LargestOfAdapter(x + a.k, a.e, threadIdx.x, blockDim.x);
+  const float share = a.Share();
+  float largest = LargestOfAdapter(x + a.k, a.e, share, threadIdx.x, blockDim.x);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, held[i].Largest());
   for (int c = rest; c < a.k; c += step) {
@@ -93,7 +97,7 @@ __global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
     if (c < a.k) held[i].StoreFp8(inverse, q + c);
   }
   for (int c = rest; c < a.k; c += step) Words<T, N>::Load(x + c).StoreFp8(inverse, q + c);
-  EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, threadIdx.x, blockDim.x);
+  EncodeAdapter(x + a.k, a.e, a.extension, share, inverse, q + a.k, threadIdx.x, blockDim.x);
 }
 
 template <typename T, int N>
@@ -122,7 +126,8 @@ __global__ __launch_bounds__(kThreads) void QuantizeAdapterKernel(
   const T* x = a.x(row, 0);
   uint8_t* q = a.q(row, 0);
   float scale = a.scale[row];
-  const float wanted = Fp8ScaleOf(WarpMax(LargestOfAdapter(x + a.k, a.e, lane, 32)));
+  const float share = a.Share();
+  const float wanted = Fp8ScaleOf(WarpMax(LargestOfAdapter(x + a.k, a.e, share, lane, 32)));
   const bool again = wanted > scale;
   if (again) scale = wanted;
   const float inverse = Fp8InverseOf(scale);
@@ -133,7 +138,7 @@ __global__ __launch_bounds__(kThreads) void QuantizeAdapterKernel(
       Words<T, N>::Load(x + c).StoreFp8(inverse, q + c);
     }
   }
-  EncodeAdapter(x + a.k, a.e, a.extension, inverse, q + a.k, lane, 32);
+  EncodeAdapter(x + a.k, a.e, a.extension, share, inverse, q + a.k, lane, 32);
 }
 
 template <typename T, int N>
@@ -150,7 +155,7 @@ void DispatchRowsToCodes(const Args& a, F&& f) {
   const TensorView x = a.x.Slice(1, 0, a.x.dim(1) - a.e), q = a.q.Slice(1, 0, x.dim(1));
   DispatchCudaFloat(a.x.dtype, [&]<typename T>() {
     constexpr int kPack = kPackSize<T>;
-    const RowsToCodes<T> rows = RowsToCodesOf<T>(a.x, a.e, a.q, a.scale);
+    const RowsToCodes<T> rows = RowsToCodesOf<T>(a);
     Packable(kPack, {&x, &q}) ? f.template operator()<T, kPack>(rows)
                               : f.template operator()<T, 1>(rows);
   });
@@ -209,6 +214,80 @@ __global__ __launch_bounds__(kThreads) void QuantizeWeightKernel(Rows<const T> w
   }
 }
 
+// ---- The adapter's room: a block of threads for each weight and direction ----
+
+constexpr int kRoomBatch = 30;  // what 4 KiB of parameters hold
+
+template <typename T>
+struct Rooms {
+  struct Entry {
+    const T* a[kMaxLoraParts];
+    const T* b[kMaxLoraParts];
+    int64_t a_size, b_size[kMaxLoraParts];
+    const float* scale;
+    float* room;
+    float factor;
+    int parts;
+  };
+  Entry entry[kRoomBatch];
+};
+static_assert(sizeof(Rooms<float>) <= 4096);
+
+// Of adjacent elements, by all threads of the block.
+template <typename T>
+__device__ float LargestOf(const T* x, int64_t n) {
+  constexpr int N = kPackSize<T>;
+  const int64_t packed = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? n / N * N : 0;
+  float largest = 0.0f;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * N; i < packed; i += kMostThreads * N) {
+    largest = fmaxf(largest, Words<T, N>::Load(x + i).Largest());
+  }
+  for (int64_t i = packed + threadIdx.x; i < n; i += kMostThreads) {
+    largest = fmaxf(largest, fabsf(ToFloat(x[i])));
+  }
+  return largest;
+}
+
+template <typename T>
+__global__ __launch_bounds__(kMostThreads) void RoomKernel(const __grid_constant__ Rooms<T> rooms) {
+  const typename Rooms<T>::Entry& x = rooms.entry[blockIdx.x];
+  const bool beside_w = blockIdx.y == 0;
+  float largest = 0.0f;
+  for (int p = 0; p < x.parts; ++p) {
+    largest =
+        fmaxf(largest, beside_w ? LargestOf(x.b[p], x.b_size[p]) : LargestOf(x.a[p], x.a_size));
+  }
+  largest = BlockMax(largest);
+  if (threadIdx.x != 0) return;
+  if (beside_w) largest = __fmul_rn(fabsf(x.factor), largest);
+  x.room[blockIdx.y] = Fp8RoomOf(largest, *x.scale);
+}
+
+template <typename T>
+void FindRooms(std::span<const Fp8AdapterRoomArgs> all, cudaStream_t stream) {
+  Rooms<T> rooms{};
+  unsigned count = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Fp8AdapterRoomArgs& a = all[i];
+    typename Rooms<T>::Entry& x = rooms.entry[count++];
+    x.parts = static_cast<int>(a.parts.size());
+    for (int p = 0; p < x.parts; ++p) {
+      x.a[p] = Data<const T>(a.parts[p].a);
+      x.b[p] = Data<const T>(a.parts[p].b);
+      x.b_size[p] = a.parts[p].b.size();
+    }
+    x.a_size = a.parts[0].a.size();
+    x.scale = Data<const float>(a.scale);
+    x.room = Data<float>(a.room);
+    x.factor = static_cast<float>(a.factor);
+    if (count < kRoomBatch && i + 1 < all.size()) continue;
+    RoomKernel<T><<<dim3(count, 2), kMostThreads, 0, stream>>>(rooms);
+    CUDA_CHECK(cudaGetLastError());
+    count = 0;
+  }
+}
+
 // ---- The adapter's share: a thread per kColumns adjacent columns of a row, of one part ----
 
 template <typename T>
@@ -223,6 +302,7 @@ struct Extension {
   uint32_t threads;            // rows of q * parts * r / kColumns
   int64_t k;
   const float* scale;
+  const float* room;
   Rows<uint8_t> q;
   bool turned;
   float factor;
@@ -241,7 +321,7 @@ __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__
   if (thread >= x.threads) return;
   const uint32_t e = x.parts * x.r, row = thread / (e / kColumns);
   const uint32_t column = (thread - row * (e / kColumns)) * kColumns, part = column / x.r;
-  const float inverse = __fmul_rn(kFp8AdapterRoom, __frcp_rn(*x.scale));
+  const float inverse = __fmul_rn(*x.room, __frcp_rn(*x.scale));
   uint8_t* out = x.q(row, 0);
   Pack<uint8_t, kColumns> high, low;
 #pragma unroll
@@ -273,6 +353,7 @@ void Extend(const Exec& exec, const Fp8ExtendArgs& a) {
   x.columns = static_cast<uint32_t>(out.dim(1));
   x.k = a.parts[0].a.dim(1);
   x.scale = Data<const float>(a.scale);
+  x.room = Data<const float>(a.room);
   x.q = RowsOf<uint8_t>(out);
   x.factor = static_cast<float>(a.factor);
   const bool fours = x.r % 4 == 0 && Packable(4, {&out});
@@ -324,6 +405,11 @@ void Fp8QuantizeWeightCuda(const Exec& exec, const Fp8QuantizeWeightArgs& a) {
         RowsOf<const T>(a.w), N, K, Data<const float>(a.scale), RowsOf<uint8_t>(a.q), a.transposed);
   });
   CUDA_CHECK(cudaGetLastError());
+}
+
+void Fp8AdapterRoomCuda(const Exec& exec, std::span<const Fp8AdapterRoomArgs> all) {
+  DispatchCudaFloat(all[0].parts[0].a.dtype,
+                    [&]<typename T>() { FindRooms<T>(all, StreamOf(exec.stream)); });
 }
 
 void Fp8ExtendCuda(const Exec& exec, const Fp8ExtendArgs& a) {

@@ -12,10 +12,11 @@
 //   rows of activations [x | s_high | s_low | s_high | 0]
 //   rows of weights     [W | B_high | B_high | B_low | 0]
 //
-// s is computed from x, and often x's codes are made where x is (Fp8Rows), before s is known. So s
-// has room: it counts a quarter in its row's scale, s / 4 is encoded, and 4 B beside W. A row whose
-// s is more than four times as large as its x is encoded once more. B has the room that 14 leaves:
-// it may be 8 times as large as W's largest before it saturates.
+// Neither side saturates. s is computed from x, and often x's codes are made where x is (Fp8Rows),
+// before s is known. So s has room: s / room is encoded, and room * B beside W. A row whose s /
+// room is larger than its x is encoded once more. The room is 4, or as many times half of it as B
+// needs to be no larger than codes are: W's largest is put at 14, so with 4, B may be 8 times as
+// large.
 #pragma once
 
 #include <span>
@@ -27,7 +28,8 @@
 namespace attune {
 
 constexpr float kFp8WeightRange = 14.0f;
-constexpr float kFp8AdapterRoom = 4.0f;
+constexpr float kFp8MostRoom = 4.0f;
+constexpr float kFp8LeastRoom = 0x1p-100f;
 constexpr float kFp8LeastScale = 1e-30f;        // of a weight that is zero
 constexpr float kFp8LeastRowScale = 0x1p-126f;  // rows with less become zeros: 1 / scale is finite
 
@@ -42,9 +44,18 @@ constexpr int64_t Fp8Extension(int64_t e) {
   return (3 * e + 15) / 16 * 16;
 }
 
+// The room beside a weight of that scale, of an adapter whose largest is `largest`. A power of two.
+constexpr float Fp8RoomOf(float largest, float scale) {
+  const float most = Float8E4M3::kMax * scale;
+  float room = kFp8MostRoom;
+  while (room * largest > most && room > kFp8LeastRoom) room *= 0.5f;
+  return room;
+}
+
 struct Fp8QuantizeArgs {
   TensorView x;      // (M, K + e)               f32 or bf16; the last e columns are the adapter's
   int64_t e = 0;     //
+  TensorView room;   // (1)                      f32, with e > 0
   TensorView q;      // (M, K + Fp8Extension(e)) out, f8
   TensorView scale;  // (M)                      out, f32
 };
@@ -66,6 +77,7 @@ Fp8QuantizeArgs Fp8QuantizeOf(const TensorView& x, const Fp8Rows& rows);
 struct Fp8QuantizeAdapterArgs {
   TensorView x;      // (M, K + e)               f32 or bf16
   int64_t e = 0;     //
+  TensorView room;   // (1)                      f32, with e > 0
   TensorView q;      // (M, K + Fp8Extension(e)) in and out, f8
   TensorView scale;  // (M)                      in and out, f32
 };
@@ -86,11 +98,22 @@ struct Fp8QuantizeWeightArgs {
 };
 void Fp8QuantizeWeight(const Exec& exec, const Fp8QuantizeWeightArgs& args);
 
-// Puts the adapter beside the codes of a weight: 4 factor * B beside W, 4 A^T beside W^T. For
-// stacked matrices B is block-diagonal, as in kernels/lora; e = parts * r.
+// The room of each direction: of factor * B beside W, and of A^T beside W^T.
+struct Fp8AdapterRoomArgs {
+  std::span<const LoraExtendPart> parts;  // 1 to kMaxLoraParts; f32 or bf16
+  TensorView scale;                       // (>= 1) f32, of the weight
+  double factor = 1.0;
+  TensorView room;  // (2)  out, f32
+};
+// Of many weights at once, on a GPU in a few launches. One dtype.
+void Fp8AdapterRoom(const Exec& exec, std::span<const Fp8AdapterRoomArgs> all);
+
+// Puts the adapter beside the codes of a weight: room * factor * B beside W, room * A^T beside W^T.
+// For stacked matrices B is block-diagonal, as in kernels/lora; e = parts * r.
 struct Fp8ExtendArgs {
   std::span<const LoraExtendPart> parts;  // 1 to kMaxLoraParts, ascending row_begin; f32 or bf16
   TensorView scale;                       // (>= 1) f32, of the weight
+  TensorView room;                        // (1) f32, of the direction
   TensorView q;             // (N, Fp8Extension(e))  out, f8, beside W; rows may be strided
   bool transposed = false;  // q is (K, Fp8Extension(e)), beside W^T
   double factor = 1.0;

@@ -67,37 +67,40 @@ void EncodeRow(const T* x, int64_t K, float scale, Float8E4M3* q) {
   for (int64_t c = 0; c < K; ++c) q[c] = Float8E4M3(static_cast<float>(x[c]) * inverse);
 }
 
+// share: 1 / room.
 template <typename T>
-void EncodeAdapter(const T* s, int64_t e, float scale, Float8E4M3* q) {
-  const float inverse = InverseOf(scale) / kFp8AdapterRoom;
+void EncodeAdapter(const T* s, int64_t e, float share, float scale, Float8E4M3* q) {
+  const float inverse = InverseOf(scale);
   std::fill_n(q, Fp8Extension(e), Float8E4M3());
-  for (int64_t j = 0; j < e; ++j) PutRowSide(static_cast<float>(s[j]) * inverse, j, e, q);
+  for (int64_t j = 0; j < e; ++j) PutRowSide(static_cast<float>(s[j]) * share * inverse, j, e, q);
 }
 
 template <typename T>
-void QuantizeRow(const T* x, int64_t K, int64_t e, Float8E4M3* q, float* scale) {
-  *scale = ScaleOf(std::max(LargestOf(x, K), LargestOf(x + K, e) / kFp8AdapterRoom));
+void QuantizeRow(const T* x, int64_t K, int64_t e, float share, Float8E4M3* q, float* scale) {
+  *scale = ScaleOf(std::max(LargestOf(x, K), LargestOf(x + K, e) * share));
   EncodeRow(x, K, *scale, q);
-  EncodeAdapter(x + K, e, *scale, q + K);
+  EncodeAdapter(x + K, e, share, *scale, q + K);
 }
 
 template <typename T>
-void QuantizeRowAdapter(const T* x, int64_t K, int64_t e, Float8E4M3* q, float* scale) {
-  const float wanted = ScaleOf(LargestOf(x + K, e) / kFp8AdapterRoom);
+void QuantizeRowAdapter(const T* x, int64_t K, int64_t e, float share, Float8E4M3* q,
+                        float* scale) {
+  const float wanted = ScaleOf(LargestOf(x + K, e) * share);
   if (wanted > *scale) {
     *scale = wanted;
     EncodeRow(x, K, *scale, q);
   }
-  EncodeAdapter(x + K, e, *scale, q + K);
+  EncodeAdapter(x + K, e, share, *scale, q + K);
 }
 
-// Calls f(x, K, e, q, scale) for each row.
+// Calls f(x, K, e, share, q, scale) for each row.
 template <typename T, typename Args, typename F>
 void ForEachRow(const Args& a, const F& f) {
   const int64_t M = a.x.dim(0), columns = a.x.dim(1);
+  const float share = a.e > 0 ? 1.0f / *a.room.template As<float>() : 0.0f;
 #pragma omp parallel for schedule(static) if (WorthThreads(M * columns))
   for (int64_t m = 0; m < M; ++m) {
-    f(a.x.template As<T>() + m * a.x.stride(0), columns - a.e, a.e,
+    f(a.x.template As<T>() + m * a.x.stride(0), columns - a.e, a.e, share,
       a.q.template As<Float8E4M3>() + m * a.q.stride(0), a.scale.template As<float>() + m);
   }
 }
@@ -134,7 +137,7 @@ template <typename T>
 void Extend(const Fp8ExtendArgs& a) {
   const int64_t r = a.parts[0].a.dim(0), K = a.parts[0].a.dim(1);
   const int64_t e = static_cast<int64_t>(a.parts.size()) * r;
-  const float inverse = kFp8AdapterRoom / *a.scale.As<float>();
+  const float inverse = *a.room.As<float>() * (1.0f / *a.scale.As<float>());
   const float factor = static_cast<float>(a.factor);
   const bool turned = a.transposed;
   const TensorView& out = a.q;
@@ -154,6 +157,18 @@ void Extend(const Fp8ExtendArgs& a) {
       }
     }
   }
+}
+
+template <typename T>
+void FindRoom(const Fp8AdapterRoomArgs& a) {
+  float of_a = 0.0f, of_b = 0.0f;
+  for (const LoraExtendPart& part : a.parts) {
+    of_a = std::max(of_a, LargestOf<T>(part.a));
+    of_b = std::max(of_b, LargestOf<T>(part.b));
+  }
+  const float scale = *a.scale.As<float>(), factor = std::fabs(static_cast<float>(a.factor));
+  a.room.As<float>()[0] = Fp8RoomOf(factor * of_b, scale);
+  a.room.As<float>()[1] = Fp8RoomOf(of_a, scale);
 }
 
 }  // namespace
@@ -176,6 +191,12 @@ void Fp8WeightScaleCpu(const Exec& exec, const Fp8WeightScaleArgs& a) {
 
 void Fp8QuantizeWeightCpu(const Exec& exec, const Fp8QuantizeWeightArgs& a) {
   DispatchSource(a.w.dtype, [&]<typename T>() { QuantizeWeight<T>(a); });
+}
+
+void Fp8AdapterRoomCpu(const Exec& exec, std::span<const Fp8AdapterRoomArgs> all) {
+  for (const Fp8AdapterRoomArgs& a : all) {
+    DispatchSource(a.parts[0].a.dtype, [&]<typename T>() { FindRoom<T>(a); });
+  }
 }
 
 void Fp8ExtendCpu(const Exec& exec, const Fp8ExtendArgs& a) {

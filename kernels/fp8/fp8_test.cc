@@ -45,6 +45,10 @@ TEST(Fp8Test, RoundsToTheNearestValue) {
   EXPECT_TRUE(std::isnan(static_cast<float>(Float8E4M3(NAN))));
 }
 
+Tensor Room(double room) {
+  return Tensor(DType::kF32, {1}).Constant(room);
+}
+
 // The product of quantised operands is near that of the values: base as near as 8 bits are, the
 // adapter's share nearly as near as bf16.
 TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
@@ -70,7 +74,8 @@ TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
       const Tensor w8(kF8, {kN, kK + kX}, 16), w8_t(kF8, {kK, kN + kX}, 16);
       Tensor scale(DType::kF32, {kN + kK});
       scale.Constant(0.0);
-      Fp8Quantize(CpuExec(), {.x = x, .e = kE, .q = q, .scale = q_scale});
+      const Tensor room = Room(kFp8MostRoom);
+      Fp8Quantize(CpuExec(), {.x = x, .e = kE, .room = room, .q = q, .scale = q_scale});
       Fp8WeightScale(CpuExec(), {.w = w, .scale = scale});
       const LoraExtendPart parts[] = {{a0, b0, 2}, {a1, b1, 18}};
       for (const bool transposed : {false, true}) {
@@ -81,6 +86,7 @@ TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
             {.w = w, .scale = scale, .q = codes.Slice(1, 0, columns), .transposed = transposed});
         Fp8Extend(CpuExec(), {.parts = parts,
                               .scale = scale,
+                              .room = room,
                               .q = codes.Slice(1, columns, columns + kX),
                               .transposed = transposed,
                               .factor = 2.0});
@@ -116,7 +122,7 @@ TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
         }
         for (int64_t j = 0; j < kE; ++j) {
           const Tensor& a = j < kR ? a0 : a1;
-          const double want = kFp8AdapterRoom * a[(j % kR) * kK + k] / scale[0];
+          const double want = kFp8MostRoom * a[(j % kR) * kK + k] / scale[0];
           const int64_t at = k * (kN + kX) + kN;
           EXPECT_EQ(w8_t[at + j], w8_t[at + kE + j]);
           EXPECT_NEAR(w8_t[at + j] + w8_t[at + 2 * kE + j], want, std::fabs(want) / 200 + 2e-3);
@@ -133,7 +139,9 @@ TEST(Fp8Test, OneProductHoldsBaseAndAdapter) {
 TEST(Fp8Test, TheAdapterMayComeLater) {
   constexpr int64_t kM = 40, kK = 50, kE = 7, kX = Fp8Extension(kE);
   std::mt19937_64 rng(5);
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
+  for (const auto& [dtype, room_value] :
+       {std::pair{DType::kF32, 4.0}, {DType::kBF16, 4.0}, {DType::kF32, 0x1p-9}}) {
+    const Tensor room = Room(room_value);
     Tensor x = Tensor(dtype, {kM, kK + kE}, 3).Random(&rng, 2.0);
     for (int64_t m = 0; m < kM; ++m) {  // s from much smaller to much larger than x
       for (int64_t j = 0; j < kE; ++j) {
@@ -145,10 +153,10 @@ TEST(Fp8Test, TheAdapterMayComeLater) {
     for (int64_t c = 0; c < kK; ++c) x.Set(4 * (kK + kE) + c, 0.0);
     const Tensor want(kF8, {kM, kK + kX}, 4), got(kF8, {kM, kK + kX}, 4);
     const Tensor want_scale(DType::kF32, {kM}), got_scale(DType::kF32, {kM});
-    Fp8Quantize(CpuExec(), {.x = x, .e = kE, .q = want, .scale = want_scale});
+    Fp8Quantize(CpuExec(), {.x = x, .e = kE, .room = room, .q = want, .scale = want_scale});
     Fp8Quantize(CpuExec(), Fp8QuantizeOf(x.view().Slice(1, 0, kK), {got, got_scale}));
     const std::vector<double> before = got_scale.ToVector();
-    Fp8QuantizeAdapter(CpuExec(), {.x = x, .e = kE, .q = got, .scale = got_scale});
+    Fp8QuantizeAdapter(CpuExec(), {.x = x, .e = kE, .room = room, .q = got, .scale = got_scale});
     EXPECT_EQ(got.bytes(), want.bytes());
     EXPECT_EQ(got_scale.bytes(), want_scale.bytes());
     int again = 0;
@@ -157,13 +165,73 @@ TEST(Fp8Test, TheAdapterMayComeLater) {
       for (int64_t j = 0; j < kE; ++j) {
         const int64_t at = m * (kK + kX) + kK + j;
         const double s = x[m * (kK + kE) + kK + j];
-        const double value = kFp8AdapterRoom * got_scale[m] * (got[at] + got[at + kE]);
+        const double value = room_value * got_scale[m] * (got[at] + got[at + kE]);
         EXPECT_NEAR(value, s, std::fabs(s) / 200 + got_scale[m] * 4e-3);
         EXPECT_EQ(got[at], got[at + 2 * kE]);
       }
     }
-    EXPECT_GT(again, 10);
-    EXPECT_LT(again, 25);
+    EXPECT_GT(again, room_value == 4 ? 10 : 20);
+    EXPECT_LT(again, room_value == 4 ? 25 : 35);
+  }
+}
+
+// B and A of any size beside W: as near as always, both ways.
+TEST(Fp8Test, AnAdapterLargerThanItsWeightDoesNotSaturate) {
+  constexpr int64_t kM = 20, kK = 48, kN = 40, kR = 4, kX = Fp8Extension(kR);
+  std::mt19937_64 rng(8);
+  for (const double size : {1e-3, 1.0, 1e3, 1e9}) {
+    for (const bool transposed : {false, true}) {
+      SCOPED_TRACE(std::to_string(size) + (transposed ? ", turned" : ""));
+      const int64_t in = transposed ? kN : kK, out = kN + kK - in;
+      const Tensor w = Tensor(DType::kF32, {kN, kK}).Random(&rng, 0.02),
+                   a = Tensor(DType::kF32, {kR, kK}).Random(&rng, size),
+                   b = Tensor(DType::kF32, {kN, kR}).Random(&rng, size),
+                   x = Tensor(DType::kF32, {kM, in + kR}).Random(&rng, 1.0);
+      Tensor scale(DType::kF32, {kN + kK});
+      scale.Constant(0.0);
+      Fp8WeightScale(CpuExec(), {.w = w, .scale = scale});
+      const Tensor rooms(DType::kF32, {2});
+      const LoraExtendPart part = {a, b, 0};
+      const Fp8AdapterRoomArgs of_both = {
+          .parts = {&part, 1}, .scale = scale, .factor = -3.0, .room = rooms};
+      Fp8AdapterRoom(CpuExec(), {&of_both, 1});
+      const TensorView room = rooms.view().Slice(0, transposed, transposed + 1);
+      EXPECT_EQ(rooms[transposed] == kFp8MostRoom, size < 0.01);
+      const Tensor codes(kF8, {out, in + kX}, 16), q(kF8, {kM, in + kX}, 16);
+      const Tensor q_scale(DType::kF32, {kM}), d(DType::kF32, {kM, out});
+      Fp8QuantizeWeight(
+          CpuExec(),
+          {.w = w, .scale = scale, .q = codes.view().Slice(1, 0, in), .transposed = transposed});
+      Fp8Extend(CpuExec(), {.parts = {&part, 1},
+                            .scale = scale,
+                            .room = room,
+                            .q = codes.view().Slice(1, in, in + kX),
+                            .transposed = transposed,
+                            .factor = -3.0});
+      Fp8Quantize(CpuExec(), {.x = x, .e = kR, .room = room, .q = q, .scale = q_scale});
+      MatMul(CpuExec(), {.a = q,
+                         .b = codes,
+                         .d = d,
+                         .trans_b = true,
+                         .a_scale = q_scale,
+                         .b_scale = scale.view().Slice(0, 0, out)});
+      double error = 0, norm = 0;
+      for (int64_t m = 0; m < kM; ++m) {
+        const int64_t row = m * (in + kR);
+        for (int64_t o = 0; o < out; ++o) {
+          double want = 0;
+          for (int64_t i = 0; i < in; ++i) {
+            want += x[row + i] * w[transposed ? i * kK + o : o * kK + i];
+          }
+          for (int64_t j = 0; j < kR; ++j) {
+            want += x[row + in + j] * (transposed ? a[j * kK + o] : -3.0 * b[o * kR + j]);
+          }
+          error += std::pow(d[m * out + o] - want, 2);
+          norm += std::pow(want, 2);
+        }
+      }
+      EXPECT_LT(std::sqrt(error / norm), size < 0.01 ? 0.05 : 0.01);
+    }
   }
 }
 

@@ -61,6 +61,13 @@ void Lion(const Exec& exec, const LionArgs& args) {
   ATTUNE_RUN(Lion, exec, args);
 }
 
+int64_t AdafactorWorkspaceBytes(const Exec& exec, const AdafactorArgs& args) {
+  if (exec.device == DeviceKind::kCpu) return 0;
+  int64_t sums = 0;
+  for (const AdafactorTensor& t : args.tensors) sums += AdafactorTiles::Of(t.param).sums();
+  return sums * static_cast<int64_t>(sizeof(double));
+}
+
 void Adafactor(const Exec& exec, const AdafactorArgs& args) {
   for (const AdafactorTensor& t : args.tensors) {
     const DType dtype = t.param.dtype;
@@ -73,6 +80,7 @@ void Adafactor(const Exec& exec, const AdafactorArgs& args) {
   }
   if (args.grad_scale.defined()) CheckScalar(args.grad_scale);
   CHECK(args.step >= 1 && args.clip_threshold > 0);
+  CheckWorkspace(args.workspace, AdafactorWorkspaceBytes(exec, args));
   ATTUNE_RUN(Adafactor, exec, args);
 }
 

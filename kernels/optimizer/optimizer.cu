@@ -1,17 +1,16 @@
-// Optimisers and the gradient norm on CUDA: one launch for up to kBatch tensors, whose pointers
-// travel as kernel parameters. A block of threads takes a piece of one tensor.
+// Optimisers and the gradient norm on CUDA; Adafactor has a file of its own.
 #include <cmath>
 #include <cstring>
 
-#include "kernels/core/cuda.cuh"
 #include "kernels/core/dynamic_map.h"
+#include "kernels/optimizer/batches.cuh"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/optimizer/pieces.h"
 
 namespace attune {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kOptimizerThreads;
 constexpr int kBatch = 76;       // what 4 KiB of parameters hold
 constexpr int kNormBatch = 200;  // likewise
 // Elements that a block of threads updates: few, so that multiprocessors end together.
@@ -21,15 +20,6 @@ int64_t Pieces(const TensorView& x, int64_t piece) {
   return (x.size() + piece - 1) / piece;
 }
 
-struct DeviceScalar {
-  const void* data = nullptr;
-  bool is_double = false;
-  __device__ double Read(double otherwise) const {
-    if (data == nullptr) return otherwise;
-    return is_double ? *static_cast<const double*>(data)
-                     : static_cast<double>(*static_cast<const float*>(data));
-  }
-};
 struct DeviceOutput {
   void* data;
   bool is_double;
@@ -41,22 +31,6 @@ struct DeviceOutput {
     }
   }
 };
-
-// Which tensor of the batch piece `block` belongs to; first_piece ascends. By halves: a look at a
-// parameter takes tens of cycles.
-template <typename Batch>
-__device__ int TensorOf(const Batch& batch, int64_t block) {
-  int low = 0, high = batch.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (batch.first_piece[middle] <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 struct AdamWBatch {
   float* param[kBatch];
@@ -92,7 +66,7 @@ __device__ void Update(const Batch& b, float decay, float minus_step_size, float
 }
 
 __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kUpdatePiece;
   const int64_t end = min(begin + kUpdatePiece, b.size[t]);
   float* param = b.param[t];
@@ -135,9 +109,7 @@ Batch NewBatch(const Args& a) {
   b.sqrt_correction2 = static_cast<float>(std::sqrt(correction2));
   b.eps = static_cast<float>(a.eps);
   b.lerp_from_end = b.one_minus_beta1 >= 0.5f;
-  if (a.grad_scale.defined()) {
-    b.grad_scale = {a.grad_scale.data, a.grad_scale.dtype == DType::kF64};
-  }
+  b.grad_scale = DeviceScalarOf(a.grad_scale);
   return b;
 }
 
@@ -185,7 +157,7 @@ __global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
   m_map[threadIdx.x] = maps.m[threadIdx.x];
   v_map[threadIdx.x] = maps.v[threadIdx.x];
   __syncthreads();
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t block = blockIdx.x - b.first_piece[t];
   const int64_t i = block * kBlock + threadIdx.x;
   const bool inside = i < b.size[t];
@@ -223,7 +195,7 @@ struct LionBatch {
 };
 
 __global__ __launch_bounds__(kThreads) void LionKernel(const __grid_constant__ LionBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kUpdatePiece;
   const int64_t end = min(begin + kUpdatePiece, b.size[t]);
   float *param = b.param[t], *m = b.m[t];
@@ -250,7 +222,7 @@ static_assert(sizeof(AdamWBatch) <= 4096 && sizeof(LionBatch) <= 4096 && sizeof(
 // In f64: the square of an f32 does not overflow.
 __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_constant__ NormBatch b,
                                                               double* partial) {
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
   const int64_t end = min(begin + kCudaPiece, b.size[t]);
   const float* grad = b.grad[t];
@@ -289,28 +261,6 @@ __global__ void ClipKernel(const double* norm_sq, DeviceOutput scale_out, Device
   }
   norm_out.Write(norm);
   scale_out.Write(scale);
-}
-
-// Puts `tensors` into `b` and launches it as often as it takes. fill(i, tensor) sets element i of
-// the batch and returns in how many pieces that tensor is worked on; launch(grid) runs them.
-template <int kCount, typename Batch, typename Tensors, typename Fill, typename Launch>
-void InBatches(Batch* b, const Tensors& tensors, const Fill& fill, const Launch& launch) {
-  int64_t pieces = 0;
-  const auto flush = [&] {
-    if (pieces == 0) return;
-    launch(static_cast<unsigned>(pieces));
-    CUDA_CHECK(cudaGetLastError());
-    b->count = 0;
-    pieces = 0;
-  };
-  for (const auto& tensor : tensors) {
-    const int64_t count = fill(b->count, tensor);
-    if (count == 0) continue;
-    b->first_piece[b->count++] = static_cast<int32_t>(pieces);
-    pieces += count;
-    if (b->count == kCount) flush();
-  }
-  flush();
 }
 
 }  // namespace
@@ -355,19 +305,13 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   });
 }
 
-void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
-  CHECK(false && "Adafactor has no CUDA backend: a job that wants it is refused before");
-}
-
 void LionCuda(const Exec& exec, const LionArgs& a) {
   LionBatch b{};
   b.beta1 = static_cast<float>(a.beta1);
   b.one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
   b.beta2 = static_cast<float>(a.beta2);
   b.one_minus_beta2 = static_cast<float>(1.0 - a.beta2);
-  if (a.grad_scale.defined()) {
-    b.grad_scale = {a.grad_scale.data, a.grad_scale.dtype == DType::kF64};
-  }
+  b.grad_scale = DeviceScalarOf(a.grad_scale);
   const auto fill = [&](int i, const LionTensor& t) {
     CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
     b.param[i] = Data<float>(t.param);

@@ -95,7 +95,7 @@ void Lion(const Exec& exec, const LionArgs& args);
 //   lr' = lr * max(1e-3, RMS(param)) with scale_parameter, else lr
 //   u *= lr' / max(1, RMS(u) / clip_threshold);  m = beta1 * m + (1 - beta1) * u, taken for u
 //   param = param * (1 - weight_decay * lr') - u
-// Sums are in f64. On the CPU alone: there is no CUDA backend.
+// Sums are in f64.
 struct AdafactorTensor {
   TensorView param;     // (R, C) or (N), contiguous, f32 (or f64)  in and out
   TensorView grad;      // same shape and dtype
@@ -115,7 +115,9 @@ struct AdafactorArgs {
   double decay_rate = 0.8;
   bool scale_parameter = false;
   int64_t step = 1;
+  TensorView workspace;  // (>= AdafactorWorkspaceBytes) u8
 };
+int64_t AdafactorWorkspaceBytes(const Exec& exec, const AdafactorArgs& args);
 void Adafactor(const Exec& exec, const AdafactorArgs& args);
 
 // norm_sq = sum over all tensors of the sum of squares. NaN and inf come through.

@@ -293,6 +293,8 @@ void BenchFp8(Bench* b) {
                                   .transposed = transposed});
              });
   }
+  const TensorView room = Device(DType::kF32, {1});
+  Fill(b->exec, {.x = room, .value = kFp8MostRoom});
   for (const auto& [m, k, name] : {std::tuple{kT, kC, "Fp8Quantize 8192x4112"},
                                    {kT, 6144, "Fp8Quantize 8192x6160"},
                                    {kT, kF, "Fp8Quantize 8192x14352"},
@@ -301,11 +303,12 @@ void BenchFp8(Bench* b) {
     const TensorView x = Device(DType::kBF16, {m, k + 16});
     const TensorView s = scale.Slice(0, 0, m);
     b->Bytes(name, 3.0 * m * k, [&, m = m, k = k] {
-      Fp8Quantize(b->exec, {.x = x, .e = 16, .q = rows(m, k + E), .scale = s});
+      Fp8Quantize(b->exec, {.x = x, .e = 16, .room = room, .q = rows(m, k + E), .scale = s});
     });
     if (k == kC && m == kT) {
       b->Bytes("Fp8QuantizeAdapter 8192x16 beside 4096", m * (32.0 + E + 4), [&, m = m, k = k] {
-        Fp8QuantizeAdapter(b->exec, {.x = x, .e = 16, .q = rows(m, k + E), .scale = s});
+        Fp8QuantizeAdapter(b->exec,
+                           {.x = x, .e = 16, .room = room, .q = rows(m, k + E), .scale = s});
       });
     }
     CUDA_CHECK(cudaFree(x.data));
@@ -357,6 +360,23 @@ void BenchFp8(Bench* b) {
   for (const TensorView& v : {q, x, y, gate_up, h}) CUDA_CHECK(cudaFree(v.data));
 }
 
+// Of the 128 stacks of an 8B model.
+void BenchFp8AdapterRoom(Bench* b) {
+  constexpr int64_t kStacks[][2] = {{6144, kC}, {kC, kC}, {2 * kF, kC}, {kC, kF}};
+  const TensorView scale = Device(DType::kF32, {1});
+  std::vector<LoraExtendPart> parts;
+  std::vector<Fp8AdapterRoomArgs> all;
+  double elements = 0;
+  parts.reserve(128);
+  for (int i = 0; i < 128; ++i) {
+    const auto& [n, k] = kStacks[i % 4];
+    parts.push_back({Device(DType::kBF16, {16, k}), Device(DType::kBF16, {n, 16}), 0});
+    all.push_back({.parts = {&parts.back(), 1}, .scale = scale, .room = Device(DType::kF32, {2})});
+    elements += static_cast<double>(16 * (n + k));
+  }
+  b->Bytes("Fp8AdapterRoom r 16, 8B", elements * 2, [&] { Fp8AdapterRoom(b->exec, all); });
+}
+
 void BenchNormAndRope(Bench* b) {
   const TensorView x = Device(DType::kBF16, {kT, kC}), y = Device(DType::kBF16, {kT, kC});
   const TensorView delta = Device(DType::kBF16, {kT, kC}), sum = Device(DType::kBF16, {kT, kC});
@@ -402,6 +422,24 @@ void BenchMlpAndLoss(Bench* b) {
   });
 }
 
+// On the tensors of AdamW: three passes over the gradients, one that changes the parameters.
+void BenchAdafactor(Bench* b, const std::vector<AdamWTensor>& like, double elements) {
+  std::vector<AdafactorTensor> tensors;
+  for (const AdamWTensor& t : like) {
+    tensors.push_back({.param = t.param,
+                       .grad = t.grad,
+                       .v_row = Device(DType::kF32, {t.param.dim(0)}),
+                       .v_column = Device(DType::kF32, {t.param.dim(1)})});
+    for (const TensorView& v : {tensors.back().v_row, tensors.back().v_column}) {
+      Fill(b->exec, {.x = v, .value = 1.0});
+    }
+  }
+  AdafactorArgs args{.tensors = tensors, .lr = 1e-5};
+  args.workspace = Device(DType::kU8, {AdafactorWorkspaceBytes(b->exec, args)});
+  b->Bytes("Adafactor 448 tensors, 42 M elements", elements * 20,
+           [&] { Adafactor(b->exec, args); });
+}
+
 void BenchOptimizer(Bench* b) {
   std::vector<AdamWTensor> tensors;
   std::vector<TensorView> grads;
@@ -416,6 +454,7 @@ void BenchOptimizer(Bench* b) {
   const TensorView norm = Device(DType::kF64, {1});
   b->Bytes("AdamW 448 tensors, 42 M elements", elements * 28,
            [&] { AdamW(b->exec, {.tensors = tensors, .lr = 1e-5}); });
+  BenchAdafactor(b, tensors, elements);
   GradNormArgs args{.grads = grads, .norm_sq = norm};
   args.workspace = Device(DType::kU8, {GradNormWorkspaceBytes(b->exec, args)});
   b->Bytes("GradNorm 448 tensors, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
@@ -518,6 +557,7 @@ int main(int argc, char** argv) {
   BenchGatedLoraBackward(&bench);
   BenchNf4(&bench);
   BenchFp8(&bench);
+  BenchFp8AdapterRoom(&bench);
   BenchNormAndRope(&bench);
   BenchMlpAndLoss(&bench);
   BenchOptimizer(&bench);

@@ -1,5 +1,6 @@
 """Real processes for the end-to-end tests: coordinator, agent, trainers, CLI, in a directory of
 their own. Nothing but the standard library; leaves no process behind."""
+import atexit
 import json
 import os
 import pathlib
@@ -13,6 +14,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 BIN = pathlib.Path(os.environ.get("ATTUNE_BIN_DIR", ROOT / "build/release/bin"))
 MODEL = ROOT / "examples/quickstart/model"
 DATA = ROOT / "examples/quickstart/data"
+
+# What trainers and `attune local` keep in a user's cache directory goes with the test.
+if "XDG_CACHE_HOME" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="attune-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 FINAL = {"JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED"}
 

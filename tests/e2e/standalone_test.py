@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """attune-trainer alone, as docs/trainer.md says: a job from a spec, two ranks on one machine, and a
 run that is interrupted and resumed. Files are compared byte for byte."""
+import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import unittest
 
 from service import BIN, DATA, MODEL, wait_until
@@ -55,6 +57,34 @@ class Standalone(unittest.TestCase):
     def files(self, out):
         root = self.directory / out / f"checkpoint-{STEPS}"
         return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    def test_a_model_is_hashed_once(self):
+        cache = self.directory / "cache/attune/digests.json"
+        model = self.directory / "model"
+        shutil.copytree(MODEL, model)
+        self.spec.write_text(SPEC.replace(str(MODEL), "model"))
+
+        def digest():
+            done = subprocess.run([TRAINER, "validate", "--spec", self.spec, "--json"],
+                                  env=dict(os.environ, XDG_CACHE_HOME=str(cache.parents[1])),
+                                  stdout=subprocess.PIPE, check=True, text=True)
+            return json.loads(done.stdout)["model_digest"]
+
+        truth = digest()
+        time.sleep(2.1)  # by then the model is settled
+        self.assertEqual(digest(), truth)
+        weights = model / "model.safetensors"
+        kept = json.loads(cache.read_text())
+        entry = kept["files"][str(weights.resolve())]
+        self.assertEqual(entry["sha256"], hashlib.sha256(weights.read_bytes()).hexdigest())
+        # What the cache says is taken, until the file changes.
+        entry["sha256"] = "0" * 64
+        cache.write_text(json.dumps(kept))
+        lie = digest()
+        self.assertNotEqual(lie, truth)
+        self.assertEqual(digest(), lie)
+        os.utime(weights)
+        self.assertEqual(digest(), truth)
 
     def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(self):
         self.end(self.start("whole", "--threads", 1), "whole")

@@ -38,6 +38,10 @@ echo "== early stopping golden file"
 "$python" tests/parity/early_stopping/make_golden.py --out "$scratch/early_stopping.json"
 cmp "$scratch/early_stopping.json" tests/parity/early_stopping/golden.json
 
+echo "== merge golden file"
+"$python" tests/parity/merge/check_merge.py --golden "$scratch/merge.json"
+cmp "$scratch/merge.json" tests/parity/merge/golden.json
+
 echo "== optimiser golden file"
 "$python" tests/parity/optimizer/make_golden.py --out "$scratch/optimizer.json"
 cmp "$scratch/optimizer.json" tests/parity/optimizer/golden.json

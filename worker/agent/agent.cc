@@ -138,7 +138,8 @@ absl::Status Agent::Open() {
   context_.trainer_program = options_.trainer_program;
   context_.environment = options_.environment;
   context_.bind_address = options_.bind_address;
-  context_.digest_cache = state + "/digests.json";
+  context_.digest_cache =
+      options_.digest_cache.empty() ? state + "/digests.json" : options_.digest_cache;
   context_.post = [this](std::function<void()> f) { Post(std::move(f)); };
   context_.send = [this](v1::WorkerMessage message) {
     if (stream_ != 0 && session_ != nullptr) session_->Send(stream_, std::move(message));

@@ -34,6 +34,7 @@ namespace attune {
 struct AgentOptions {
   EndpointOptions coordinator;
   std::string state_directory;
+  std::string digest_cache;  // of models (worker/io/digest_cache.h) [STATE-DIRECTORY/digests.json]
   std::string trainer_program;
   std::vector<std::string> roots;
   DeviceOptions devices;

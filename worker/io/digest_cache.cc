@@ -6,6 +6,7 @@
 #include <atomic>
 #include <climits>
 #include <cstdlib>
+#include <filesystem>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -118,6 +119,10 @@ absl::StatusOr<std::string> DigestCache::Sha256Hex(const std::string& file) {
 
 absl::Status DigestCache::Save() {
   if (path_.empty() || found_.empty()) return absl::OkStatus();
+  const std::string directory = std::filesystem::path(path_).parent_path().string();
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) return FileError(error.value(), "mkdir", directory);
   entries_ = Read(path_);
   for (const auto& [file, entry] : found_) entries_[file] = entry;
   found_.clear();

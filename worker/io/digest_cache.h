@@ -38,7 +38,7 @@ class DigestCache {
   absl::StatusOr<std::vector<std::string>> Sha256HexOfAll(const std::vector<std::string>& files);
 
   // Writes what was found anew, and drops files that are no longer there. Does nothing where
-  // nothing is new.
+  // nothing is new. Makes the cache's directory.
   absl::Status Save();
 
   struct Entry {

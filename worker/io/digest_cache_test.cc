@@ -49,6 +49,13 @@ class DigestCacheTest : public testing::Test {
   std::string directory_, file_, cache_;
 };
 
+TEST_F(DigestCacheTest, MakesItsDirectory) {
+  cache_ = directory_ + "/not/yet/digests.json";
+  EXPECT_EQ(Digest(file_), True("weights"));
+  PlantLie("weights");
+  EXPECT_EQ(Digest(file_), kLie);
+}
+
 TEST_F(DigestCacheTest, ASecondProcessDoesNotHashAgain) {
   EXPECT_EQ(Digest(file_), True("weights"));
   PlantLie("weights");

@@ -100,6 +100,8 @@ struct TransformerBlock {
   TensorView post_attention_norm, post_mlp_norm;  // (C)  with post_norms
   TensorView q_norm, k_norm;                      // (D)  with qk_norm
   LoraLinear qkv, o, gate_up, down;
+  std::array<LoraLinear*, 4> linears() { return {&qkv, &o, &gate_up, &down}; }
+  std::array<const LoraLinear*, 4> linears() const { return {&qkv, &o, &gate_up, &down}; }
   int64_t mlp_tile = 0;  // rows of the MLP's tiles; 0: all at once
 
   // Bytes of one group of T tokens, and the views of `saved` in such a piece of memory (u8; null
@@ -170,6 +172,10 @@ struct TransformerBlock {
   // y as Normalise gave it, from its sum.
   void NormaliseAgain(const LayerContext& ctx, const TensorView& x, const TensorView& w,
                       const TensorView& rstd, const TensorView& y, const Fp8Rows& codes = {}) const;
+  LoraLinear::NormedInput Normed(const TensorView& x, const TensorView& w,
+                                 const TensorView& rstd) const {
+    return {.stream = x, .w = w, .rstd = rstd, .weight_offset = shape.norm_weight_offset};
+  }
   void NormaliseBackward(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
                          const TensorView& w, const TensorView& rstd, const TensorView& dresidual,
                          const TensorView& dx) const;

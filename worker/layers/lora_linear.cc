@@ -6,6 +6,8 @@
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/lora/lora.h"
+#include "kernels/lora/normed_gradient.h"
+#include "kernels/rms_norm/rms_norm.h"
 #include "worker/layers/weight_prefetcher.h"
 
 namespace attune {
@@ -46,23 +48,34 @@ TensorView LoraLinear::RowsOf(const LoraPart& adapter, const TensorView& expansi
   return Columns(expansion.Slice(0, begin, begin + w->part_rows(adapter.part)), 0, w->in());
 }
 
-void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
-                        const TensorView& expansion) const {
-  LoraExtendPart parts[kMaxLoraParts];
+std::array<LoraExtendPart, kMaxLoraParts> LoraLinear::ExtendParts() const {
+  std::array<LoraExtendPart, kMaxLoraParts> parts;
   CHECK(adapters.size() <= kMaxLoraParts);
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].a, adapters[i].b, w->row_begin(adapters[i].part)};
   }
+  return parts;
+}
+
+TensorView LoraLinear::RoomOf(Direction direction) const {
+  const int64_t i = static_cast<int64_t>(direction);
+  return room.Slice(0, i, i + 1);
+}
+
+void LoraLinear::Extend(const LayerContext& ctx, Direction direction,
+                        const TensorView& expansion) const {
+  const std::array<LoraExtendPart, kMaxLoraParts> parts = ExtendParts();
   const bool backward = direction == Direction::kBackward;
   if (w->fp8()) {
     return Fp8Extend(
-        ctx.exec, {.parts = {parts, adapters.size()},
+        ctx.exec, {.parts = {parts.data(), adapters.size()},
                    .scale = w->scale(),
+                   .room = RoomOf(direction),
                    .q = Columns(expansion, backward ? w->rows() : w->in(), Fp8Extension(columns())),
                    .transposed = backward,
                    .factor = scale});
   }
-  LoraExtend(ctx.exec, {.parts = {parts, adapters.size()},
+  LoraExtend(ctx.exec, {.parts = {parts.data(), adapters.size()},
                         .w = expansion,
                         .scale = scale,
                         .beside = !backward,
@@ -330,10 +343,11 @@ void LoraLinear::MultiplyFp8(const LayerContext& ctx, Direction direction, const
                              int64_t e, const Fp8Rows& codes, const TensorView& y) const {
   ArenaScope scope(ctx.arena);
   const Fp8Rows to = codes.defined() ? codes : CodesScratch(ctx, direction, x.dim(0), e);
+  const TensorView beside = e > 0 ? RoomOf(direction) : TensorView();
   if (!codes.defined()) {
-    Fp8Quantize(ctx.exec, {.x = x, .e = e, .q = to.q, .scale = to.scale});
+    Fp8Quantize(ctx.exec, {.x = x, .e = e, .room = beside, .q = to.q, .scale = to.scale});
   } else if (e > 0) {
-    Fp8QuantizeAdapter(ctx.exec, {.x = x, .e = e, .q = to.q, .scale = to.scale});
+    Fp8QuantizeAdapter(ctx.exec, {.x = x, .e = e, .room = beside, .q = to.q, .scale = to.scale});
   }
   MatMul(ctx, {.a = to.q,
                .b = Columns(Expand(ctx, direction), 0, to.q.dim(1)),
@@ -453,6 +467,29 @@ void LoraLinear::BackwardWithInput(const LayerContext& ctx, const TensorView& dy
                  .alpha = output_scale,
                  .beta = 1});
   }
+}
+
+void LoraLinear::BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds,
+                                   const NormedInput& x, const TensorView& s) const {
+  if (adapters.empty()) return;
+  ArenaScope scope(ctx.arena);
+  if (ctx.dropout.p > 0 || IsDora()) {
+    const TensorView n = ctx.Scratch({x.stream.dim(0), w->in()});
+    RmsNormRebuild(
+        ctx.exec,
+        {.x = x.stream, .rstd = x.rstd, .w = x.w, .y = n, .weight_offset = x.weight_offset});
+    return BackwardWithInput(ctx, dy_ds, n, s);
+  }
+  NormedGradientArgs args{.ds = Columns(dy_ds, w->rows(), columns()),
+                          .x = x.stream,
+                          .rstd = x.rstd,
+                          .w = x.w,
+                          .da = da,
+                          .weight_offset = x.weight_offset,
+                          .scale = output_scale};
+  args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                       NormedGradientWorkspaceBytes(ctx.exec, args));
+  NormedGradient(ctx.exec, args);
 }
 
 }  // namespace attune

@@ -18,6 +18,7 @@
 // before, and the adapter rides along.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "kernels/fp8/fp8.h"
@@ -67,11 +68,15 @@ struct LoraLinear {
   double scale = 0;
   double output_scale = 1;
   TensorView bias;  // (N) in the dtype of products, optional
+  // With products of 8 bits, the adapter's room in each direction, as of the model's last refresh.
+  TensorView room;  // (2) f32
 
   // E; 0 without adapters.
   int64_t extension() const;
   // Those of the E that are used: parts * r.
   int64_t columns() const { return static_cast<int64_t>(adapters.size()) * r; }
+  // The adapters as the ops on expansions take them; as many as there are.
+  std::array<LoraExtendPart, kMaxLoraParts> ExtendParts() const;
 
   // Scratch for the codes of M rows of x, or of dy, to be filled by the op that makes these rows.
   // Undefined where products are not of 8 bits, and with dropout, where it would add to the peak.
@@ -97,6 +102,16 @@ struct LoraLinear {
   void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
                          const TensorView& s) const;
 
+  // The same where x = rstd o stream o (w + weight_offset), a norm's output.
+  struct NormedInput {
+    TensorView stream;  // (M, K)
+    TensorView w;       // (K)
+    TensorView rstd;    // (M)
+    double weight_offset = 0;
+  };
+  void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const NormedInput& x,
+                         const TensorView& s) const;
+
   // Expands the weight for all products with *ctx from now on, in scratch of the caller's
   // ArenaScope; *held outlives their use. Nothing where there is a lasting expansion, or the
   // prefetcher, which expands beside the products.
@@ -106,7 +121,7 @@ struct LoraLinear {
   void FillExpansion(const LayerContext& ctx, Direction direction,
                      const TensorView& expansion) const;
   // What is derived from the adapter: its share of lasting expansions, and DoRA's factors. After
-  // every change of it.
+  // every change of it, and behind the making of its room.
   void Refresh(const LayerContext& ctx) const;
   // DoRA's magnitudes as they start: the lengths of W's rows.
   void ResetMagnitudes(const LayerContext& ctx) const;
@@ -129,6 +144,7 @@ struct LoraLinear {
   // adapter's; `codes`, if there are, are those of the others.
   void MultiplyFp8(const LayerContext& ctx, Direction direction, const TensorView& x, int64_t e,
                    const Fp8Rows& codes, const TensorView& y) const;
+  TensorView RoomOf(Direction direction) const;
   // Memory for the codes of rows with e columns of the adapter's.
   Fp8Rows CodesScratch(const LayerContext& ctx, Direction direction, int64_t rows, int64_t e) const;
   // W_p of an expansion.

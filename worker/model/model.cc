@@ -215,6 +215,10 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
       block.down.bias = dense({C});
     }
     block.o.output_scale = block.down.output_scale = config.residual_scale;
+    for (LoraLinear* linear : block.linears()) {
+      if (!options.fp8 || linear->adapters.empty()) continue;
+      linear->room = ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kAdapter, DType::kF32, {2});
+    }
     if (!options.prefetch) continue;
     for (const FrozenMatrix* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) {
       if (matrix->expanded()) continue;
@@ -316,8 +320,7 @@ void Model::Adapt(const LayerContext& ctx, const AdapterSet& adapters, int64_t l
   for (const AdapterEntry& entry : layout.entries) {
     if (entry.layer != layer) continue;
     const LinearPlace place = PlaceOf(entry.linear);
-    LoraLinear* const matrices[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
-    LoraLinear* linear = matrices[place.matrix];
+    LoraLinear* linear = block.linears()[place.matrix];
     linear->r = layout.r;
     linear->scale = layout.scale();
     LoraPart part = {.part = place.part,
@@ -403,7 +406,7 @@ absl::Status Model::LoadBlock(const LayerContext& ctx, const WeightNames& names,
   }
   BlockWeights& weights = weights_[layer];
   FrozenMatrix* const matrices[] = {&weights.qkv, &weights.o, &weights.gate_up, &weights.down};
-  const LoraLinear* const linears[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
+  const auto linears = block.linears();
   for (int i = 0; i < 4; ++i) {
     ArenaScope scope(ctx.arena);
     matrices[i]->BeginLoad(ctx);
@@ -498,12 +501,29 @@ int64_t Model::GateUpBytes(const LayerContext& ctx, int64_t tokens) const {
   return most;
 }
 
+// All at once: of one, it would be a short operation for a GPU.
+void Model::MakeRooms(const LayerContext& ctx) const {
+  std::vector<std::array<LoraExtendPart, kMaxLoraParts>> parts;
+  std::vector<Fp8AdapterRoomArgs> all;
+  parts.reserve(4 * blocks_.size());  // spans of it stay
+  for (const TransformerBlock& block : blocks_) {
+    for (const LoraLinear* linear : block.linears()) {
+      if (!linear->room.defined()) continue;
+      parts.push_back(linear->ExtendParts());
+      all.push_back({.parts = {parts.back().data(), linear->adapters.size()},
+                     .scale = linear->w->scale(),
+                     .factor = linear->scale,
+                     .room = linear->room});
+    }
+  }
+  Fp8AdapterRoom(ctx.exec, all);
+}
+
 void Model::RefreshLinears(const LayerContext& ctx) const {
   if (adapters_ == nullptr || adapters_->version() == refreshed_version_) return;
+  MakeRooms(ctx);
   for (const TransformerBlock& block : blocks_) {
-    for (const LoraLinear* linear : {&block.qkv, &block.o, &block.gate_up, &block.down}) {
-      linear->Refresh(ctx);
-    }
+    for (const LoraLinear* linear : block.linears()) linear->Refresh(ctx);
   }
   refreshed_version_ = adapters_->version();
 }

@@ -124,6 +124,7 @@ class Model {
   void Adapt(const LayerContext& ctx, const AdapterSet& adapters, int64_t layer);
   double EmbeddingScale(const LayerContext& ctx) const;
   void Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const;
+  void MakeRooms(const LayerContext& ctx) const;
   void RefreshLinears(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;

@@ -170,17 +170,6 @@ class Reader {
   const std::string& name_;
 };
 
-absl::StatusOr<QuantState> ReadState(const Reader& reader, const Checkpoint& checkpoint,
-                                     const std::string& name) {
-  absl::StatusOr<TensorInfo> info = reader.Find(kState);
-  if (!info.ok()) return info.status();
-  if (info->dtype != DType::kU8) return reader.Error(kState, "is no JSON in U8");
-  const absl::string_view text(reinterpret_cast<const char*>(info->bytes.data()),
-                               info->bytes.size());
-  return ParseQuantState(text,
-                         absl::StrCat(checkpoint.PathOf(info->name), ": tensor ", info->name));
-}
-
 }  // namespace
 
 absl::StatusOr<QuantState> ParseQuantState(absl::string_view json, absl::string_view source) {
@@ -221,11 +210,22 @@ Nf4Weight Nf4Tensor::weight() const {
   return w;
 }
 
-absl::StatusOr<Nf4Tensor> ReadNf4Tensor(const Checkpoint& checkpoint, const std::string& name) {
+absl::StatusOr<QuantState> ReadQuantState(const Checkpoint& checkpoint, const std::string& name) {
   const Reader reader(checkpoint, name);
   if (absl::Status s = reader.Format(); !s.ok()) return s;
+  absl::StatusOr<TensorInfo> info = reader.Find(kState);
+  if (!info.ok()) return info.status();
+  if (info->dtype != DType::kU8) return reader.Error(kState, "is no JSON in U8");
+  const absl::string_view text(reinterpret_cast<const char*>(info->bytes.data()),
+                               info->bytes.size());
+  return ParseQuantState(text,
+                         absl::StrCat(checkpoint.PathOf(info->name), ": tensor ", info->name));
+}
+
+absl::StatusOr<Nf4Tensor> ReadNf4Tensor(const Checkpoint& checkpoint, const std::string& name) {
+  const Reader reader(checkpoint, name);
   Nf4Tensor out;
-  absl::StatusOr<QuantState> state = ReadState(reader, checkpoint, name);
+  absl::StatusOr<QuantState> state = ReadQuantState(checkpoint, name);
   if (!state.ok()) return state.status();
   out.state_ = *state;
   const int64_t elements = state->rows * state->columns, blocks = Nf4Blocks(elements);

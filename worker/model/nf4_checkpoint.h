@@ -51,7 +51,11 @@ class Nf4Tensor {
   std::vector<float> absmax_;  // of groups; of blocks with single quantisation
 };
 
-// The NF4 weight `name` ("X.weight"). Errors name file and tensor.
+// Of the quantised weight `name` ("X.weight"), which has to be NF4, what it was before; its numbers
+// are not read. Errors name file and tensor.
+absl::StatusOr<QuantState> ReadQuantState(const Checkpoint& checkpoint, const std::string& name);
+
+// The NF4 weight `name`, its statistics and tables read and checked.
 absl::StatusOr<Nf4Tensor> ReadNf4Tensor(const Checkpoint& checkpoint, const std::string& name);
 
 // Whether a checkpoint has the weight `name` quantised, in whatever format.

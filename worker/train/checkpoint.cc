@@ -76,7 +76,7 @@ void ForEachMonitorField(State& s, const F& f) {
   f("told_overfitting", s.told_overfitting);
   f("interval_steps", s.interval_steps);
   f("interval_loss", s.interval_loss);
-  f("last_interval_loss", s.last_interval_loss);
+  f("best_interval_loss", s.best_interval_loss);
   f("steps", s.steps);
   f("mean", s.mean);
   f("variance", s.variance);

@@ -22,7 +22,7 @@
 
 namespace attune {
 
-constexpr int kCheckpointSchemaVersion = 3;
+constexpr int kCheckpointSchemaVersion = 4;
 
 // What a resumed run needs beside weights and moments. Random numbers and the place in the data
 // are functions of (seed, step).

@@ -124,6 +124,21 @@ TEST_P(EngineCuda, DropoutGivesWhatTheCpuGives) {
   ExpectClose(Steps(golden, 2, 1e-3), cpu, 1e-5, 1e-3, "dropout, rebuilt, in tiles");
 }
 
+// The other optimisers have AdamW's buffers and arithmetic; this one sums over rows and columns.
+TEST_P(EngineCuda, AdafactorGivesWhatTheCpuGives) {
+  GoldenCase golden = Load(DType::kF32);
+  v1::OptimizerSpec* optimizer = golden.options.spec.mutable_optimizer();
+  const double weight_decay = optimizer->weight_decay();
+  optimizer->Clear();
+  optimizer->set_kind(v1::OPTIMIZER_KIND_ADAFACTOR);
+  optimizer->set_weight_decay(weight_decay);
+  optimizer->set_scale_parameter(true);
+  ApplyDefaults("golden", &golden.options.spec);
+  const Outcome cpu = Steps(golden, 3, 1e-2);
+  golden.options.device = DeviceKind::kCuda;
+  ExpectClose(Steps(golden, 3, 1e-2), cpu, 1e-5, 1e-3, "adafactor");
+}
+
 // Everything computed again, the MLPs in tiles with a smaller one at the end.
 TEST_P(EngineCuda, TilesGiveWhatTheCpuGives) {
   const Outcome cpu = Steps(Load(DType::kF32), 3, 1e-3);

@@ -544,11 +544,6 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   EngineOptions& engine = job->engine;
   const v1::JobSpec& spec = job->assignment.spec();
   if (engine.device == DeviceKind::kCpu) return Engine::Plan(engine, *job->weights);
-  if (spec.optimizer().kind() == v1::OPTIMIZER_KIND_ADAFACTOR) {
-    return absl::UnimplementedError(
-        "optimizer.kind: adafactor is built for CPUs alone; on a GPU take adamw_8bit, whose states "
-        "take a quarter of adamw's memory, or lion");
-  }
   engine.deterministic = spec.deterministic();
   const PlacementLimits limits = LimitsOf(spec.resources());
   absl::StatusOr<v1::MemoryEstimate> memory =

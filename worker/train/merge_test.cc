@@ -1,4 +1,5 @@
-// Merging against a reference in double, file by file; tests/parity/merge holds it against PEFT.
+// Merging against a reference in double, file by file, and against digests of what PEFT merges
+// (tests/parity/merge/check_merge.py).
 #include "worker/train/merge.h"
 
 #include <gmock/gmock.h>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "proto/sha256.h"
 #include "tests/parity/engine/golden_case.h"
 #include "tests/parity/engine/golden_folder.h"
 #include "worker/io/file.h"
@@ -184,6 +186,29 @@ TEST_F(MergeTest, WhatIsTrainedBesideAAndBIsMerged) {
     EXPECT_EQ(std::find(names.begin(), names.end(), "lm_head.weight") != names.end(), c.head);
     const Json config = ReadJsonFile(options.output_directory + "/config.json").value();
     EXPECT_EQ(config.value("tie_word_embeddings", true), c.tied);
+  }
+}
+
+// The bits of every tensor that is changed, in f32.
+TEST_F(MergeTest, ValuesAreThoseOfPeft) {
+  const Json golden =
+      ReadJsonFile(std::string(ATTUNE_SOURCE_DIR) + "/tests/parity/merge/golden.json").value();
+  EXPECT_GE(golden.size(), 13u);
+  for (const auto& [name, digests] : golden.items()) {
+    MergeOptions options = Options(name);
+    options.output_directory = root_ + "/" + name;
+    options.dtype = DType::kF32;
+    if (LoadGoldenCase(kGolden + name, DType::kF32).json["nf4"].get<bool>()) {
+      options.storage = WeightStorage::kNf4Double;
+    }
+    ASSERT_TRUE(Merge(options).ok());
+    const Checkpoint merged = Checkpoint::Open(options.output_directory).value();
+    EXPECT_FALSE(digests.empty());
+    for (const auto& [tensor, digest] : digests.items()) {
+      const absl::Span<const uint8_t> bytes = merged.Find(tensor).value().bytes;
+      EXPECT_EQ(Sha256Hex({reinterpret_cast<const char*>(bytes.data()), bytes.size()}), digest)
+          << name << " " << tensor;
+    }
   }
 }
 

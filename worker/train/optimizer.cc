@@ -186,15 +186,19 @@ void Optimizer::StepAdafactor(const LayerContext& ctx, const AdapterSet& adapter
         }
         if (spec_.beta1() > 0) t->m = StateOf("m", range);
       });
-  Adafactor(ctx.exec, {.tensors = tensors,
-                       .grad_scale = args.grad_scale,
-                       .lr = args.learning_rate,
-                       .beta1 = spec_.beta1(),
-                       .eps = spec_.epsilon(),
-                       .clip_threshold = spec_.clip_threshold(),
-                       .decay_rate = spec_.decay_rate(),
-                       .scale_parameter = spec_.scale_parameter(),
-                       .step = args.step});
+  AdafactorArgs adafactor = {.tensors = tensors,
+                             .grad_scale = args.grad_scale,
+                             .lr = args.learning_rate,
+                             .beta1 = spec_.beta1(),
+                             .eps = spec_.epsilon(),
+                             .clip_threshold = spec_.clip_threshold(),
+                             .decay_rate = spec_.decay_rate(),
+                             .scale_parameter = spec_.scale_parameter(),
+                             .step = args.step};
+  ArenaScope scope(ctx.arena);
+  adafactor.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                            AdafactorWorkspaceBytes(ctx.exec, adafactor));
+  Adafactor(ctx.exec, adafactor);
 }
 
 void Optimizer::StepLion(const LayerContext& ctx, const AdapterSet& adapters,

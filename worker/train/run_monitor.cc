@@ -8,10 +8,11 @@
 namespace attune {
 namespace {
 
-constexpr double kWeight = 0.1;      // of a step in the running mean
-constexpr int64_t kSettled = 20;     // steps before the running mean says anything
-constexpr double kDeviations = 6;    // that make a spike
-constexpr double kSpikePart = 0.25;  // of the mean, at least
+constexpr double kWeight = 0.1;       // of a step in the running mean
+constexpr double kFirstWeight = 0.3;  // until it has settled
+constexpr int64_t kSettled = 20;      // steps before the running mean says anything
+constexpr double kDeviations = 6;     // that make a spike
+constexpr double kSpikePart = 0.25;   // of the mean, at least
 
 }  // namespace
 
@@ -41,11 +42,11 @@ std::vector<Notice> RunMonitor::OnStep(int64_t step, double loss, double grad_no
     }
   }
   const double difference = (settled ? std::min(loss, threshold) : loss) - s.mean;
-  s.mean += kWeight * difference;
-  s.variance = (1 - kWeight) * (s.variance + kWeight * difference * difference);
+  const double weight = settled ? kWeight : kFirstWeight;
+  s.mean += weight * difference;
+  s.variance = (1 - weight) * (s.variance + weight * difference * difference);
   s.lowest_mean = std::min(s.lowest_mean, s.mean);
-  const double margin = std::max(0.5, 0.25 * std::abs(s.lowest_mean));
-  if (settled && !s.told_exploding && s.mean > s.lowest_mean + margin) {
+  if (settled && !s.told_exploding && s.mean > s.lowest_mean + Margin()) {
     s.told_exploding = true;
     notices.push_back(
         {"LOSS_EXPLODING",
@@ -54,8 +55,12 @@ std::vector<Notice> RunMonitor::OnStep(int64_t step, double loss, double grad_no
                          "(schedule.warmup_steps), and start again",
                          s.mean, step, s.lowest_mean)});
   }
-  if (s.mean < s.lowest_mean + 0.5 * margin) s.told_exploding = false;
+  if (s.mean < s.lowest_mean + 0.5 * Margin()) s.told_exploding = false;
   return notices;
+}
+
+double RunMonitor::Margin() const {
+  return std::max(0.5, 0.25 * std::abs(state_.lowest_mean));
 }
 
 RunMonitor::Verdict RunMonitor::OnEvaluation(int64_t step, double loss) {
@@ -66,13 +71,14 @@ RunMonitor::Verdict RunMonitor::OnEvaluation(int64_t step, double loss) {
   const bool first = s.evaluations == 0;
   const bool improved = first || s.best_loss - loss > early_stopping_.min_delta();
   s.without_improvement = improved ? 0 : s.without_improvement + 1;
-  const bool overfits =
-      !first && s.interval_steps > 0 && loss > s.last_loss && interval < s.last_interval_loss;
+  const bool overfits = !first && s.interval_steps > 0 && loss > s.last_loss &&
+                        interval < s.best_interval_loss && s.mean < s.lowest_mean + 0.5 * Margin();
   s.rises = overfits ? s.rises + 1 : 0;
   verdict.best = first || loss < s.best_loss;
   if (verdict.best) {
     s.best_loss = loss;
     s.best_step = step;
+    s.best_interval_loss = interval;
     s.told_overfitting = false;
   }
   if (s.rises >= 2 && !s.told_overfitting && loss > 1.01 * s.best_loss) {
@@ -87,7 +93,6 @@ RunMonitor::Verdict RunMonitor::OnEvaluation(int64_t step, double loss) {
                          loss, step, s.best_loss, s.best_step, interval, s.best_step)});
   }
   s.last_loss = loss;
-  s.last_interval_loss = interval;
   s.interval_loss = 0;
   s.interval_steps = 0;
   ++s.evaluations;

@@ -4,14 +4,15 @@
 //
 //   improvement     lowest - evaluation loss > min_delta, as transformers' EarlyStoppingCallback;
 //                   `patience` evaluations in a row without one end the run
-//   OVERFITTING     two evaluations in a row rose while the mean training loss since the one before
-//                   fell, to 1 % above the lowest. Once until there is a new lowest
+//   OVERFITTING     two evaluations in a row rose, to 1 % above the lowest, while the mean training
+//                   loss between them was below that before the lowest, and its running mean has
+//                   not risen (half of what explodes). Once until there is a new lowest
 //   LOSS_SPIKE      a training loss above its running mean by 6 deviations and by a quarter, after
 //                   20 steps; at most one in 20 steps
 //   LOSS_EXPLODING  the running mean is above its lowest by a quarter and by 0.5. Once
 //                   until it has come half the way back
-// The running mean and variance are exponential with weight 0.1; a spike counts no more than its
-// threshold.
+// The running mean and variance are exponential with weight 0.1, of the first 20 steps 0.3, in
+// which a loss may fall tenfold; later a spike counts no more than its threshold.
 #pragma once
 
 #include <cstdint>
@@ -38,12 +39,12 @@ class RunMonitor {
     double best_loss = 0;
     double last_loss = 0;
     int64_t without_improvement = 0;  // in a row
-    int64_t rises = 0;                // in a row, while training loss fell
+    int64_t rises = 0;                // in a row, while training loss was lower
     bool told_overfitting = false;
     // Training between evaluations
     int64_t interval_steps = 0;
     double interval_loss = 0;       // sum
-    double last_interval_loss = 0;  // mean of the interval before
+    double best_interval_loss = 0;  // mean of the interval before the best
     // Training
     int64_t steps = 0;
     double mean = 0;
@@ -73,6 +74,9 @@ class RunMonitor {
   void Restore(const State& state) { state_ = state; }
 
  private:
+  // How far above its lowest the running mean may be, before the run diverges.
+  double Margin() const;
+
   v1::EarlyStoppingSpec early_stopping_;
   State state_;
 };

@@ -92,6 +92,27 @@ TEST(RunMonitorTest, OverfittingIsEvaluationThatRisesWhileTrainingFalls) {
   EXPECT_THAT(Evaluate(&saw, {2, 1.8, 1.6, 1.4, 1.2}, {2.0, 2.2, 2.1, 2.3, 2.2}), IsEmpty());
 }
 
+// Losses of a real run on packs of 256 tokens, whose learning rate rose too far: it learns within
+// ten steps, diverges, and stays above, where training falls a little and evaluation rises.
+TEST(RunMonitorTest, WhatRisesInTrainingDivergesAndDoesNotOverfit) {
+  const double training[] = {8.65, 9.01, 8.32, 6.26, 4.17, 3.99, 2.43, 1.90, 0.90, 1.26,
+                             1.29, 0.76, 1.13, 4.27, 1.80, 3.94, 3.99, 6.32, 5.28, 6.77};
+  const double evaluation[] = {3.97, 2.75, 4.83, 6.72};
+  RunMonitor monitor(Patience(0));
+  std::vector<std::string> seen;
+  const auto note = [&](int step, const std::vector<Notice>& notices) {
+    for (const Notice& n : notices) seen.push_back(n.reason + "@" + std::to_string(step));
+  };
+  for (int step = 1; step <= 200; ++step) {
+    const double later = (step % 2 ? 4.5 : 4.8) - 0.0003 * step;
+    note(step, monitor.OnStep(step, step <= 20 ? training[step - 1] : later, 1));
+    if (step % 5 != 0) continue;
+    const double loss = step <= 20 ? evaluation[step / 5 - 1] : 5.2 + 0.001 * step;
+    note(step, monitor.OnEvaluation(step, loss).notices);
+  }
+  EXPECT_THAT(seen, ElementsAre("LOSS_EXPLODING@21"));
+}
+
 TEST(RunMonitorTest, TheAdviceNamesStepsAndFields) {
   RunMonitor monitor(Patience(0));
   std::vector<Notice> notices;
