@@ -191,8 +191,7 @@ __device__ int ComputeQueries(const Backward& a, QueryShared<kSteps>& shared, in
 }
 
 template <int kSteps>
-__global__ __launch_bounds__(kTileThreads,
-                             1) void QueryTilesKernel(const __grid_constant__ Backward a) {
+__device__ void RunQueries(const Backward& a) {
   auto& shared = Shared<QueryShared<kSteps>>();
   if (threadIdx.x == 0) {
     shared.own_ring.Init();
@@ -213,6 +212,15 @@ __global__ __launch_bounds__(kTileThreads,
     const int number = shared.queue.Receive(turn);
     if (number >= QueryUnit::Count(a.shape)) break;
     n = ComputeQueries<kSteps>(a, shared, turn, QueryUnit(a.shape, number), n);
+  }
+}
+template <int kSteps>
+__global__ __launch_bounds__(kTileThreads,
+                             1) void QueryTilesKernel(const __grid_constant__ Backward a) {
+  if constexpr (kWarpgroupProducts) {
+    RunQueries<kSteps>(a);
+  } else {
+    __trap();
   }
 }
 
@@ -403,8 +411,7 @@ __device__ int ComputeKeys(const Backward& a, KeyShared<kSteps>& shared, int tur
 }
 
 template <int kSteps>
-__global__ __launch_bounds__(kTileThreads,
-                             1) void KeyTilesKernel(const __grid_constant__ Backward a) {
+__device__ void RunKeys(const Backward& a) {
   using Unit = KeyUnit<KeyShared<kSteps>::kRows>;
   auto& shared = Shared<KeyShared<kSteps>>();
   if (threadIdx.x == 0) {
@@ -424,6 +431,15 @@ __global__ __launch_bounds__(kTileThreads,
     const int number = shared.queue.Receive(turn);
     if (number >= Unit::Count(a.shape)) break;
     n = ComputeKeys<kSteps>(a, shared, turn, Unit(a.shape, number), n);
+  }
+}
+template <int kSteps>
+__global__ __launch_bounds__(kTileThreads,
+                             1) void KeyTilesKernel(const __grid_constant__ Backward a) {
+  if constexpr (kWarpgroupProducts) {
+    RunKeys<kSteps>(a);
+  } else {
+    __trap();
   }
 }
 

@@ -195,8 +195,7 @@ __device__ int ComputeUnit(const Forward& a, ForwardShared<kSteps>& shared, int 
 }
 
 template <int kSteps>
-__global__ __launch_bounds__(kTileThreads,
-                             1) void ForwardTilesKernel(const __grid_constant__ Forward a) {
+__device__ void RunForward(const Forward& a) {
   auto& shared = Shared<ForwardShared<kSteps>>();
   if (threadIdx.x == 0) {
     shared.q_ring.Init();
@@ -219,12 +218,21 @@ __global__ __launch_bounds__(kTileThreads,
     n = ComputeUnit<kSteps>(a, shared, turn, QueryUnit(a.shape, number), n);
   }
 }
+template <int kSteps>
+__global__ __launch_bounds__(kTileThreads,
+                             1) void ForwardTilesKernel(const __grid_constant__ Forward a) {
+  if constexpr (kWarpgroupProducts) {
+    RunForward<kSteps>(a);
+  } else {
+    __trap();
+  }
+}
 
 }  // namespace
 
 bool TilesTake(const AttentionForwardArgs& a) {
-  return a.q.dtype == DType::kBF16 && std::max(a.q.dim(2), a.v.dim(2)) <= 256 &&
-         a.options.scale > 0.0;
+  return HasWarpgroupProducts() && a.q.dtype == DType::kBF16 &&
+         std::max(a.q.dim(2), a.v.dim(2)) <= 256 && a.options.scale > 0.0;
 }
 
 void TilesForward(const Exec& exec, const AttentionForwardArgs& a) {

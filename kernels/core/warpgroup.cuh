@@ -15,6 +15,24 @@
 
 namespace attune {
 
+// These instructions are Hopper's alone, and compiled for sm_90a alone: kernels are started where
+// HasWarpgroupProducts, and their bodies are for `if constexpr (kWarpgroupProducts)`.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kWarpgroupProducts = true;
+#else
+constexpr bool kWarpgroupProducts = false;
+#endif
+inline bool HasWarpgroupProducts() {
+  static const bool has = [] {
+    int device = 0, major = 0, minor = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return major == 9 && minor == 0;
+  }();
+  return has;
+}
+
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 2 * kPanelColumns;
 constexpr int kWarpgroup = 128;  // threads
