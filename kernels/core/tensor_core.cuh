@@ -47,7 +47,8 @@ __device__ inline void WaitFor(uint64_t* barrier, int parity) {
         : "memory");
   }
 }
-// Bulk copies and products of warpgroups from here on see what this thread has written to shared memory.
+// Bulk copies and products of warpgroups from here on see what this thread has written to shared
+// memory, and what it has waited for.
 __device__ inline void FenceBulkCopies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
