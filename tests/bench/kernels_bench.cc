@@ -496,7 +496,7 @@ void BenchOptions(Bench* b) {
   });
 
   const TensorView x = Device(DType::kBF16, {kT, kC}), z = Device(DType::kBF16, {kT, kC});
-  const TensorView index = Device(DType::kI32, {kT}), step = Device(DType::kI32, {2});
+  const TensorView index = Device(DType::kI32, {kT});
   std::vector<int32_t> order(kT);  // every row once
   for (int64_t t = 0; t < kT; ++t) order[t] = static_cast<int32_t>(t * 4099 % kT);
   CUDA_CHECK(cudaMemcpy(index.data, order.data(), kT * 4, cudaMemcpyHostToDevice));
