@@ -23,6 +23,7 @@
 #include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/lora/gated_lora_backward.h"
+#include "kernels/lora/gated_lora_forward.h"
 #include "kernels/lora/normed_gradient.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
@@ -243,6 +244,22 @@ void BenchGatedLoraBackward(Bench* b) {
     b->Bytes(c.name, 10.0 * static_cast<double>(c.T) * static_cast<double>(kF),
              [&] { GatedLoraBackward(b->exec, args); });
     for (const TensorView& view : {rows, dh, args.workspace}) CUDA_CHECK(cudaFree(view.data));
+  }
+}
+
+// GB/s of reading gate and up and writing h.
+void BenchGatedLoraForward(Bench* b) {
+  for (const int64_t T : {int64_t{16384}, int64_t{2048}}) {
+    const TensorView rows = Device(DType::kBF16, {T, 2 * kF}), h = Device(DType::kBF16, {T, kF});
+    GatedLoraForwardArgs args{.rows = rows,
+                              .h = h,
+                              .a = Device(DType::kBF16, {16, kF}),
+                              .s = Device(DType::kBF16, {T, 16})};
+    args.workspace = Device(DType::kU8, {GatedLoraForwardWorkspaceBytes(b->exec, args)});
+    b->Bytes(T == 2048 ? "GatedLoraForward 2048x14336 r 16" : "GatedLoraForward 16384x14336 r 16",
+             6.0 * static_cast<double>(T) * static_cast<double>(kF),
+             [&] { GatedLoraForward(b->exec, args); });
+    for (const TensorView& view : {rows, h, args.workspace}) CUDA_CHECK(cudaFree(view.data));
   }
 }
 
@@ -595,6 +612,7 @@ int main(int argc, char** argv) {
   MeasureRoofs(&bench);
   BenchProducts(&bench);
   BenchLoraBackward(&bench);
+  BenchGatedLoraForward(&bench);
   BenchGatedLoraBackward(&bench);
   BenchNf4(&bench);
   BenchFp8(&bench);
