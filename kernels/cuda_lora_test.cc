@@ -1,6 +1,7 @@
 // The ops of adapters on CUDA against the CPU's. Skipped, saying so, where there is no GPU.
 #include "kernels/core/op_testing_cuda.h"
 #include "kernels/lora/gated_lora_backward.h"
+#include "kernels/lora/gated_lora_forward.h"
 #include "kernels/lora/lora.h"
 #include "kernels/lora/lora_backward.h"
 #include "kernels/lora/normed_gradient.h"
@@ -171,6 +172,58 @@ TEST_F(CudaLora, GatedLoraBackward) {
           EXPECT_LE(std::abs(got[9][t * 2 * F + n] * scale - value),
                     std::max(std::abs(value) / 16, scale / 512) * 1.0001)
               << name << ", row " << t << ", column " << n;
+        }
+      }
+    }
+  }
+}
+
+// The same, forward; h may take the place of gate.
+TEST_F(CudaLora, GatedLoraForward) {
+  struct Case {
+    int64_t T, F, r, padding;
+    Activation activation = Activation::kSilu;
+    bool in_place = false;
+  };
+  for (const Case& c :
+       {Case{64, 512, 16, 0}, Case{1, 16, 8, 8}, Case{33, 1040, 16, 8, Activation::kGeluTanh},
+        Case{47, 528, 24, 8, Activation::kGeluErf, true}, Case{500, 1536, 8, 0},
+        Case{257, 4096, 16, 8, Activation::kSilu, true}, Case{2049, 2064, 16, 0},
+        Case{301, 784, 32, 16}, Case{5000, 128, 32, 0}, Case{100, 24, 16, 8}, Case{20, 96, 12, 0},
+        Case{20, 96, 40, 0}, Case{20, 96, 16, 3}}) {
+    for (DType dtype : kDTypes) {
+      if (dtype == DType::kF32 && c.T > 300) continue;
+      const int64_t E = LoraExtension(1, c.r), F = c.F;
+      const double loose = Loose(dtype);
+      const Operand rows = {Random(dtype, {c.T, 2 * F}, c.padding), c.in_place ? loose : kSameBits};
+      const std::vector<Operand> operands = {rows,
+                                             {Random(dtype, {c.r, F}, 0, 0.1)},
+                                             {Tensor(dtype, {c.T, F + E}, c.padding), loose},
+                                             {Tensor(dtype, {c.T, E}, 8), loose},
+                                             {rows.tensor, kSameBits},
+                                             {Tensor(dtype, {c.T, F}), loose}};
+      const std::string name = "gated lora forward of " + std::to_string(c.T) + " x " +
+                               std::to_string(F) + ", rank " + std::to_string(c.r) + ", " +
+                               DTypeName(dtype);
+      const auto call = [&](const Exec& exec, const Views& v, Scratch& scratch) {
+        GatedLoraForwardArgs args{.rows = v[0],
+                                  .h = c.in_place ? v[0].Slice(1, 0, F) : v[2].Slice(1, 0, F),
+                                  .a = v[1],
+                                  .s = c.in_place ? v[3] : v[2].Slice(1, F, F + E),
+                                  .activation = c.activation};
+        args.workspace = scratch(GatedLoraForwardWorkspaceBytes(exec, args));
+        GatedLoraForward(exec, args);
+        GatedActivationForward(exec, {.gate = v[4].Slice(1, 0, F),
+                                      .up = v[4].Slice(1, F, 2 * F),
+                                      .h = v[5],
+                                      .activation = c.activation});
+      };
+      ExpectGpuAsCpu(name, operands, call);
+      const std::vector<Tensor> got = RunOnGpu(operands, call);
+      const Tensor& h = got[c.in_place ? 0 : 2];
+      for (int64_t t = 0; t < c.T; ++t) {
+        for (int64_t n = 0; n < F; ++n) {
+          ASSERT_EQ(h[t * h.dim(1) + n], got[5][t * F + n]) << name << ", row " << t;
         }
       }
     }

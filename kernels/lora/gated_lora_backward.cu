@@ -1,8 +1,8 @@
 // GatedLoraBackward in one pass, on the tensor cores.
 //
 // A strip is some columns of gate and as many of up, h and dh (PassGrid). Tiles come through shared
-// memory, one ahead, by bulk copies; dgate, dup and h take the place of gate, up and dh there, and
-// the first two go back the same way. A warp has 16 or 32 columns: its shares of the gradients of
+// memory (TilePipe); dgate, dup and h take the place of gate, up and dh there, and the first two go
+// back. A warp has 16 or 32 columns: its shares of the gradients of
 // B_gate, B_up and A_down (as columns x ranks) stay in registers to the end; its share of ds of a
 // tile goes through shared memory, where the block adds up those of its warps. The sums of a strip
 // and tile (ds) and of a block (the others) go to the workspace; a second, small kernel adds them
@@ -24,18 +24,13 @@ enum { kGateTile, kUpTile, kDhTile, kTiles };
 template <int kGroups>
 struct Shape : GatedPassShape<kGroups> {
   using Pass = GatedPassShape<kGroups>;
-  static constexpr int kStages = 3;
-  // Rows in shared memory lie apart so that no two of eight share a bank.
-  static constexpr int kPitch = Pass::kColumns + 8;
+  using Pipe = TilePipe<kTiles, 2, Pass::kColumns>;
+  using Sums = WarpSums<2 * Pass::kRank>;
   static constexpr int kSPitch = Pass::kMatrices * Pass::kRank + 8;
-  static constexpr int kSumPitch = 2 * Pass::kRank;
-  static constexpr int kTileElements = kPassRows * kPitch;
   static constexpr int kSElements = kPassRows * kSPitch;
-  static constexpr int kSumElements = kPassWarps * kPassRows * kSumPitch;
-  static constexpr int kBarrierBytes = 128;
   static constexpr int kBytes =
-      kBarrierBytes + 2 * kStages * (kTiles * kTileElements + kSElements) + 4 * 2 * kSumElements;
-  static_assert(8 * kStages <= kBarrierBytes && kBytes <= 227 << 10);
+      Pipe::kBytes + 2 * Pipe::kStages * kSElements + 4 * 2 * Sums::kElements;
+  static_assert(kBytes <= 227 << 10);
 };
 
 struct Params {
@@ -59,55 +54,32 @@ struct Params {
   float scale, db_scale, down_da_scale;
 };
 
-__device__ uint32_t RoundedPair(float2 x) {
-  const __nv_bfloat162 rounded = __floats2bfloat162_rn(x.x, x.y);
-  return reinterpret_cast<const uint32_t&>(rounded);
-}
-__device__ float2 PairAsFloats(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
 template <int kGroups, Activation kActivation>
 struct Block {
   using S = Shape<kGroups>;
   static constexpr int kHalves = 2 * kGroups;                   // 8 ranks each
   static constexpr int kSCopies = S::kMatrices * S::kRank / 8;  // of 16 bytes, in a row
-  static_assert(kPassRows * kSCopies <= 12 * 32);               // the fewest threads
+  static_assert(kPassRows * kSCopies <= kPassThreads);
 
   const Params& x;
-  uint64_t* barriers;          // one per stage
-  Bf16* tiles;                 // kStages times kTiles
-  Bf16* s_tiles;               // kStages
-  float* sums;                 // two
-  int strip_begin, row_bytes;  // in gate, up and dh; of a tile's row
+  typename S::Pipe pipe;
+  Bf16* s_tiles;    // kStages
+  float* sums;      // two
+  int strip_begin;  // in gate, up and dh
   // Of this warp and thread: (column, column + 8; rank, rank + 1) of each 16 columns and 8 ranks;
   // and B, whose rows are columns of the tile.
   float gradient[S::kMatrices][S::kWarpBlocks][kHalves][4];
   uint32_t b[2][S::kWarpBlocks][kHalves][2];
 
+  // Of even and odd tiles.
+  __device__ typename S::Sums SumsOf(int tile) const {
+    return {sums + tile % 2 * S::Sums::kElements};
+  }
   __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
-  __device__ Bf16* Tile(int stage, int which) const {
-    return tiles + (stage * kTiles + which) * S::kTileElements;
-  }
 
-  __device__ Bf16* RowOf(int which, int64_t row) const {
-    if (which == kDhTile) return const_cast<Bf16*>(x.dh) + row * x.dh_stride + strip_begin;
-    return x.gate + row * x.row_stride + (which == kUpTile ? x.columns : 0) + strip_begin;
-  }
-
-  // Every warp copies a row, a lane for each of the tiles and back too: one warp would be busy with
-  // all rows as long as the others multiply.
-  __device__ void LoadTile(int tile, int stage) const {
-    const int row_begin = tile * kPassRows, thread = threadIdx.x, which = thread % 32;
-    if (which < kTiles) {
-      const int row = thread / 32, bytes = row_begin + row < x.rows ? row_bytes : 0;
-      WaitForBulkReads();
-      ExpectBytes(barriers + stage, bytes);
-      if (bytes > 0) {
-        BulkCopy(Tile(stage, which) + row * S::kPitch, RowOf(which, row_begin + row), bytes,
-                 barriers + stage);
-      }
-    }
+  __device__ void Load(int tile, int stage) const {
+    pipe.Load(tile, stage);
+    const int row_begin = tile * kPassRows, thread = threadIdx.x;
     if (thread < kPassRows * kSCopies) {
       const int row = thread / kSCopies, c = thread % kSCopies * 8;
       const int matrix = c / S::kRank, rank = c % S::kRank;
@@ -119,26 +91,6 @@ struct Block {
                 any ? 16 : 0);
     }
     CommitCopies();
-  }
-
-  __device__ void StoreTile(int tile, int stage) const {
-    const int row_begin = tile * kPassRows, row = threadIdx.x / 32, which = threadIdx.x % 32;
-    if (which >= kDhTile || row_begin + row >= x.rows) return;
-    BulkStore(RowOf(which, row_begin + row), Tile(stage, which) + row * S::kPitch, row_bytes);
-    CommitBulkStores();
-  }
-
-  // What no copy writes must be a number: it is multiplied with zeros.
-  __device__ void Prepare() const {
-    if (threadIdx.x < S::kStages) InitBarrier(barriers + threadIdx.x, kTiles * kPassRows);
-    if (x.rows % kPassRows != 0) {
-      for (int i = threadIdx.x * 8; i < S::kStages * kTiles * S::kTileElements;
-           i += kPassThreads * 8) {
-        *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
-      }
-    }
-    FenceBarriers();
-    __syncthreads();
   }
 
   __device__ void LoadParameters() {
@@ -198,7 +150,8 @@ struct Block {
   __device__ void AddGradient(int k, const Bf16* v_tile, const Bf16* s_tile) {
     const int lane = threadIdx.x % 32;
     uint32_t v[4];
-    LoadTransposed(v, v_tile + (lane / 16 * 8 + lane % 8) * S::kPitch + k * 16 + lane / 8 % 2 * 8);
+    LoadTransposed(
+        v, v_tile + (lane / 16 * 8 + lane % 8) * S::Pipe::kPitch + k * 16 + lane / 8 % 2 * 8);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       uint32_t s[4];
@@ -209,18 +162,13 @@ struct Block {
     }
   }
 
-  // Of row `row` the columns of sums lie so that no two of four rows share a bank.
-  __device__ static int SumColumn(int row, int c) {
-    return c ^ row % 4 * 8;
-  }
-
-  __device__ void Multiply(int stage, float* sum_tile) {
+  __device__ void Multiply(const typename S::Sums& to) {
     const int lane = threadIdx.x % 32;
-    const int at = lane % 16 * S::kPitch + lane / 16 * 8;
-    const Bf16* s_tile = s_tiles + stage * S::kSElements;
-    Bf16* gate_tile = Tile(stage, kGateTile) + Column();
-    Bf16* up_tile = Tile(stage, kUpTile) + Column();
-    Bf16* dh_tile = Tile(stage, kDhTile) + Column();
+    const int at = lane % 16 * S::Pipe::kPitch + lane / 16 * 8;
+    const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
+    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile) + Column();
+    Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile) + Column();
+    Bf16* dh_tile = pipe.Tile(pipe.stage, kDhTile) + Column();
     float ds[2][kHalves][4] = {};
 #pragma unroll
     for (int k = 0; k < S::kWarpBlocks; ++k) {
@@ -252,65 +200,45 @@ struct Block {
       AddGradient<kUp>(k, up_tile, s_tile);
       AddGradient<kDown>(k, dh_tile, s_tile);
     }
-    const int row = lane / 4;
-    float* to = sum_tile + (threadIdx.x / 32 * kPassRows + row) * S::kSumPitch + lane % 4 * 2;
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        float* pair = to + SumColumn(row, p * S::kRank + half * 8);
-        *reinterpret_cast<float2*>(pair) = make_float2(ds[p][half][0], ds[p][half][1]);
-        *reinterpret_cast<float2*>(pair + 8 * S::kSumPitch) =
-            make_float2(ds[p][half][2], ds[p][half][3]);
-      }
+      for (int half = 0; half < kHalves; ++half) to.Put(p * S::kRank + half * 8, ds[p][half]);
     }
     FenceBulkCopies();
-  }
-
-  // The sums over the columns of the strip.
-  __device__ void StoreDs(int strip, int tile, const float* sum_tile) const {
-    constexpr int kWidth = 2 * S::kRank;
-    const int row_begin = tile * kPassRows;
-    for (int at = threadIdx.x; at < kPassRows * kWidth; at += kPassThreads) {
-      const int row = at / kWidth, c = at % kWidth;
-      const float* from = sum_tile + row * S::kSumPitch + SumColumn(row, c);
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kPassWarps; ++w) {
-        sum += from[w * kPassRows * S::kSumPitch];
-      }
-      if (row_begin + row >= x.rows) continue;
-      x.ds_sums[(static_cast<int64_t>(strip) * x.rows + row_begin + row) * kWidth + c] = sum;
-    }
   }
 
   __device__ void Run() {
     const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
     strip_begin = run.strip * S::kColumns;
-    row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
-    int stage = 0, turn = 0;  // the turn's parity
-    Prepare();
-    LoadTile(run.begin, 0);
+    pipe.rows = x.rows;
+    pipe.row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
+    pipe.Aim(kGateTile, x.gate + strip_begin, x.row_stride);
+    pipe.Aim(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
+    pipe.Aim(kDhTile, x.dh + strip_begin, x.dh_stride);
+    pipe.AimBack(kGateTile, x.gate + strip_begin, x.row_stride);
+    pipe.AimBack(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
+    float* ds_sums = x.ds_sums + static_cast<int64_t>(run.strip) * x.rows * 2 * S::kRank;
+    pipe.Prepare();
+    Load(run.begin, 0);
     LoadParameters();
     for (int tile = run.begin; tile < run.end; ++tile) {
       // Behind the barrier the tile before is done: its rows go back and its sums are read while
-      // this one is worked on, with sums of its own. The stage of the one before that is filled.
+      // this one is worked on.
       WaitForCopies<0>();
-      WaitFor(barriers + stage, turn);
+      pipe.Wait();
       __syncthreads();
-      const int next = stage == S::kStages - 1 ? 0 : stage + 1;
-      if (tile + 1 < run.end) LoadTile(tile + 1, next);
+      if (tile + 1 < run.end) Load(tile + 1, pipe.Next());
       if (tile > run.begin) {
-        StoreTile(tile - 1, stage == 0 ? S::kStages - 1 : stage - 1);
-        StoreDs(run.strip, tile - 1, sums + (tile - 1) % 2 * S::kSumElements);
+        pipe.Store(tile - 1, pipe.Before());
+        SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, ds_sums);
       }
-      Multiply(stage, sums + tile % 2 * S::kSumElements);
-      stage = next;
-      turn ^= stage == 0;
+      Multiply(SumsOf(tile));
+      pipe.Advance();
     }
     __syncthreads();
-    StoreTile(run.end - 1, stage == 0 ? S::kStages - 1 : stage - 1);
-    StoreDs(run.strip, run.end - 1, sums + (run.end - 1) % 2 * S::kSumElements);
+    pipe.Store(run.end - 1, pipe.Before());
+    SumsOf(run.end - 1).Store((run.end - 1) * kPassRows, x.rows, ds_sums);
     StoreGradients();
     WaitForBulkStores();
   }
@@ -321,11 +249,9 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
   using S = Shape<kGroups>;
   cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
   extern __shared__ __align__(128) unsigned char memory[];
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-  Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
-  Bf16* s_tiles = tiles + S::kStages * kTiles * S::kTileElements;
-  float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-  Block<kGroups, kActivation>{x, barriers, tiles, s_tiles, sums}.Run();
+  Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
+  float* sums = reinterpret_cast<float*>(s_tiles + S::Pipe::kStages * S::kSElements);
+  Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.Run();
 }
 
 // A thread per four elements of ds, then one per matrix, column and four ranks.

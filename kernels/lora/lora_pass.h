@@ -38,6 +38,22 @@ inline PassGrid PassGridOf(int strips, int most, int64_t tiles) {
   return best;
 }
 
+// GatedLoraForward's, with kGroups times 16 ranks; a warp has 32 columns of a strip.
+template <int kGroups>
+struct GatedForwardShape {
+  static constexpr int kRank = 16 * kGroups;
+  static constexpr int kWarpColumns = 32;
+  static constexpr int kColumns = kPassWarps * kWarpColumns;  // of a strip
+
+  static PassGrid GridOf(int64_t T, int64_t F) {
+    return PassGridOf(DivideUp(F, kColumns), 8, DivideUp(T, kPassRows));
+  }
+  // The partial sums of s, for each strip and row.
+  static int64_t Bytes(int64_t T, int64_t F) {
+    return 4 * int64_t{DivideUp(F, kColumns)} * T * kRank;
+  }
+};
+
 // GatedLoraBackward's, with kGroups times 16 ranks. A warp has 16 columns of a strip, or with one
 // group twice 16.
 template <int kGroups>

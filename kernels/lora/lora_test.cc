@@ -2,6 +2,7 @@
 
 #include "kernels/core/op_testing.h"
 #include "kernels/lora/gated_lora_backward.h"
+#include "kernels/lora/gated_lora_forward.h"
 #include "kernels/lora/lora_backward.h"
 #include "kernels/lora/normed_gradient.h"
 
@@ -209,6 +210,39 @@ TEST(NormedGradientTest, IsTheProductWithTheNormsOutput) {
     // bf16: rstd o ds is rounded once.
     ExpectClose(da, want, dtype == DType::kBF16 ? 1e-2 : Tolerance(StatisticsOf(dtype)), "da");
     da.ExpectGuardsIntact();
+  }
+}
+
+TEST(GatedLoraForwardTest, IsTheGateAndItsProductWithA) {
+  constexpr int64_t kT = 9, kF = 20, kR = 3, kE = 8;
+  std::mt19937_64 rng(14);
+  for (DType dtype : kFloatDTypes) {
+    const Tensor rows = Tensor(dtype, {kT, 2 * kF}, 3).Random(&rng),
+                 a = Tensor(dtype, {kR, kF}).Random(&rng);
+    const Tensor h_s(dtype, {kT, kF + kE}, 2), want_h(dtype, {kT, kF});
+    GatedLoraForwardArgs args{.rows = rows,
+                              .h = h_s.view().Slice(1, 0, kF),
+                              .a = a,
+                              .s = h_s.view().Slice(1, kF, kF + kE),
+                              .activation = Activation::kGeluErf};
+    const Tensor workspace = op_testing::Bytes(GatedLoraForwardWorkspaceBytes(CpuExec(), args));
+    args.workspace = workspace;
+    GatedLoraForward(CpuExec(), args);
+    GatedActivationForward(CpuExec(), {.gate = rows.view().Slice(1, 0, kF),
+                                       .up = rows.view().Slice(1, kF, 2 * kF),
+                                       .h = want_h,
+                                       .activation = Activation::kGeluErf});
+    std::vector<double> want;
+    for (int64_t t = 0; t < kT; ++t) {
+      for (int64_t n = 0; n < kF; ++n) want.push_back(want_h[t * kF + n]);
+      for (int64_t j = 0; j < kE; ++j) {
+        double sum = 0;
+        for (int64_t n = 0; n < kF && j < kR; ++n) sum += want_h[t * kF + n] * a[j * kF + n];
+        want.push_back(sum);
+      }
+    }
+    ExpectClose(h_s, want, Tolerance(dtype), "h and s");
+    h_s.ExpectGuardsIntact();
   }
 }
 

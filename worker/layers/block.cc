@@ -391,17 +391,38 @@ void TransformerBlock::ForwardMlpTile(const LayerContext& ctx, const TensorView&
     if (saved.s_gate_up.defined()) KeepS(ctx, n2, saved.s_gate_up);
   }
   const TensorView h = ctx.Scratch({T, F + down.extension()});
-  const Fp8Rows codes = down.NewCodes(ctx, Direction::kForward, T);
-  GatedActivationForward(ctx.exec, {.gate = Columns(gate_up_rows, 0, F),
-                                    .up = Columns(gate_up_rows, F, F),
-                                    .h = Columns(h, 0, F),
-                                    .activation = shape.activation,
-                                    .fp8 = codes});
-  down.Forward(ctx, h, shape.post_norms ? saved.mlp_out : out, codes);
+  ForwardGate(ctx, gate_up_rows, h, shape.post_norms ? saved.mlp_out : out);
   KeepS(ctx, h, saved.s_down);
   if (shape.post_norms) {
     Normalise(ctx, saved.mlp_out, {}, {}, post_mlp_norm, out, saved.mlp_out_rstd);
   }
+}
+
+// With codes of h, which is quantised by whole rows, s is a product of its own.
+void TransformerBlock::ForwardGate(const LayerContext& ctx, const TensorView& rows,
+                                   const TensorView& h, const TensorView& y) const {
+  const int64_t T = rows.dim(0), F = shape.intermediate;
+  const Fp8Rows codes = down.NewCodes(ctx, Direction::kForward, T);
+  if (!down.IsPlain(ctx) || codes.defined()) {
+    GatedActivationForward(ctx.exec, {.gate = Columns(rows, 0, F),
+                                      .up = Columns(rows, F, F),
+                                      .h = Columns(h, 0, F),
+                                      .activation = shape.activation,
+                                      .fp8 = codes});
+    return down.Forward(ctx, h, y, codes);
+  }
+  {
+    GatedLoraForwardArgs args{.rows = rows,
+                              .h = Columns(h, 0, F),
+                              .a = down.a,
+                              .s = Columns(h, F, down.extension()),
+                              .activation = shape.activation};
+    ArenaScope scope(ctx.arena);
+    args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                         GatedLoraForwardWorkspaceBytes(ctx.exec, args));
+    GatedLoraForward(ctx.exec, args);
+  }
+  down.ForwardWithS(ctx, h, y);
 }
 
 void TransformerBlock::Backward(const LayerContext& ctx, const PackBatch& batch,

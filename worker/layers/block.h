@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "kernels/lora/gated_lora_backward.h"
+#include "kernels/lora/gated_lora_forward.h"
 #include "worker/layers/batch.h"
 #include "worker/layers/lora_linear.h"
 
@@ -153,6 +154,9 @@ struct TransformerBlock {
   void ForwardMlp(const LayerContext& ctx, const TensorView& out, const SavedBlock& saved) const;
   void ForwardMlpTile(const LayerContext& ctx, const TensorView& out,
                       const SavedBlock& saved) const;
+  // From [gate | up] to h in [h | .], and y = the product of `down`, which puts s behind h.
+  void ForwardGate(const LayerContext& ctx, const TensorView& rows, const TensorView& h,
+                   const TensorView& y) const;
   // A product of the MLP.
   struct Use {
     const LoraLinear* linear;

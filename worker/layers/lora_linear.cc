@@ -174,22 +174,28 @@ void LoraLinear::MeasureRows(const LayerContext& ctx, const LoraPart& adapter,
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
                          const Fp8Rows& codes) const {
-  Multiply(ctx, x_s, y, codes);
+  Multiply(ctx, x_s, y, codes, /*has_s=*/false);
+  if (bias.defined()) Add(ctx.exec, {.x = bias, .y = y, .alpha = output_scale});
+}
+
+void LoraLinear::ForwardWithS(const LayerContext& ctx, const TensorView& x_s,
+                              const TensorView& y) const {
+  Multiply(ctx, x_s, y, {}, /*has_s=*/true);
   if (bias.defined()) Add(ctx.exec, {.x = bias, .y = y, .alpha = output_scale});
 }
 
 void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
-                          const Fp8Rows& codes) const {
+                          const Fp8Rows& codes, bool has_s) const {
   const int64_t K = w->in(), N = w->rows(), E = extension();
   const TensorView x = Columns(x_s, 0, K), s = Columns(x_s, K, E);
   ArenaScope scope(ctx.arena);
   if (w->fp8()) {
-    MultiplyA(ctx, x, s);
+    if (!has_s) MultiplyA(ctx, x, s);
     const TensorView used = Columns(x_s, 0, K + columns());
     return MultiplyFp8(ctx, Direction::kForward, used, columns(), codes, y);
   }
   if (Fused(ctx)) {
-    MultiplyA(ctx, x, s);
+    if (!has_s) MultiplyA(ctx, x, s);
     const TensorView w_b = Expand(ctx, Direction::kForward).Slice(0, 0, N);
     MatMul(ctx, {.a = x_s, .b = w_b, .d = y, .trans_b = true, .alpha = output_scale});
     return GiveBack(ctx);
@@ -202,7 +208,7 @@ void LoraLinear::Multiply(const LayerContext& ctx, const TensorView& x_s, const 
                .alpha = output_scale});
   const bool drops_dora = IsDora() && ctx.dropout.p > 0;  // multiplies with W once more
   if (!drops_dora) GiveBack(ctx);
-  MultiplyA(ctx, x, s);
+  if (!has_s) MultiplyA(ctx, x, s);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const LoraPart& adapter = adapters[i];
     const TensorView s_p = Columns(s, static_cast<int64_t>(i) * r, r);

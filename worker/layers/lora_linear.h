@@ -85,6 +85,8 @@ struct LoraLinear {
   // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x. `codes`: those of x, if there are.
   void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
                const Fp8Rows& codes = {}) const;
+  // The same where s is there already.
+  void ForwardWithS(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
   // [dy | .] (M, N + E) -> dx (M, K), assigned, unless undefined; ds is put behind dy. Accumulates
   // the gradient of B. s (M, E) as Forward had it. `codes`: those of dy, if there are.
   void Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
@@ -127,9 +129,9 @@ struct LoraLinear {
   void ResetMagnitudes(const LayerContext& ctx) const;
 
  private:
-  // y without the bias.
+  // y without the bias; s is put behind x first, unless it is there.
   void Multiply(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
-                const Fp8Rows& codes) const;
+                const Fp8Rows& codes, bool has_s) const;
   // dx += ds A, through the mask of dropout.
   void AddAdapterInputGradient(const LayerContext& ctx, const TensorView& ds,
                                const TensorView& dx) const;

@@ -8,7 +8,8 @@
 
 namespace attune {
 
-// Layers of each kind are chosen spread evenly; what is not named stays on the device.
+// Layers of each kind are spread evenly, but for the last two of those that travel: these stay in
+// the slots, and are the last layers. What is not named stays on the device.
 struct ActivationPolicy {
   int64_t streams_on_host = 0;      // layers whose stream, as far as it is saved, travels
   int64_t gate_ups_on_host = 0;     // layers whose gate and up travel

@@ -451,9 +451,11 @@ absl::Status Model::TakeHostMemory(const LayerContext& ctx, int64_t tokens) {
     embedding_.data = host_embedding_.data();
   }
   const Pieces pieces = TravellingPieces(ctx, tokens);
-  absl::Status status = streams_.Prepare(ctx.exec, pieces.streams);
+  Exec copies = ctx.exec;
+  if (!copies.plan) copies.stream = NewStream(copies.device);
+  absl::Status status = streams_.Prepare(copies, pieces.streams, config_.num_layers);
   if (!status.ok()) return status;
-  return gate_ups_.Prepare(ctx.exec, pieces.gate_ups);
+  return gate_ups_.Prepare(copies, pieces.gate_ups, config_.num_layers);
 }
 
 int64_t Model::HostBytes(const LayerContext& ctx, int64_t tokens) const {
@@ -581,8 +583,8 @@ void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorV
 Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedModel* saved) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
   const LayerContext ctx = BeginPass(outer);
-  streams_.BeginPass(ctx.arena, ctx.exec);
-  gate_ups_.BeginPass(ctx.arena, ctx.exec);
+  streams_.BeginPass(ctx.arena);
+  gate_ups_.BeginPass(ctx.arena);
   const TensorView delta_and_room = ctx.Saved(ctx.dtype, {T, dx_columns()});
   const TensorView delta = Columns(delta_and_room, 0, C);
   const TensorView rebuilt =
@@ -608,6 +610,8 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
     const LayerPlaces places = PlacesOf(i);
     if (places.stream_travels) streams_.EndWrite(ctx.exec, places.stream);
     if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.EndWrite(ctx.exec, places.gate_up);
+    streams_.SendShare();
+    gate_ups_.SendShare();
   }
   return {x, delta, delta_and_room};
 }
@@ -651,11 +655,11 @@ void Model::Backward(const LayerContext& outer, const PackBatch& batch, const Sa
     const LayerPlaces places = PlacesOf(i);
     // The slots are those of the forward pass, so the views still hold.
     if (places.stream_travels) streams_.BeginRead(ctx.exec, places.stream);
-    if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.BeginRead(ctx.exec, places.gate_up);
     // What the last layer did not save is still there.
     if (i + 1 < config_.num_layers) {
       blocks_[i].Rebuild(ctx, batch, places.stream_saved, saved.blocks[i]);
     }
+    if (places.gate_up_place == GateUpPlace::kHost) gate_ups_.BeginRead(ctx.exec, places.gate_up);
     const bool want_dx = i > 0 || dembedding_.defined();
     blocks_[i].Backward(ctx, batch, saved.blocks[i], dx, {.want_dx = want_dx});
     if (places.stream_travels) streams_.EndRead(ctx.exec, places.stream);

@@ -234,11 +234,19 @@ double SecondsOf(const Costs& costs, const Candidate& choice) {
   // Smaller chunks of logits read the head's table more often.
   const double head_rows =
       std::max(1.0, static_cast<double>(choice.logits_bytes) / costs.row_bytes);
-  return std::max(forward_s, copied) + std::max(backward_s, copied) + shared + costs.head +
+  // Copies begin when a layer is through, and end before the last one begins.
+  const auto beside = [&](double pass_s) {
+    return std::max(pass_s, copied + std::min(2 / L, 1.0) * pass_s);
+  };
+  return beside(forward_s) + beside(backward_s) + shared + costs.head +
          T / head_rows * costs.head_table + (choice.embedding_on_host ? costs.embedding : 0);
 }
 
 // ---- Choices ----
+
+int64_t HostBytesOf(const EngineOptions& options, const Candidate& candidate) {
+  return candidate.footprint.host + (candidate.embedding_on_host ? EmbeddingBytes(options) : 0);
+}
 
 void Apply(const Candidate& candidate, EngineOptions* options) {
   options->resident = candidate.resident;
@@ -247,6 +255,8 @@ void Apply(const Candidate& candidate, EngineOptions* options) {
   options->activations = candidate.activations;
   options->logits_bytes = candidate.logits_bytes;
 }
+
+constexpr int64_t kLogitsBytes[] = {512 << 20, 256 << 20, 128 << 20, 32 << 20};
 
 std::vector<int64_t> Steps(int64_t layers) {
   std::vector<int64_t> out;
@@ -285,11 +295,9 @@ std::vector<ActivationPolicy> Policies(int64_t L) {
 }
 
 // Every choice, the fastest first.
-std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRates& rates,
-                                  double mean_context) {
+std::vector<Candidate> Candidates(const EngineOptions& options, const SavedSizes& sizes,
+                                  const Costs& costs) {
   const int64_t T = options.spec.batch().micro_batch_tokens(), L = options.model.num_layers;
-  const SavedSizes sizes = SavedSizesOf(options);
-  const Costs costs = CostsOf(options, rates, mean_context);
   const bool nf4 = IsNf4(options), table_may_go = EmbeddingBytes(options) > 0;
   std::vector<Candidate> out;
   for (const ActivationPolicy& policy : Policies(L)) {
@@ -300,8 +308,8 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const DeviceRate
       for (const int64_t tile : {0, 8192, 2048}) {
         if (tile >= T || (tile > 0 && options.shards > 1)) continue;  // each would gather again
         candidate.activations.mlp_tile = tile;
-        for (const int64_t logits_mib : {512, 128, 32}) {
-          candidate.logits_bytes = logits_mib << 20;
+        for (const int64_t logits_bytes : kLogitsBytes) {
+          candidate.logits_bytes = logits_bytes;
           for (const bool embedding_on_host : {false, true}) {
             if (embedding_on_host && !table_may_go) continue;
             candidate.embedding_on_host = embedding_on_host;
@@ -346,14 +354,21 @@ std::string Describe(const EngineOptions& options) {
 
 struct Planned {
   bool fits = false;
-  v1::MemoryEstimate memory;  // of the choice, or where nothing fits of the smallest one
+  Candidate choice;  // where nothing fits: the smallest one
+  v1::MemoryEstimate memory;
 };
 
 // The memory of choices. The peak of one less its footprint hangs on what kinds of places there
 // are, not on how many layers have which: so few choices are planned in earnest.
 class Planner {
  public:
-  explicit Planner(const EngineOptions& options) : options_(options), shapes_(options) {}
+  Planner(const EngineOptions& options, const DeviceRates& rates, double mean_context)
+      : options_(options),
+        shapes_(options),
+        sizes_(SavedSizesOf(options)),
+        costs_(CostsOf(options, rates, mean_context)) {}
+
+  std::vector<Candidate> Candidates() const { return attune::Candidates(options_, sizes_, costs_); }
 
   // True if the choice was seen to need more than `bytes`, by a plan of another of its kind.
   bool NeedsMoreThan(int64_t bytes, const Candidate& candidate) const {
@@ -370,7 +385,58 @@ class Planner {
     return memory;
   }
 
+  // The fastest choice of those that differ from one that fits in numbers of layers and logits
+  // alone: they use what its coarse steps leave of the memory.
+  absl::StatusOr<Candidate> Refine(const PlacementLimits& limits, const Candidate& coarse) {
+    Candidate best = coarse;
+    const int64_t L = options_.model.num_layers, whole = coarse.activations.layers_rebuilt;
+    for (int64_t streams = 0; streams <= L; ++streams) {
+      for (const int64_t projections : Steps(L - whole)) {
+        for (int64_t on_host = 0; on_host <= L; ++on_host) {
+          for (const int64_t logits_bytes : kLogitsBytes) {
+            Candidate candidate = coarse;
+            candidate.activations.streams_on_host = streams;
+            candidate.activations.projections_rebuilt = projections;
+            candidate.activations.gate_ups_on_host = on_host;
+            candidate.logits_bytes = logits_bytes;
+            const absl::StatusOr<bool> better = Fill(limits, best.seconds, &candidate);
+            if (!better.ok()) return better.status();
+            if (*better) best = candidate;
+          }
+        }
+      }
+    }
+    return best;
+  }
+
  private:
+  // Has as few layers compute gate and up again as memory allows. False if the choice does not fit,
+  // or takes `seconds`.
+  absl::StatusOr<bool> Fill(const PlacementLimits& limits, double seconds, Candidate* candidate) {
+    const int64_t most = options_.model.num_layers - candidate->activations.gate_ups_on_host;
+    int64_t& rebuilt = candidate->activations.gate_ups_rebuilt;
+    for (rebuilt = 0; rebuilt <= most;) {
+      candidate->footprint = FootprintOf(candidate->activations, options_.model.num_layers, sizes_);
+      candidate->seconds = SecondsOf(costs_, *candidate);
+      if (candidate->seconds >= seconds) return false;
+      const absl::StatusOr<int64_t> peak = PeakBytes(*candidate);
+      if (!peak.ok()) return peak.status();
+      const int64_t missing = *peak - limits.device_bytes;
+      if (missing <= 0) return HostBytesOf(options_, *candidate) <= limits.host_bytes;
+      const int64_t layers = (missing + sizes_.gate_up - 1) / sizes_.gate_up;
+      rebuilt = rebuilt == most ? most + 1 : std::min(most, rebuilt + layers);
+    }
+    return false;
+  }
+
+  absl::StatusOr<int64_t> PeakBytes(const Candidate& candidate) {
+    if (!base_.contains(KeyOf(candidate))) {
+      const absl::StatusOr<v1::MemoryEstimate> memory = Plan(candidate);
+      if (!memory.ok()) return memory.status();
+    }
+    return base_[KeyOf(candidate)] + DeviceBytes(candidate);
+  }
+
   using Key = std::tuple<bool, int64_t, int64_t, int>;
   static Key KeyOf(const Candidate& candidate) {
     return {candidate.resident, candidate.activations.mlp_tile, candidate.logits_bytes,
@@ -384,22 +450,23 @@ class Planner {
 
   EngineOptions options_;
   ShapesOnly shapes_;
+  SavedSizes sizes_;
+  Costs costs_;
   std::map<Key, int64_t> base_;  // peak less DeviceBytes
 };
 
 // Takes the fastest choice that fits.
-absl::StatusOr<Planned> TakeFirstThatFits(const PlacementLimits& limits, const DeviceRates& rates,
-                                          double mean_context, EngineOptions* options) {
-  Planner planner(*options);
-  const std::vector<Candidate> candidates = Candidates(*options, rates, mean_context);
+absl::StatusOr<Planned> TakeFirstThatFits(const PlacementLimits& limits,
+                                          const EngineOptions& options, Planner* planner) {
+  const std::vector<Candidate> candidates = planner->Candidates();
   // Less than a choice needs: weights, what is saved, and the larger of two pieces of scratch.
-  const ModelConfig& c = options->model;
-  const int64_t T = options->spec.batch().micro_batch_tokens();
+  const ModelConfig& c = options.model;
+  const int64_t T = options.spec.batch().micro_batch_tokens();
   const auto least = [&](const Candidate& candidate) {
-    const double bits = !IsNf4(*options) || candidate.resident ? 16 : 4.0 / options->shards;
+    const double bits = !IsNf4(options) || candidate.resident ? 16 : 4.0 / options.shards;
     const double linears = static_cast<double>(c.num_layers) * LinearParameters(c) * bits / 8;
     const int64_t head = 2 * c.vocab_size * c.hidden_size;
-    const int64_t table = candidate.embedding_on_host ? 0 : EmbeddingBytes(*options);
+    const int64_t table = candidate.embedding_on_host ? 0 : EmbeddingBytes(options);
     const int64_t tile = candidate.activations.mlp_tile;
     const int64_t mlp = 2 * (tile > 0 ? tile : T) * c.intermediate_size;
     const int64_t logits = std::min(candidate.logits_bytes, 2 * T * c.vocab_size);
@@ -408,24 +475,21 @@ absl::StatusOr<Planned> TakeFirstThatFits(const PlacementLimits& limits, const D
   };
   const Candidate* smallest = nullptr;
   for (const Candidate& candidate : candidates) {
-    const int64_t host_bytes =
-        candidate.footprint.host + (candidate.embedding_on_host ? EmbeddingBytes(*options) : 0);
-    if (host_bytes > limits.host_bytes) continue;
+    if (HostBytesOf(options, candidate) > limits.host_bytes) continue;
     if (smallest == nullptr || least(candidate) < least(*smallest)) smallest = &candidate;
     if (least(candidate) > limits.device_bytes ||
-        planner.NeedsMoreThan(limits.device_bytes, candidate)) {
+        planner->NeedsMoreThan(limits.device_bytes, candidate)) {
       continue;
     }
-    absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(candidate);
+    absl::StatusOr<v1::MemoryEstimate> memory = planner->Plan(candidate);
     if (!memory.ok()) return memory.status();
     if (memory->peak_bytes() > limits.device_bytes) continue;
-    Apply(candidate, options);
-    return Planned{.fits = true, .memory = *std::move(memory)};
+    return Planned{.fits = true, .choice = candidate, .memory = *std::move(memory)};
   }
   CHECK(smallest != nullptr);  // nothing need be on the host
-  absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(*smallest);
+  absl::StatusOr<v1::MemoryEstimate> memory = planner->Plan(*smallest);
   if (!memory.ok()) return memory.status();
-  return Planned{.memory = *std::move(memory)};
+  return Planned{.choice = *smallest, .memory = *std::move(memory)};
 }
 
 double Gib(int64_t bytes) {
@@ -438,7 +502,8 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
   v1::BatchSpec* batch = options.spec.mutable_batch();
   while (batch->micro_batch_tokens() >= 256) {
     batch->set_micro_batch_tokens(batch->micro_batch_tokens() / 2);
-    const auto planned = TakeFirstThatFits(limits, rates, mean_context, &options);
+    Planner planner(options, rates, mean_context);
+    const auto planned = TakeFirstThatFits(limits, options, &planner);
     if (planned.ok() && planned->fits) return batch->micro_batch_tokens();
   }
   return 0;
@@ -458,7 +523,7 @@ DeviceRates RatesOf(const std::string& device_name) {
           .own_attention_backward_flops_per_s = 400e12,
           .attention_extra_context = 1170,
           .memory_bytes_per_s = h200 ? 4.0e12 : 2.7e12,
-          .host_copy_bytes_per_s = 50e9,
+          .host_copy_bytes_per_s = 53e9,
           .layer_s = 0.23e-3};
 }
 
@@ -477,9 +542,17 @@ absl::StatusOr<v1::MemoryEstimate> ChoosePlacement(const PlacementLimits& limits
                                                    const DeviceRates& rates, double mean_context,
                                                    EngineOptions* options) {
   CHECK(options->device == DeviceKind::kCuda);
-  absl::StatusOr<Planned> planned = TakeFirstThatFits(limits, rates, mean_context, options);
+  Planner planner(*options, rates, mean_context);
+  absl::StatusOr<Planned> planned = TakeFirstThatFits(limits, *options, &planner);
   if (!planned.ok()) return planned.status();
   if (planned->fits) {
+    const absl::StatusOr<Candidate> refined = planner.Refine(limits, planned->choice);
+    if (!refined.ok()) return refined.status();
+    absl::StatusOr<v1::MemoryEstimate> memory = planner.Plan(*refined);
+    if (!memory.ok()) return memory.status();
+    CHECK(memory->peak_bytes() <= limits.device_bytes);
+    planned->memory = *std::move(memory);
+    Apply(*refined, options);
     const double seconds = PredictMicroBatchSeconds(*options, rates, mean_context);
     planned->memory.set_tokens_per_s(
         static_cast<double>(options->spec.batch().micro_batch_tokens()) / seconds);

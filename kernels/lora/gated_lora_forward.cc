@@ -1,0 +1,76 @@
+#include "kernels/lora/gated_lora_forward.h"
+
+#include "kernels/core/dispatch.h"
+#include "kernels/elementwise/elementwise.h"
+#include "kernels/lora/lora_pass.h"
+#include "kernels/matmul/matmul.h"
+
+namespace attune {
+
+void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
+
+namespace {
+
+TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
+  return x.Slice(1, begin, begin + count);
+}
+
+void CheckArgs(const GatedLoraForwardArgs& a) {
+  const DType dtype = a.h.dtype;
+  const int64_t T = a.h.dim(0), F = a.h.dim(1), r = a.a.dim(0);
+  CHECK(IsFloat(dtype));
+  CheckMatrix(a.h, dtype, T, F);
+  CheckMatrix(a.rows, dtype, T, 2 * F);
+  CheckMatrix(a.a, dtype, r, F);
+  CHECK(a.a.contiguous());
+  CheckMatrix(a.s, dtype, T, a.s.dim(1));
+  CHECK(a.s.dim(1) >= r);
+}
+
+MatMulArgs ProductOf(const GatedLoraForwardArgs& a) {
+  return {.a = a.h,
+          .b = a.a,
+          .d = Columns(a.s, 0, a.a.dim(0)),
+          .trans_b = true,
+          .workspace = a.workspace};
+}
+
+bool InPacks(const TensorView& x) {
+  return x.dim(0) <= 1 || x.stride(0) % 8 == 0;
+}
+
+// By shapes alone, so that a plan knows.
+bool IsOnePass(const Exec& exec, const GatedLoraForwardArgs& a) {
+  const int64_t F = a.h.dim(1), r = a.a.dim(0);
+  return exec.device == DeviceKind::kCuda && a.h.dtype == DType::kBF16 && a.h.dim(0) > 0 && F > 0 &&
+         F % 16 == 0 && r > 0 && r % 8 == 0 && r <= 32 && a.s.dim(1) % 4 == 0 && InPacks(a.rows) &&
+         InPacks(a.h) && InPacks(a.s);
+}
+
+}  // namespace
+
+int64_t GatedLoraForwardWorkspaceBytes(const Exec& exec, const GatedLoraForwardArgs& args) {
+  CheckArgs(args);
+  if (!IsOnePass(exec, args)) return MatMulWorkspaceBytes(exec, ProductOf(args));
+  const int64_t T = args.h.dim(0), F = args.h.dim(1);
+  return args.a.dim(0) <= 16 ? GatedForwardShape<1>::Bytes(T, F)
+                             : GatedForwardShape<2>::Bytes(T, F);
+}
+
+void GatedLoraForward(const Exec& exec, const GatedLoraForwardArgs& args) {
+  CheckWorkspace(args.workspace, GatedLoraForwardWorkspaceBytes(exec, args));
+  if (IsOnePass(exec, args)) {
+    if (exec.plan) return;
+    const OpTraceScope trace(exec, "GatedLoraForward");
+    return ATTUNE_CALL_CUDA_(GatedLoraForward, exec, args);
+  }
+  const int64_t F = args.h.dim(1), r = args.a.dim(0);
+  GatedActivationForward(exec, {.gate = Columns(args.rows, 0, F),
+                                .up = Columns(args.rows, F, F),
+                                .h = args.h,
+                                .activation = args.activation});
+  if (args.s.dim(1) > r) Fill(exec, {.x = Columns(args.s, r, args.s.dim(1) - r)});
+  MatMul(exec, ProductOf(args));
+}
+
+}  // namespace attune

@@ -1,0 +1,209 @@
+// GatedLoraForward in one pass, on the tensor cores. A block goes down a strip of columns
+// (PassGrid, TilePipe): h takes the place of gate in shared memory and goes back from there; a
+// warp's share of s, of its 32 columns, goes through shared memory, where the block adds up those
+// of its warps. The sums of a strip and tile go to the workspace; a second, small kernel adds up
+// those of the strips.
+#include "kernels/gated_activation/activate.cuh"
+#include "kernels/lora/gated_lora_forward.h"
+#include "kernels/lora/lora_pass.cuh"
+
+namespace attune {
+
+void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
+
+namespace {
+
+enum { kGateTile, kUpTile, kTiles };
+
+template <int kGroups>
+struct Shape : GatedForwardShape<kGroups> {
+  using Pass = GatedForwardShape<kGroups>;
+  using Pipe = TilePipe<kTiles, 1, Pass::kColumns>;
+  using Sums = WarpSums<Pass::kRank>;
+  static constexpr int kBytes = Pipe::kBytes + 4 * 2 * Sums::kElements;
+  static_assert(kBytes <= 227 << 10);
+};
+
+struct Params {
+  int r, rows, columns;  // F columns
+  int tiles;
+  PassGrid grid;
+  const Bf16* gate;  // of [gate | up]
+  const Bf16* a;     // (r, F)
+  Bf16* h;
+  Bf16* s;
+  int64_t row_stride, h_stride, s_stride;
+  int s_columns;
+  float* sums;  // (strips, rows, kRank)
+};
+
+template <int kGroups, Activation kActivation>
+struct Block {
+  using S = Shape<kGroups>;
+  static constexpr int kBlocks = S::kWarpColumns / 16, kHalves = 2 * kGroups;  // 8 ranks each
+
+  const Params& x;
+  typename S::Pipe pipe;
+  float* sums;  // two
+  int strip_begin;
+  uint32_t a[kBlocks][kHalves][2];  // of this warp's columns and thread: pairs of columns of a rank
+
+  __device__ typename S::Sums SumsOf(int tile) const {
+    return {sums + tile % 2 * S::Sums::kElements};
+  }
+  __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
+
+  __device__ void LoadParameters() {
+    const int lane = threadIdx.x % 32;
+    const int n0 = strip_begin + Column() + lane % 4 * 2, c0 = lane / 4;
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int n = n0 + k * 16 + i * 8, c = c0 + half * 8;
+          const Bf16* pair = x.a + static_cast<int64_t>(c) * x.columns + n;
+          a[k][half][i] = n < x.columns && c < x.r ? PairOf(pair[0], pair[1]) : 0;
+        }
+      }
+    }
+  }
+
+  __device__ void Multiply(const typename S::Sums& to) {
+    const int lane = threadIdx.x % 32;
+    const int at = Column() + lane % 16 * S::Pipe::kPitch + lane / 16 * 8;
+    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile) + at;
+    const Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile) + at;
+    float s[kHalves][4] = {};
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+      if (strip_begin + Column() + k * 16 >= x.columns) break;
+      uint32_t h[4], up[4];
+      LoadMatrices(h, gate_tile + k * 16);
+      LoadMatrices(up, up_tile + k * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 g = PairAsFloats(h[i]), u = PairAsFloats(up[i]);
+        float slope;
+        h[i] = RoundedPair(
+            {Activate<kActivation>(g.x, &slope) * u.x, Activate<kActivation>(g.y, &slope) * u.y});
+      }
+      StoreMatrices(gate_tile + k * 16, h);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        MultiplyAdd(s[half], h, a[k][half][0], a[k][half][1]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) to.Put(half * 8, s[half]);
+    FenceBulkCopies();
+  }
+
+  __device__ void Run() {
+    const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
+    strip_begin = run.strip * S::kColumns;
+    pipe.rows = x.rows;
+    pipe.row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
+    pipe.Aim(kGateTile, x.gate + strip_begin, x.row_stride);
+    pipe.Aim(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
+    pipe.AimBack(kGateTile, x.h + strip_begin, x.h_stride);
+    float* strip_sums = x.sums + static_cast<int64_t>(run.strip) * x.rows * S::kRank;
+    pipe.Prepare();
+    pipe.Load(run.begin, 0);
+    LoadParameters();
+    for (int tile = run.begin; tile < run.end; ++tile) {
+      // Behind the barrier the tile before is done: its rows go back and its sums are read while
+      // this one is worked on.
+      pipe.Wait();
+      __syncthreads();
+      if (tile + 1 < run.end) pipe.Load(tile + 1, pipe.Next());
+      if (tile > run.begin) {
+        pipe.Store(tile - 1, pipe.Before());
+        SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, strip_sums);
+      }
+      Multiply(SumsOf(tile));
+      pipe.Advance();
+    }
+    __syncthreads();
+    pipe.Store(run.end - 1, pipe.Before());
+    SumsOf(run.end - 1).Store((run.end - 1) * kPassRows, x.rows, strip_sums);
+    WaitForBulkStores();
+  }
+};
+
+template <int kGroups, Activation kActivation>
+__global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+  using S = Shape<kGroups>;
+  cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+  extern __shared__ __align__(128) unsigned char memory[];
+  float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
+  Block<kGroups, kActivation>{x, {memory}, sums}.Run();
+}
+
+// A thread per four elements of s.
+template <int kGroups>
+__global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
+  using S = Shape<kGroups>;
+  cudaGridDependencySynchronize();  // the sums are there
+  const int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x), packs = x.s_columns / 4;
+  const int row = at / packs, column = (at - row * packs) * 4;
+  if (row >= x.rows) return;
+  Pack<Bf16, 4> s;
+  for (int k = 0; k < 4; ++k) s.Set(k, 0.0f);
+  if (column < x.r) {
+    const float* from = x.sums + static_cast<int64_t>(row) * S::kRank + column;
+    const auto sum = SumOf(from, static_cast<int64_t>(x.rows) * S::kRank, x.grid.strips);
+    for (int k = 0; k < 4; ++k) s.Set(k, sum.v[k]);
+  }
+  s.Store(x.s + row * x.s_stride + column);
+}
+
+template <int kGroups, Activation kActivation>
+void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
+  using S = Shape<kGroups>;
+  Params x{};
+  x.r = static_cast<int>(a.a.dim(0));
+  x.rows = static_cast<int>(a.h.dim(0));
+  x.columns = static_cast<int>(a.h.dim(1));
+  x.tiles = DivideUp(x.rows, kPassRows);
+  x.grid = S::GridOf(x.rows, x.columns);
+  x.gate = Data<const Bf16>(a.rows);
+  x.a = Data<const Bf16>(a.a);
+  x.h = Data<Bf16>(a.h);
+  x.s = Data<Bf16>(a.s);
+  x.row_stride = a.rows.stride(0);
+  x.h_stride = a.h.stride(0);
+  x.s_stride = a.s.stride(0);
+  x.s_columns = static_cast<int>(a.s.dim(1));
+  x.sums = Data<float>(a.workspace);
+  const auto pass = PassKernel<kGroups, kActivation>;
+  constexpr int kBytes = S::kBytes;
+  CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  pass<<<x.grid.strips * x.grid.runs, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
+  CUDA_CHECK(cudaGetLastError());
+  LaunchBehind(exec, AddUpKernel<kGroups>, x, static_cast<int64_t>(x.rows) * (x.s_columns / 4));
+}
+
+}  // namespace
+
+void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a) {
+  for (const TensorView* view : {&a.rows, &a.h}) {
+    CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);
+  }
+  CHECK(reinterpret_cast<uintptr_t>(a.s.data) % 8 == 0);
+  const auto run = [&]<Activation kActivation>() {
+    if (a.a.dim(0) <= 16) return Run<1, kActivation>(exec, a);
+    Run<2, kActivation>(exec, a);
+  };
+  switch (a.activation) {
+    case Activation::kSilu:
+      return run.operator()<Activation::kSilu>();
+    case Activation::kGeluTanh:
+      return run.operator()<Activation::kGeluTanh>();
+    case Activation::kGeluErf:
+      return run.operator()<Activation::kGeluErf>();
+  }
+}
+
+}  // namespace attune
