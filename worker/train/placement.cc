@@ -513,7 +513,8 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 
 // Products, attention and layer_s are least squares over the rows of docs/benchmarks.md of
 // 2026-11-26 (H100, commits f7654c7, 839049f and c8de217, without those of the last that expand at
-// use), whose speed they give within 4 %.
+// use), whose speed they give within 4 %. The own attention's rate is cuDNN's by what kernels_bench
+// gives of both.
 DeviceRates RatesOf(const std::string& device_name) {
   const bool h200 = absl::StrContains(device_name, "H200");
   return {.product_flops_per_s = 710e12,
