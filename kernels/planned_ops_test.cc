@@ -48,7 +48,7 @@ TEST(CudaPlan, LoraBackwardMakesDoWithThePoolOfProducts) {
 
 // The sums of each block (four for each strip of 512 columns), and of a strip and row.
 TEST(CudaPlan, GatedLoraBackwardKnowsItsSums) {
-  const int64_t T = 4096, F = 14336, r = 16, strips = F / 512;
+  const int64_t T = 16384, F = 14336, r = 16, strips = F / 512;
   const LoraBackwardPart parts[] = {
       {Planned(DType::kBF16, {F, r}), Planned(DType::kF32, {F, r}), 0},
       {Planned(DType::kBF16, {F, r}), Planned(DType::kF32, {F, r}), F}};
@@ -110,7 +110,8 @@ TEST(CudaPlan, AttentionBackwardKeepsARowOfSums) {
                                    ints};
   AttentionForwardArgs forward{
       .q = q, .k = k, .v = k, .o = q, .lse = lse, .segments = segments, .options = {}};
-  EXPECT_EQ(AttentionForwardWorkspaceBytes(CudaPlan(), forward), 0);
+  forward.workspace = Planned(DType::kU8, {AttentionForwardWorkspaceBytes(CudaPlan(), forward)});
+  EXPECT_EQ(forward.workspace.bytes(), 4);
   AttentionForward(CudaPlan(), forward);
   AttentionBackwardArgs backward{.q = q,
                                  .k = k,
@@ -124,7 +125,7 @@ TEST(CudaPlan, AttentionBackwardKeepsARowOfSums) {
                                  .segments = segments,
                                  .options = {}};
   backward.workspace = Planned(DType::kU8, {AttentionBackwardWorkspaceBytes(CudaPlan(), backward)});
-  EXPECT_EQ(backward.workspace.bytes(), 4 * 20 * 4);
+  EXPECT_EQ(backward.workspace.bytes(), 4 * 20 * 4 + 8);
   AttentionBackward(CudaPlan(), backward);
 }
 

@@ -59,10 +59,11 @@ void CheckArgs(const AttentionBackwardArgs& a) {
 int64_t AttentionForwardWorkspaceBytes(const Exec& exec, const AttentionForwardArgs& args) {
   CheckInputs(args);
   if (exec.device == DeviceKind::kCpu) return AttentionForwardWorkspaceBytesCpu(exec, args);
+  constexpr int64_t kOwnBytes = 4;  // see attention_tiles.h
 #ifdef ATTUNE_HAS_CUDA
-  if (CudnnTakes(args)) return CudnnForwardWorkspaceBytes(args);
+  if (CudnnTakes(args)) return std::max(kOwnBytes, CudnnForwardWorkspaceBytes(args));
 #endif
-  return 0;
+  return kOwnBytes;
 }
 
 void AttentionForward(const Exec& exec, const AttentionForwardArgs& args) {
@@ -73,9 +74,9 @@ void AttentionForward(const Exec& exec, const AttentionForwardArgs& args) {
 int64_t AttentionBackwardWorkspaceBytes(const Exec& exec, const AttentionBackwardArgs& args) {
   CheckArgs(args);
   if (exec.device == DeviceKind::kCpu) return AttentionBackwardWorkspaceBytesCpu(exec, args);
-  const int64_t own_bytes = args.lse.bytes();  // sum of o * do per head and query
+  const int64_t own_bytes = args.lse.bytes() + 8;  // likewise
 #ifdef ATTUNE_HAS_CUDA
-  if (CudnnTakes(args)) return std::max(own_bytes, CudnnBackwardWorkspaceBytes(exec, args));
+  if (CudnnTakes(exec, args)) return std::max(own_bytes, CudnnBackwardWorkspaceBytes(args));
 #endif
   return own_bytes;
 }

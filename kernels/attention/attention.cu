@@ -1,52 +1,22 @@
-// Attention on CUDA with kernels of our own: a warp owns a query (or, for dk and dv, a key), lanes
-// take 32 keys (queries) at a time. Plain and exact in the order of its sums: for f32, for shapes
-// that a library refuses, and as what a faster path is tested against.
+// Attention on CUDA: by cuDNN or by our own kernels on the tensor cores where they take it; else,
+// for f32 and the widest heads, by the plain kernels here: a warp owns a query (or, for dk and dv,
+// a key), lanes take 32 keys (queries) at a time.
 //
 // dq comes from one kernel and dk, dv from another, which computes the scores once more: so no two
 // warps add to one element.
-#include "kernels/attention/attention.h"
 #include "kernels/attention/attention_cudnn.h"
-#include "kernels/core/cuda.cuh"
+#include "kernels/attention/attention_device.cuh"
+#include "kernels/attention/attention_tiles.h"
 
 namespace attune {
+
+using namespace attention_cuda;  // NOLINT: the parts of this op
+
 namespace {
 
 constexpr int kWarps = 4;  // per block
 constexpr int kThreads = 32 * kWarps;
 constexpr int64_t kMaxHead = 512;
-
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t token, head;  // strides
-  __device__ T* operator()(int64_t t, int64_t h) const { return data + t * token + h * head; }
-};
-template <typename T>
-Heads<T> HeadsOf(const TensorView& x) {
-  return {static_cast<T*>(x.data), x.stride(0), x.stride(1)};
-}
-
-struct Segments {
-  const int32_t *count, *q_begin, *k_begin, *k_length, *q_offset;
-};
-
-struct Shape {
-  int64_t tq, tk, hq, hk;
-  int dqk, dv;
-  bool causal;
-  int64_t window;
-  float scale, softcap;
-  bool packed;  // rows of q, k, v (and do) can be read 16 bytes at a time
-};
-
-struct Segment {
-  int64_t q_begin = 0, q_length = 0, k_begin = 0, k_length = 0, q_offset = 0;
-};
-
-__device__ Segment SegmentAt(const Segments& s, int i) {
-  return {s.q_begin[i], s.q_begin[i + 1] - s.q_begin[i], s.k_begin[i], s.k_length[i],
-          s.q_offset[i]};
-}
 
 // The segment that owns query t; one without keys if none does.
 __device__ Segment OwnerOfQuery(const Segments& s, int64_t t) {
@@ -67,32 +37,6 @@ __device__ Segment OwnerOfKey(const Segments& s, int64_t t) {
     if (begin <= t && t < begin + s.k_length[i]) return SegmentAt(s, i);
   }
   return {};
-}
-
-struct Range {
-  int64_t begin, end;
-};
-// Key positions that a query at position p sees.
-__device__ Range VisibleKeys(const Shape& shape, const Segment& seg, int64_t p) {
-  Range r{0, seg.k_length};
-  if (shape.causal) {
-    r.end = min(seg.k_length, p + 1);
-  } else if (shape.window > 0) {
-    r.end = min(seg.k_length, p + shape.window);
-  }
-  if (shape.window > 0) r.begin = max(int64_t{0}, p - shape.window + 1);
-  return r;
-}
-// Queries of the segment, from 0, that see key position j.
-__device__ Range VisibleQueries(const Shape& shape, const Segment& seg, int64_t j) {
-  Range r{0, seg.q_length};
-  if (shape.causal) {
-    r.begin = max(int64_t{0}, j - seg.q_offset);
-  } else if (shape.window > 0) {
-    r.begin = max(int64_t{0}, j - shape.window + 1 - seg.q_offset);
-  }
-  if (shape.window > 0) r.end = min(seg.q_length, j + shape.window - seg.q_offset);
-  return r;
 }
 
 // `packed`: b may be read 16 bytes at a time. The order of the sum is the same.
@@ -288,35 +232,15 @@ __global__ __launch_bounds__(kThreads) void KeyGradientKernel(Backward<T> a) {
   StoreRow<kParts>(dv, 1.0f, shape.dv, a.dv(t, key_head));
 }
 
-template <typename Args>
-Shape ShapeOf(const Args& a) {
-  return {a.q.dim(0),
-          a.k.dim(0),
-          a.q.dim(1),
-          a.k.dim(1),
-          static_cast<int>(a.q.dim(2)),
-          static_cast<int>(a.v.dim(2)),
-          a.options.mask == AttentionMask::kCausal,
-          a.options.window,
-          static_cast<float>(a.options.scale),
-          static_cast<float>(a.options.softcap),
-          false};
-}
-Segments SegmentsOf(const AttentionSegments& s) {
-  return {Data<const int32_t>(s.num_segments), Data<const int32_t>(s.q_begin),
-          Data<const int32_t>(s.k_begin), Data<const int32_t>(s.k_length),
-          Data<const int32_t>(s.q_offset)};
-}
-
 // Calls f.operator()<T, kParts>().
 template <typename F>
 void DispatchHead(const TensorView& q, const TensorView& v, F&& f) {
   const int64_t widest = std::max(q.dim(2), v.dim(2));
   CHECK(widest <= kMaxHead && "attention heads are at most 512 wide on CUDA");
-  DispatchCudaFloat(q.dtype, [&]<typename T>() {
-    if (widest <= 128) return f.template operator()<T, 4>();
-    f.template operator()<T, kMaxHead / 32>();
-  });
+  if (q.dtype == DType::kBF16) return f.template operator()<Bf16, kMaxHead / 32>();
+  CHECK(q.dtype == DType::kF32);
+  if (widest <= 128) return f.template operator()<float, 4>();
+  f.template operator()<float, kMaxHead / 32>();
 }
 unsigned Blocks(int64_t warps) {
   return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
@@ -326,8 +250,8 @@ unsigned Blocks(int64_t warps) {
 
 void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
   if (CudnnTakes(a) && CudnnForward(exec, a)) return;
-  Shape shape = ShapeOf(a);
-  shape.packed = Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v});
+  if (TilesTake(a)) return TilesForward(exec, a);
+  const Shape shape = ShapeOf(a, Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v}));
   if (shape.tq == 0) return;
   DispatchHead(a.q, a.v, [&]<typename T, int kParts>() {
     const Forward<T> args{shape,
@@ -344,9 +268,9 @@ void AttentionForwardCuda(const Exec& exec, const AttentionForwardArgs& a) {
 }
 
 void AttentionBackwardCuda(const Exec& exec, const AttentionBackwardArgs& a) {
-  if (CudnnTakes(a) && CudnnBackward(exec, a)) return;
-  Shape shape = ShapeOf(a);
-  shape.packed = Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v, &a.d_o});
+  if (CudnnTakes(exec, a) && CudnnBackward(exec, a)) return;
+  if (TilesTake(a)) return TilesBackward(exec, a);
+  const Shape shape = ShapeOf(a, Packable(16 / DTypeBytes(a.q.dtype), {&a.q, &a.k, &a.v, &a.d_o}));
   const cudaStream_t stream = StreamOf(exec.stream);
   DispatchHead(a.q, a.v, [&]<typename T, int kParts>() {
     const Backward<T> args{shape,

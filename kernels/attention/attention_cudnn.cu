@@ -16,10 +16,8 @@ namespace {
 using Graph = CudnnGraph;
 using Tensor = CudnnGraph::Tensor;
 
-// cuDNN's deterministic backward wants about 2 Hq Tq^2 bytes; beyond this the own kernels run.
-constexpr int64_t kMaxDeterministicBytes = int64_t{4} << 30;
 constexpr int64_t kMaxHeadDim = 256;
-// What its engines want for themselves otherwise: 17 KB were seen.
+// What its engines want for themselves: 17 KB were seen.
 constexpr int64_t kCudnnBytes = int64_t{1} << 20;
 
 // ---- Which problems ----
@@ -30,11 +28,11 @@ struct Problem {
   bool causal;
   int64_t window;
   float scale, softcap;
-  bool backward, deterministic;
+  bool backward;
 
   auto Key() const {
     return std::make_tuple(segments, tokens, hq, hk, dqk, dv, o_stride, d_o_stride, causal, window,
-                           softcap, backward, deterministic);
+                           softcap, backward);
   }
 };
 
@@ -69,15 +67,12 @@ Problem ProblemOf(const Args& a) {
           .window = a.options.window,
           .scale = static_cast<float>(a.options.scale),
           .softcap = static_cast<float>(a.options.softcap),
-          .backward = false,
-          .deterministic = false};
+          .backward = false};
 }
-Problem ProblemOfBackward(const Exec& exec, const AttentionBackwardArgs& a) {
+Problem ProblemOfBackward(const AttentionBackwardArgs& a) {
   Problem p = ProblemOf(a);
   p.d_o_stride = a.d_o.stride(0);
   p.backward = true;
-  // Its sums by atomics give a wrong dq for heads that are no multiple of 64 (seen with 40).
-  p.deterministic = exec.deterministic || p.dqk % 64 != 0;
   return p;
 }
 
@@ -377,7 +372,6 @@ void AddBackward(Graph* g, const Problem& p) {
   const Tensor k = g->Strided({B, p.hk, T, p.dqk}, {T * p.hk * p.dqk, p.dqk, p.hk * p.dqk, 1},
                               {.dtype = CUDNN_DATA_BFLOAT16});
   g->Reshape(kt, k);
-  if (p.deterministic) return g->MatMul(ds, k, dq, {.m = n, .k = n});
   const Tensor sum = b.Tokens(kDqSum, kRaggedQ, p.hq, p.dqk, p.hq * p.dqk, false, CUDNN_DATA_FLOAT);
   g->MatMul(ds, k, sum, {.m = n, .k = n});
   g->Pointwise(CUDNN_POINTWISE_IDENTITY, sum, dq, {});
@@ -410,7 +404,7 @@ const Graph* FindPlan(const Problem& p, int64_t workspace_bytes) {
   if (!graph->Build(&reason)) {
     std::fprintf(stderr,
                  "attention: cuDNN refuses %s of %lld tokens, %lld/%lld heads of %lld: %s; "
-                 "the slower own kernels run\n",
+                 "the own kernels run\n",
                  p.backward ? "the backward" : "the forward", static_cast<long long>(p.tokens),
                  static_cast<long long>(p.hq), static_cast<long long>(p.hk),
                  static_cast<long long>(p.dqk), reason.c_str());
@@ -419,7 +413,7 @@ const Graph* FindPlan(const Problem& p, int64_t workspace_bytes) {
   if (graph->workspace_bytes() > workspace_bytes) {
     std::fprintf(stderr,
                  "attention: cuDNN wants %lld bytes of workspace, %lld are planned; the "
-                 "slower own kernels run\n",
+                 "own kernels run\n",
                  static_cast<long long>(graph->workspace_bytes()),
                  static_cast<long long>(workspace_bytes));
     return nullptr;
@@ -458,19 +452,13 @@ void UseStream(const Exec& exec) {
 }
 
 struct BackwardBuffers {
-  int64_t row_sums, dq_sum, dk_heads, dv_heads, cudnn;
-  int64_t Total() const { return row_sums + dq_sum + dk_heads + dv_heads + cudnn; }
+  int64_t row_sums, dq_sum, dk_heads, dv_heads;
+  int64_t Total() const { return row_sums + dq_sum + dk_heads + dv_heads + kCudnnBytes; }
 };
 BackwardBuffers BuffersOf(const Problem& p) {
   BackwardBuffers out{};
   out.row_sums = Padded(p.tokens * p.hq * 4);
-  if (p.deterministic) {
-    const int64_t rounded = (p.tokens + 127) / 128 * 128;
-    out.cudnn = Padded(2 * p.hq * rounded * rounded * 9 / 8 + (int64_t{64} << 20));
-  } else {
-    out.cudnn = kCudnnBytes;
-    out.dq_sum = Padded(p.tokens * p.hq * p.dqk * 4);
-  }
+  out.dq_sum = Padded(p.tokens * p.hq * p.dqk * 4);
   if (p.hq != p.hk) {
     out.dk_heads = Padded(p.tokens * p.hq * p.dqk * 2);
     out.dv_heads = Padded(p.tokens * p.hq * p.dv * 2);
@@ -484,20 +472,20 @@ bool CudnnTakes(const AttentionForwardArgs& a) {
   return TakesInputs(a) && OffsetsFit(ProblemOf(a));
 }
 
-bool CudnnTakes(const AttentionBackwardArgs& a) {
-  return TakesInputs(a) && CompactHeads(a.d_o) && Compact(a.dq) && Compact(a.dk) && Compact(a.dv) &&
-         OffsetsFit(ProblemOfBackward({}, a));
+// It has a repeatable backward, too, no faster than ours and in 2 Hq Tq^2 bytes of workspace. Its
+// sums by atomics give a wrong dq for heads that are no multiple of 64 (seen with 40).
+bool CudnnTakes(const Exec& exec, const AttentionBackwardArgs& a) {
+  return !exec.deterministic && a.q.dim(2) % 64 == 0 && TakesInputs(a) && CompactHeads(a.d_o) &&
+         Compact(a.dq) && Compact(a.dk) && Compact(a.dv) && OffsetsFit(ProblemOfBackward(a));
 }
 
 int64_t CudnnForwardWorkspaceBytes(const AttentionForwardArgs& a) {
   return OffsetsBytes(ProblemOf(a)) + kCudnnBytes;
 }
 
-int64_t CudnnBackwardWorkspaceBytes(const Exec& exec, const AttentionBackwardArgs& a) {
-  const Problem p = ProblemOfBackward(exec, a);
-  const BackwardBuffers buffers = BuffersOf(p);
-  if (buffers.cudnn > kMaxDeterministicBytes) return 0;
-  return OffsetsBytes(p) + buffers.Total();
+int64_t CudnnBackwardWorkspaceBytes(const AttentionBackwardArgs& a) {
+  const Problem p = ProblemOfBackward(a);
+  return OffsetsBytes(p) + BuffersOf(p).Total();
 }
 
 bool CudnnForward(const Exec& exec, const AttentionForwardArgs& a) {
@@ -513,10 +501,9 @@ bool CudnnForward(const Exec& exec, const AttentionForwardArgs& a) {
 }
 
 bool CudnnBackward(const Exec& exec, const AttentionBackwardArgs& a) {
-  const Problem p = ProblemOfBackward(exec, a);
+  const Problem p = ProblemOfBackward(a);
   const BackwardBuffers buffers = BuffersOf(p);
-  if (buffers.cudnn > kMaxDeterministicBytes) return false;
-  const Graph* plan = FindPlan(p, buffers.cudnn);
+  const Graph* plan = FindPlan(p, kCudnnBytes);
   if (plan == nullptr) return false;
   char* at = Data<char>(a.workspace);
   const Offsets offsets = WriteOffsets(exec, a.segments, p, at);

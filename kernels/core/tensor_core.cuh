@@ -7,6 +7,24 @@
 
 namespace attune {
 
+// Bulk copies, and kernels that begin before the one ahead of them has ended, need compute
+// capability 9.0: kernels with them are started where HasBulkCopies, and their bodies are for
+// `if constexpr (kBulkCopies)`.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
+inline bool HasBulkCopies() {
+  static const bool has = [] {
+    int device = 0, major = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+  }();
+  return has;
+}
+
 __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -47,7 +65,8 @@ __device__ inline void WaitFor(uint64_t* barrier, int parity) {
         : "memory");
   }
 }
-// Bulk copies from here on see what this thread has written to shared memory.
+// Bulk copies and products of warpgroups from here on see what this thread has written to shared
+// memory.
 __device__ inline void FenceBulkCopies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -7,9 +7,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <random>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -560,40 +562,73 @@ void BenchOptions(Bench* b) {
            [&] { Lion(b->exec, {.tensors = lion, .lr = 1e-5}); });
 }
 
-void BenchAttention(Bench* b) {
-  constexpr int64_t kTokens = 4096, kHeads = 32, kKeyHeads = 8, kD = 128, kLength = 2048;
-  const auto heads = [](int64_t h) { return Device(DType::kBF16, {kTokens, h, kD}); };
-  const auto ints = [](std::vector<int32_t> values) {
+struct AttentionRow {
+  std::string shape;
+  int documents, length;
+  int64_t hq, hk, d;
+  double softcap;
+};
+
+// TFLOP/s of the pairs that see each other.
+void BenchAttentionOf(Bench* b, const AttentionRow& row, bool by_cudnn) {
+  const int64_t tokens = int64_t{row.documents} * row.length;
+  std::vector<int32_t> begin, length(row.documents, row.length), offset(row.documents, 0);
+  for (int i = 0; i <= row.documents; ++i) begin.push_back(i * row.length);
+  const auto ints = [](const std::vector<int32_t>& values) {
     const TensorView out = Device(DType::kI32, {static_cast<int64_t>(values.size())});
     CUDA_CHECK(cudaMemcpy(out.data, values.data(), values.size() * 4, cudaMemcpyHostToDevice));
     return out;
   };
-  const AttentionSegments segments{ints({2}), ints({0, kLength, kTokens}), ints({0, kLength}),
-                                   ints({kLength, kLength}), ints({0, 0})};
-  AttentionForwardArgs f{.q = heads(kHeads),
-                         .k = heads(kKeyHeads),
-                         .v = heads(kKeyHeads),
-                         .o = heads(kHeads),
-                         .lse = Device(DType::kF32, {kTokens, kHeads}),
-                         .segments = segments,
-                         .options = {.scale = 0.088388}};
-  const double flops = 4.0 * kD * kHeads * kTokens * kLength / 2;
-  b->Flops("AttentionForward 2x2048 causal 32/8x128", flops, 3,
+  const auto heads = [&](int64_t h) { return Device(DType::kBF16, {tokens, h, row.d}); };
+  // cuDNN is asked for whole segments only.
+  const AttentionSegments segments{
+      ints({row.documents}), ints(begin),  ints({begin.begin(), begin.end() - 1}),
+      ints(length),          ints(offset), by_cudnn};
+  AttentionForwardArgs f{
+      .q = heads(row.hq),
+      .k = heads(row.hk),
+      .v = heads(row.hk),
+      .o = heads(row.hq),
+      .lse = Device(DType::kF32, {tokens, row.hq}),
+      .segments = segments,
+      .options = {.scale = 1.0 / std::sqrt(static_cast<double>(row.d)), .softcap = row.softcap}};
+  f.workspace = Device(DType::kU8, {AttentionForwardWorkspaceBytes(b->exec, f)});
+  const double flops = 4.0 * static_cast<double>(row.d * row.hq * tokens) * row.length / 2;
+  const int repeats = row.length > 8192 ? 5 : 20;
+  const std::string end = " " + row.shape + (by_cudnn ? ", cuDNN" : "");
+  b->Flops(("AttentionForward" + end).c_str(), flops, repeats,
            [&] { AttentionForward(b->exec, f); });
   AttentionBackwardArgs g{.q = f.q,
                           .k = f.k,
                           .v = f.v,
                           .o = f.o,
                           .lse = f.lse,
-                          .d_o = heads(kHeads),
-                          .dq = heads(kHeads),
-                          .dk = heads(kKeyHeads),
-                          .dv = heads(kKeyHeads),
+                          .d_o = heads(row.hq),
+                          .dq = heads(row.hq),
+                          .dk = heads(row.hk),
+                          .dv = heads(row.hk),
                           .segments = segments,
                           .options = f.options};
-  g.workspace = Device(DType::kU8, {AttentionBackwardWorkspaceBytes(b->exec, g)});
-  b->Flops("AttentionBackward 2x2048 causal 32/8x128", 2.5 * flops, 3,
-           [&] { AttentionBackward(b->exec, g); });
+  Exec exec = b->exec;
+  exec.deterministic = !by_cudnn;  // cuDNN is asked for sums in any order only
+  g.workspace = Device(DType::kU8, {AttentionBackwardWorkspaceBytes(exec, g)});
+  b->Flops(("AttentionBackward" + end).c_str(), 2.5 * flops, repeats,
+           [&] { AttentionBackward(exec, g); });
+  for (const TensorView& v :
+       {f.q, f.k, f.v, f.o, f.lse, f.workspace, g.d_o, g.dq, g.dk, g.dv, g.workspace}) {
+    CUDA_CHECK(cudaFree(v.data));
+  }
+}
+
+void BenchAttention(Bench* b) {
+  for (const AttentionRow& row :
+       {AttentionRow{"2x2048 causal 32/8x128", 2, 2048, 32, 8, 128, 0.0},
+        AttentionRow{"8x2048 causal 32/8x128", 8, 2048, 32, 8, 128, 0.0},
+        AttentionRow{"1x16384 causal 32/8x128", 1, 16384, 32, 8, 128, 0.0},
+        AttentionRow{"8x2048 causal 32/8x64", 8, 2048, 32, 8, 64, 0.0},
+        AttentionRow{"4x4096 causal 16/8x256 softcap 50", 4, 4096, 16, 8, 256, 50.0}}) {
+    for (const bool by_cudnn : {false, true}) BenchAttentionOf(b, row, by_cudnn);
+  }
 }
 
 }  // namespace
