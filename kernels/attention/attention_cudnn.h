@@ -11,8 +11,8 @@
 
 namespace attune {
 
-// Whether cuDNN is asked for these shapes and options. A function of the arguments alone, so that the
-// plan device sizes the same workspace; where cuDNN then refuses (another GPU), the own kernels
+// Whether cuDNN is asked for these shapes and options. A function of the arguments alone, so that
+// the plan device sizes the same workspace; where cuDNN then refuses (another GPU), the own kernels
 // run, in the same workspace.
 bool CudnnTakes(const AttentionForwardArgs& a);
 bool CudnnTakes(const Exec& exec, const AttentionBackwardArgs& a);
