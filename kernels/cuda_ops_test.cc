@@ -8,8 +8,6 @@
 #include "kernels/embedding/embedding.h"
 #include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
-#include "kernels/lora/lora.h"
-#include "kernels/lora/lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/qk_norm/qk_norm.h"
@@ -511,84 +509,6 @@ TEST_F(CudaOps, DropoutDrawsTheSameMask) {
                                         .accumulate = accumulate});
                        });
       }
-    }
-  }
-}
-
-TEST_F(CudaOps, LoraExtend) {
-  for (DType dtype : kDTypes) {
-    for (int64_t r : {3, 16}) {
-      for (int which = 0; which < 3; ++which) {
-        const int64_t K = 40, N = 50, E = LoraExtension(2, r);
-        ExpectGpuAsCpu("lora",
-                       {{Random(dtype, {r, K})},
-                        {Random(dtype, {20, r})},
-                        {Random(dtype, {r, K})},
-                        {Random(dtype, {25, r})},
-                        {Tensor(dtype, {N + E, K + E}, which == 0 ? 4 : 8)}},
-                       [&](const Exec& exec, const Views& v, Scratch&) {
-                         const LoraExtendPart parts[] = {{v[0], v[1], 2}, {v[2], v[3], 23}};
-                         LoraExtend(exec, {.parts = parts,
-                                           .w = v[4],
-                                           .scale = 0.25,
-                                           .beside = which != 1,
-                                           .below = which != 2});
-                       });
-      }
-    }
-  }
-}
-
-// Parts of a row of dy with a gap before each, ds behind them; what the one pass takes (columns and
-// ranks in multiples of 8, ends of strips and tiles, two lots of rows) and what it leaves to the
-// products.
-TEST_F(CudaOps, LoraBackward) {
-  struct Case {
-    int64_t T, r, gap, padding;
-    std::vector<int64_t> rows;  // of the parts
-  };
-  for (const Case& c :
-       {Case{64, 16, 0, 0, {1024}}, Case{1, 16, 8, 0, {40}}, Case{33, 1, 16, 8, {1000, 77}},
-        Case{47, 24, 16, 8, {1000, 72}}, Case{150, 3, 8, 0, {2048, 1024, 1024}},
-        Case{500, 8, 0, 8, {3000}}, Case{257, 16, 8, 0, {1416, 1416}},
-        Case{2049, 16, 0, 0, {4096, 1024, 1024}}, Case{100, 17, 8, 0, {519, 8}},
-        Case{100, 16, 8, 0, {519, 8}}, Case{301, 32, 0, 8, {1032, 504}},
-        Case{77, 48, 8, 0, {264, 2000}}, Case{130, 64, 0, 0, {1000, 16, 256, 24}},
-        Case{400000, 16, 0, 0, {8}}, Case{20, 65, 0, 0, {96}}, Case{20, 16, 3, 0, {96, 40}},
-        Case{20, 16, 0, 3, {96}}}) {
-    for (DType dtype : kDTypes) {
-      if (dtype == DType::kF32 && c.T > 300) continue;
-      const int64_t parts = static_cast<int64_t>(c.rows.size());
-      const int64_t E = LoraExtension(parts, c.r);
-      int64_t N = 0;
-      std::vector<int64_t> begin;
-      for (int64_t rows : c.rows) {
-        begin.push_back(N + c.gap);
-        N += c.gap + (rows + 7) / 8 * 8;
-      }
-      std::vector<Operand> operands{{Random(dtype, {c.T, N + E}, c.padding), Loose(dtype)},
-                                    {Random(dtype, {c.T, E}, 8)}};
-      for (int64_t rows : c.rows) {
-        operands.push_back({Random(dtype, {rows, c.r}, 0, 0.1)});
-        operands.push_back({Random(DType::kF32, {rows, c.r}), 2e-5});
-      }
-      ExpectGpuAsCpu("lora backward of " + std::to_string(c.T) + " rows, rank " +
-                         std::to_string(c.r) + ", " + std::to_string(parts) + " parts, " +
-                         DTypeName(dtype),
-                     operands, [&](const Exec& exec, const Views& v, Scratch& scratch) {
-                       std::vector<LoraBackwardPart> views;
-                       for (int64_t i = 0; i < parts; ++i) {
-                         views.push_back({v[2 + 2 * i], v[3 + 2 * i], begin[i]});
-                       }
-                       LoraBackwardArgs args{.parts = views,
-                                             .dy = v[0].Slice(1, 0, N),
-                                             .s = v[1],
-                                             .ds = v[0].Slice(1, N, N + E),
-                                             .scale = 0.7,
-                                             .db_scale = 1.3};
-                       args.workspace = scratch(LoraBackwardWorkspaceBytes(exec, args));
-                       LoraBackward(exec, args);
-                     });
     }
   }
 }

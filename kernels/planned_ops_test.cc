@@ -4,7 +4,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/core/op_testing.h"
-#include "kernels/lora/lora_backward.h"
+#include "kernels/lora/gated_lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/rms_norm/rms_norm.h"
@@ -44,6 +44,24 @@ TEST(CudaPlan, LoraBackwardMakesDoWithThePoolOfProducts) {
   args.workspace = Planned(DType::kU8, {LoraBackwardWorkspaceBytes(CudaPlan(), args)});
   EXPECT_EQ(args.workspace.bytes(), int64_t{32} << 20);
   LoraBackward(CudaPlan(), args);
+}
+
+// The sums of each block (four for each strip of 512 columns), and of a strip and row.
+TEST(CudaPlan, GatedLoraBackwardKnowsItsSums) {
+  const int64_t T = 4096, F = 14336, r = 16, strips = F / 512;
+  const LoraBackwardPart parts[] = {
+      {Planned(DType::kBF16, {F, r}), Planned(DType::kF32, {F, r}), 0},
+      {Planned(DType::kBF16, {F, r}), Planned(DType::kF32, {F, r}), F}};
+  GatedLoraBackwardArgs args{.dh = Planned(DType::kBF16, {T, F}),
+                             .lora = {.parts = parts,
+                                      .dy = Planned(DType::kBF16, {T, 2 * F}),
+                                      .s = Planned(DType::kBF16, {T, 2 * r}),
+                                      .ds = Planned(DType::kBF16, {T, 2 * r})},
+                             .down_ds = Planned(DType::kBF16, {T, r}),
+                             .down_da = Planned(DType::kF32, {r, F})};
+  args.workspace = Planned(DType::kU8, {GatedLoraBackwardWorkspaceBytes(CudaPlan(), args)});
+  EXPECT_EQ(args.workspace.bytes(), 4 * (4 * strips * 3 * 512 * r + strips * T * 2 * r));
+  GatedLoraBackward(CudaPlan(), args);
 }
 
 TEST(CudaPlan, RmsNormSumsTheWeightGradientOverRuns) {

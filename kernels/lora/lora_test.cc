@@ -1,6 +1,7 @@
 #include "kernels/lora/lora.h"
 
 #include "kernels/core/op_testing.h"
+#include "kernels/lora/gated_lora_backward.h"
 #include "kernels/lora/lora_backward.h"
 
 namespace attune {
@@ -113,6 +114,72 @@ TEST(LoraBackwardTest, IsTheTwoProductsOfEachPart) {
     for (int p = 0; p < 2; ++p) {
       ExpectClose(db[p], want_db[p], Tolerance(StatisticsOf(dtype)), "db");
     }
+  }
+}
+
+// By the ops that it is made of; h is where dh was.
+TEST(GatedLoraBackwardTest, IsGateAdaptersAndTheGradientOfADown) {
+  constexpr int64_t kT = 9, kF = 20, kR = 3, kE = 8;
+  std::mt19937_64 rng(12);
+  for (DType dtype : kFloatDTypes) {
+    const DType statistics = StatisticsOf(dtype);
+    const auto random = [&](DType of, std::initializer_list<int64_t> shape, int64_t padding = 0) {
+      return Tensor(of, shape, padding).Random(&rng);
+    };
+    Tensor rows = random(dtype, {kT, 2 * kF + kE}, 3), dh = random(dtype, {kT, kF}, 2);
+    const Tensor s = random(dtype, {kT, kE}), b_gate = random(dtype, {kF, kR}),
+                 b_up = random(dtype, {kF, kR}), down_ds = random(dtype, {kT, kR + 2});
+    Tensor db_gate = random(statistics, {kF, kR}), db_up = random(statistics, {kF, kR}),
+           down_da = random(statistics, {kR, kF});
+    Tensor want_rows = rows, want_dh = dh, want_db_gate = db_gate, want_db_up = db_up;
+    const TensorView gate = want_rows.view().Slice(1, 0, kF),
+                     up = want_rows.view().Slice(1, kF, 2 * kF);
+    GatedActivationBackward(CpuExec(), {.dh = want_dh,
+                                        .gate = gate,
+                                        .up = up,
+                                        .dgate = gate,
+                                        .dup = up,
+                                        .h = want_dh,
+                                        .activation = Activation::kGeluTanh});
+    const LoraBackwardPart want_parts[] = {{b_gate, want_db_gate, 0}, {b_up, want_db_up, kF}};
+    LoraBackwardArgs lora{.parts = want_parts,
+                          .dy = want_rows.view().Slice(1, 0, 2 * kF),
+                          .s = s,
+                          .ds = want_rows.view().Slice(1, 2 * kF, 2 * kF + kE),
+                          .scale = 2.0,
+                          .db_scale = 0.5};
+    const Tensor lora_workspace = op_testing::Bytes(LoraBackwardWorkspaceBytes(CpuExec(), lora));
+    lora.workspace = lora_workspace;
+    LoraBackward(CpuExec(), lora);
+    std::vector<double> want_da = down_da.ToVector();
+    for (int64_t j = 0; j < kR; ++j) {
+      for (int64_t n = 0; n < kF; ++n) {
+        for (int64_t t = 0; t < kT; ++t) {
+          want_da[j * kF + n] += 0.25 * down_ds[t * (kR + 2) + j] * want_dh[t * kF + n];
+        }
+      }
+    }
+    const LoraBackwardPart parts[] = {{b_gate, db_gate, 0}, {b_up, db_up, kF}};
+    GatedLoraBackwardArgs args{.dh = dh,
+                               .activation = Activation::kGeluTanh,
+                               .lora = {.parts = parts,
+                                        .dy = rows.view().Slice(1, 0, 2 * kF),
+                                        .s = s,
+                                        .ds = rows.view().Slice(1, 2 * kF, 2 * kF + kE),
+                                        .scale = 2.0,
+                                        .db_scale = 0.5},
+                               .down_ds = down_ds,
+                               .down_da = down_da,
+                               .down_da_scale = 0.25};
+    const Tensor workspace = op_testing::Bytes(GatedLoraBackwardWorkspaceBytes(CpuExec(), args));
+    args.workspace = workspace;
+    GatedLoraBackward(CpuExec(), args);
+    EXPECT_EQ(rows.ToVector(), want_rows.ToVector());
+    EXPECT_EQ(db_gate.ToVector(), want_db_gate.ToVector());
+    EXPECT_EQ(db_up.ToVector(), want_db_up.ToVector());
+    ExpectClose(down_da, want_da, Tolerance(statistics), "da of down");
+    rows.ExpectGuardsIntact();
+    dh.ExpectGuardsIntact();
   }
 }
 

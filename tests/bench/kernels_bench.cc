@@ -1,6 +1,7 @@
 // Speed of the CUDA ops at the shapes of an 8B model and a pack of 8192 tokens, against the roofs
 // measured in the same run: the copy bandwidth of the device, and cuBLASLt's bf16 rate at 8192^3.
 // One JSON object per row: op, median microseconds, GB/s or TFLOP/s, and the part of the roof.
+//   kernels_bench [TEXT]     only ops whose row's name has TEXT, and the roofs
 //
 // Inputs are random (zeros run faster), and larger than the cache or rotated through it.
 #include <cuda_runtime_api.h>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <functional>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "kernels/attention/attention.h"
@@ -19,7 +21,7 @@
 #include "kernels/embedding/embedding.h"
 #include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
-#include "kernels/lora/lora_backward.h"
+#include "kernels/lora/gated_lora_backward.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
@@ -88,13 +90,19 @@ struct Bench {
   Exec exec;
   TensorView workspace;
   double copy_rate = 0.0, product_rate = 0.0;
+  std::string_view only;
 
+  bool Wanted(std::string_view op) const {
+    return op.starts_with("roof:") || op.find(only) != op.npos;
+  }
   void Bytes(const char* op, double bytes, const std::function<void()>& f) {
+    if (!Wanted(op)) return;
     const double s = MedianSeconds(f);
     std::printf("{\"op\": \"%s\", \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.3f}\n", op,
                 s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
   }
   void Flops(const char* op, double flops, int repeats, const std::function<void()>& f) {
+    if (!Wanted(op)) return;
     const double s = MedianSeconds(f, repeats);
     std::printf("{\"op\": \"%s\", \"us\": %.1f, \"tflop_per_s\": %.1f, \"of_product\": %.3f}\n", op,
                 s * 1e6, flops / s * 1e-12, product_rate > 0.0 ? flops / s / product_rate : 1.0);
@@ -198,6 +206,39 @@ void BenchLoraBackward(Bench* b) {
       }
     });
     CUDA_CHECK(cudaFree(rows.data));
+  }
+}
+
+// GB/s of reading gate, up and dh and writing the first two's gradients.
+void BenchGatedLoraBackward(Bench* b) {
+  struct Case {
+    const char* name;
+    int64_t T, r;
+  };
+  for (const Case& c : {Case{"GatedLoraBackward 16384x14336 r 16", 16384, 16},
+                        Case{"GatedLoraBackward 2048x14336 r 16", 2048, 16},
+                        Case{"GatedLoraBackward 16384x14336 r 32", 16384, 32}}) {
+    const int64_t E = LoraExtension(2, c.r);
+    std::vector<LoraBackwardPart> parts;
+    for (int64_t begin : {int64_t{0}, kF}) {
+      parts.push_back({Device(DType::kBF16, {kF, c.r}), Device(DType::kF32, {kF, c.r}), begin});
+    }
+    const TensorView rows = Device(DType::kBF16, {c.T, 2 * kF + E});
+    const TensorView dh = Device(DType::kBF16, {c.T, kF});
+    GatedLoraBackwardArgs args{.dh = dh,
+                               .lora = {.parts = parts,
+                                        .dy = rows.Slice(1, 0, 2 * kF),
+                                        .s = Device(DType::kBF16, {c.T, E}),
+                                        .ds = rows.Slice(1, 2 * kF, 2 * kF + E),
+                                        .scale = 1e-3,
+                                        .db_scale = 1e-3},
+                               .down_ds = Device(DType::kBF16, {c.T, c.r}),
+                               .down_da = Device(DType::kF32, {c.r, kF}),
+                               .down_da_scale = 1e-3};
+    args.workspace = Device(DType::kU8, {GatedLoraBackwardWorkspaceBytes(b->exec, args)});
+    b->Bytes(c.name, 10.0 * static_cast<double>(c.T) * static_cast<double>(kF),
+             [&] { GatedLoraBackward(b->exec, args); });
+    for (const TensorView& view : {rows, dh, args.workspace}) CUDA_CHECK(cudaFree(view.data));
   }
 }
 
@@ -465,7 +506,7 @@ void BenchAttention(Bench* b) {
 }  // namespace
 }  // namespace attune
 
-int main() {
+int main(int argc, char** argv) {
   using namespace attune;  // NOLINT: a program of one file
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
@@ -474,9 +515,11 @@ int main() {
   }
   Bench bench;
   bench.exec.device = DeviceKind::kCuda;
+  if (argc > 1) bench.only = argv[1];
   MeasureRoofs(&bench);
   BenchProducts(&bench);
   BenchLoraBackward(&bench);
+  BenchGatedLoraBackward(&bench);
   BenchNf4(&bench);
   BenchFp8(&bench);
   BenchFp8AdapterRoom(&bench);

@@ -452,7 +452,6 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
   ArenaScope scope(ctx.arena);
   RebuildGateUp(ctx, &saved);
   const TensorView rows = saved.gate_up;
-  const TensorView gate = Columns(rows, 0, F), up = Columns(rows, F, F);
   const Fp8Rows codes = gate_up.NewCodes(ctx, Direction::kBackward, T);
   {
     ArenaScope mlp_scope(ctx.arena);
@@ -460,7 +459,27 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
                                          C + down.extension());
     const TensorView dh = ctx.Scratch({T, F});
     down.Backward(ctx, dy, saved.s_down, dh);
-    // The activations are not needed again: their gradients take their place, and h that of dh.
+    BackwardGate(ctx, saved, dh, dy, codes);
+  }
+  const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
+  if (GateIsOneOp(ctx)) {
+    gate_up.BackwardInput(ctx, rows, dn2, codes);
+  } else {
+    gate_up.Backward(ctx, rows, saved.s_gate_up, dn2, codes);
+  }
+  NormaliseAgain(ctx, saved.x2, mlp_norm, saved.rstd2, n2);
+  gate_up.BackwardWithInput(ctx, rows, n2, saved.s_gate_up);
+  const TensorView dx2 = Columns(dx, 0, C);
+  NormaliseBackward(ctx, dn2, saved.x2, mlp_norm, saved.rstd2, dx2, dx2);
+}
+
+// The activations are not needed again: their gradients take their place, and h that of dh.
+void TransformerBlock::BackwardGate(const LayerContext& ctx, const SavedBlock& saved,
+                                    const TensorView& dh, const TensorView& dy,
+                                    const Fp8Rows& codes) const {
+  const int64_t C = shape.hidden, F = shape.intermediate;
+  const TensorView gate = Columns(saved.gate_up, 0, F), up = Columns(saved.gate_up, F, F);
+  if (!GateIsOneOp(ctx)) {
     GatedActivationBackward(ctx.exec, {.dh = dh,
                                        .gate = gate,
                                        .up = up,
@@ -469,14 +488,22 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
                                        .h = dh,
                                        .activation = shape.activation,
                                        .fp8 = codes});
-    down.BackwardWithInput(ctx, dy, dh, saved.s_down);
+    return down.BackwardWithInput(ctx, dy, dh, saved.s_down);
   }
-  const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
-  gate_up.Backward(ctx, rows, saved.s_gate_up, dn2, codes);
-  NormaliseAgain(ctx, saved.x2, mlp_norm, saved.rstd2, n2);
-  gate_up.BackwardWithInput(ctx, rows, n2, saved.s_gate_up);
-  const TensorView dx2 = Columns(dx, 0, C);
-  NormaliseBackward(ctx, dn2, saved.x2, mlp_norm, saved.rstd2, dx2, dx2);
+  LoraBackwardPart parts[kMaxLoraParts];
+  GatedLoraBackwardArgs args{
+      .dh = dh,
+      .activation = shape.activation,
+      .lora = gate_up.AdapterBackward(Columns(saved.gate_up, 0, 2 * F), saved.s_gate_up,
+                                      Columns(saved.gate_up, 2 * F, gate_up.extension()), parts),
+      .down_ds = Columns(dy, C, down.r),
+      .down_da = down.da,
+      .down_da_scale = down.output_scale,
+      .fp8 = codes};
+  ArenaScope scope(ctx.arena);
+  args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                       GatedLoraBackwardWorkspaceBytes(ctx.exec, args));
+  GatedLoraBackward(ctx.exec, args);
 }
 
 // dx: gradient of x1 + a -> gradient of x1.

@@ -20,7 +20,7 @@
 
 #include <algorithm>
 
-#include "kernels/gated_activation/gated_activation.h"
+#include "kernels/lora/gated_lora_backward.h"
 #include "worker/layers/batch.h"
 #include "worker/layers/lora_linear.h"
 
@@ -183,6 +183,14 @@ struct TransformerBlock {
   void RebuildGateUp(const LayerContext& ctx, SavedBlock* saved) const;
   void BackwardMlp(const LayerContext& ctx, const SavedBlock& saved, const TensorView& dx) const;
   void BackwardMlpTile(const LayerContext& ctx, SavedBlock saved, const TensorView& dx) const;
+  // From dh, the gradient of act(g) u, the gradients of g and u in their place, and what `down`
+  // takes of its input. If the gate's backward pass is one op with the adapters on both sides of
+  // it, also what gate_up's adapters take.
+  void BackwardGate(const LayerContext& ctx, const SavedBlock& saved, const TensorView& dh,
+                    const TensorView& dy, const Fp8Rows& codes) const;
+  bool GateIsOneOp(const LayerContext& ctx) const {
+    return gate_up.adapters.size() == 2 && gate_up.IsPlain(ctx) && down.IsPlain(ctx);
+  }
   void BackwardAttention(const LayerContext& ctx, const PackBatch& batch, const SavedBlock& saved,
                          const TensorView& dx, const BackwardOptions& options) const;
   AttentionBackwardArgs AttentionBackwardOf(const PackBatch& batch, const SavedBlock& saved,

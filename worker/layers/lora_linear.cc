@@ -6,7 +6,6 @@
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/lora/lora.h"
-#include "kernels/lora/lora_backward.h"
 #include "worker/layers/weight_prefetcher.h"
 
 namespace attune {
@@ -241,12 +240,20 @@ void LoraLinear::AddDroppedDora(const LayerContext& ctx, const LoraPart& adapter
 
 void LoraLinear::Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
                           const TensorView& dx, const Fp8Rows& codes) const {
-  const int64_t K = w->in(), N = w->rows(), E = extension();
-  const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, E);
+  const int64_t N = w->rows();
+  if (IsDora()) {
+    ArenaScope scope(ctx.arena);
+    return BackwardDora(ctx, dy_ds, s, dx);
+  }
+  BackwardB(ctx, Columns(dy_ds, 0, N), s, Columns(dy_ds, N, extension()));
+  if (dx.defined()) BackwardInput(ctx, dy_ds, dx, codes);
+}
+
+void LoraLinear::BackwardInput(const LayerContext& ctx, const TensorView& dy_ds,
+                               const TensorView& dx, const Fp8Rows& codes) const {
+  const int64_t K = w->in(), N = w->rows();
+  const TensorView dy = Columns(dy_ds, 0, N), ds = Columns(dy_ds, N, extension());
   ArenaScope scope(ctx.arena);
-  if (IsDora()) return BackwardDora(ctx, dy_ds, s, dx);
-  BackwardB(ctx, dy, s, ds);
-  if (!dx.defined()) return;
   if (w->fp8()) {
     // With dropout the adapter's share of dx goes through the mask.
     const int64_t e = ctx.dropout.p == 0 ? columns() : 0;
@@ -286,20 +293,30 @@ void LoraLinear::MultiplyA(const LayerContext& ctx, const TensorView& x,
   }
 }
 
-void LoraLinear::BackwardB(const LayerContext& ctx, const TensorView& dy, const TensorView& s,
-                           const TensorView& ds) const {
-  if (adapters.empty()) return;
-  LoraBackwardPart parts[kMaxLoraParts];
+bool LoraLinear::IsPlain(const LayerContext& ctx) const {
+  return static_cast<int>(adapters.size()) == w->parts() && ctx.dropout.p == 0 && !IsDora();
+}
+
+LoraBackwardArgs LoraLinear::AdapterBackward(const TensorView& dy, const TensorView& s,
+                                             const TensorView& ds,
+                                             LoraBackwardPart (&parts)[kMaxLoraParts]) const {
   CHECK(adapters.size() <= kMaxLoraParts);
   for (size_t i = 0; i < adapters.size(); ++i) {
     parts[i] = {adapters[i].b, adapters[i].db, w->row_begin(adapters[i].part)};
   }
-  LoraBackwardArgs args{.parts = {parts, adapters.size()},
-                        .dy = dy,
-                        .s = s,
-                        .ds = ds,
-                        .scale = scale,
-                        .db_scale = output_scale * scale};
+  return {.parts = {parts, adapters.size()},
+          .dy = dy,
+          .s = s,
+          .ds = ds,
+          .scale = scale,
+          .db_scale = output_scale * scale};
+}
+
+void LoraLinear::BackwardB(const LayerContext& ctx, const TensorView& dy, const TensorView& s,
+                           const TensorView& ds) const {
+  if (adapters.empty()) return;
+  LoraBackwardPart parts[kMaxLoraParts];
+  LoraBackwardArgs args = AdapterBackward(dy, s, ds, parts);
   ArenaScope scope(ctx.arena);
   args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
                                        LoraBackwardWorkspaceBytes(ctx.exec, args));

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "kernels/fp8/fp8.h"
+#include "kernels/lora/lora_backward.h"
 #include "worker/layers/frozen_matrix.h"
 
 namespace attune {
@@ -88,6 +89,14 @@ struct LoraLinear {
   // the gradient of B. s (M, E) as Forward had it. `codes`: those of dy, if there are.
   void Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
                 const TensorView& dx, const Fp8Rows& codes = {}) const;
+  // The two halves of Backward, for an op that does the first along the way: what the adapters take
+  // of dy, by way of `parts`; and dx, with ds in its place.
+  LoraBackwardArgs AdapterBackward(const TensorView& dy, const TensorView& s, const TensorView& ds,
+                                   LoraBackwardPart (&parts)[kMaxLoraParts]) const;
+  void BackwardInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& dx,
+                     const Fp8Rows& codes = {}) const;
+  // True if all parts have adapters whose gradients are those two and ds^T x: no dropout, no DoRA.
+  bool IsPlain(const LayerContext& ctx) const;
   // What takes x (M, K) as Forward had it, behind Backward: accumulates the gradient of A, and of
   // DoRA's magnitudes.
   void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,

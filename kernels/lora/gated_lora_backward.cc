@@ -1,0 +1,96 @@
+#include "kernels/lora/gated_lora_backward.h"
+
+#include <algorithm>
+
+#include "kernels/core/dispatch.h"
+#include "kernels/lora/lora_pass.h"
+#include "kernels/matmul/matmul.h"
+
+namespace attune {
+
+void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
+
+namespace {
+
+TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
+  return x.Slice(1, begin, begin + count);
+}
+
+void CheckArgs(const GatedLoraBackwardArgs& a) {
+  CHECK(a.lora.parts.size() == 2);
+  const DType dtype = a.dh.dtype;
+  const int64_t T = a.dh.dim(0), F = a.dh.dim(1), r = a.lora.parts[0].b.dim(1);
+  CHECK(IsFloat(dtype));
+  CheckMatrix(a.dh, dtype, T, F);
+  CheckMatrix(a.lora.dy, dtype, T, 2 * F);
+  CheckMatrix(a.down_ds, dtype, T, a.down_ds.dim(1));
+  CHECK(a.down_ds.dim(1) >= r);
+  CheckMatrix(a.down_da, AccumulatorDType(dtype), r, F);
+  for (int p = 0; p < 2; ++p) {
+    CHECK(a.lora.parts[p].column_begin == p * F && a.lora.parts[p].b.dim(0) == F);
+  }
+}
+
+LoraBackwardArgs LoraOf(const GatedLoraBackwardArgs& a) {
+  LoraBackwardArgs out = a.lora;
+  out.workspace = a.workspace;
+  return out;
+}
+MatMulArgs DownOf(const GatedLoraBackwardArgs& a) {
+  return {.a = Columns(a.down_ds, 0, a.down_da.dim(0)),
+          .b = a.dh,  // h
+          .d = a.down_da,
+          .trans_a = true,
+          .alpha = a.down_da_scale,
+          .beta = 1,
+          .workspace = a.workspace};
+}
+
+bool InPacks(const TensorView& x) {
+  return x.dim(0) <= 1 || x.stride(0) % 8 == 0;
+}
+
+// By shapes alone, so that a plan knows.
+bool IsOnePass(const Exec& exec, const GatedLoraBackwardArgs& a) {
+  const int64_t T = a.dh.dim(0), F = a.dh.dim(1), r = a.down_da.dim(0);
+  return exec.device == DeviceKind::kCuda && a.dh.dtype == DType::kBF16 && T > 0 && F > 0 &&
+         F % 16 == 0 && r > 0 && r % 8 == 0 && r <= 32 && a.lora.ds.dim(1) % 4 == 0 &&
+         InPacks(a.dh) && InPacks(a.lora.dy) && InPacks(a.lora.s) && InPacks(a.lora.ds) &&
+         InPacks(a.down_ds);
+}
+int64_t OnePassBytes(const GatedLoraBackwardArgs& a) {
+  const int64_t T = a.dh.dim(0), F = a.dh.dim(1);
+  return a.down_da.dim(0) <= 16 ? GatedPassShape<1>::Bytes(T, F) : GatedPassShape<2>::Bytes(T, F);
+}
+
+}  // namespace
+
+int64_t GatedLoraBackwardWorkspaceBytes(const Exec& exec, const GatedLoraBackwardArgs& args) {
+  CheckArgs(args);
+  if (IsOnePass(exec, args)) return OnePassBytes(args);
+  return std::max(LoraBackwardWorkspaceBytes(exec, LoraOf(args)),
+                  MatMulWorkspaceBytes(exec, DownOf(args)));
+}
+
+void GatedLoraBackward(const Exec& exec, const GatedLoraBackwardArgs& args) {
+  CheckWorkspace(args.workspace, GatedLoraBackwardWorkspaceBytes(exec, args));
+  if (IsOnePass(exec, args)) {
+    if (exec.plan) return;
+    const OpTraceScope trace(exec, "GatedLoraBackward");
+    return ATTUNE_CALL_CUDA_(GatedLoraBackward, exec, args);
+  }
+  const int64_t F = args.dh.dim(1);
+  const TensorView gate = Columns(args.lora.dy, 0, F), up = Columns(args.lora.dy, F, F);
+  GatedActivationBackward(exec, {.dh = args.dh,
+                                 .gate = gate,
+                                 .up = up,
+                                 .dgate = gate,
+                                 .dup = up,
+                                 .h = args.dh,
+                                 .activation = args.activation,
+                                 .fp8 = args.fp8});
+  LoraBackward(exec, LoraOf(args));
+  MatMul(exec, DownOf(args));
+}
+
+}  // namespace attune

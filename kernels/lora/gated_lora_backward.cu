@@ -1,0 +1,445 @@
+// GatedLoraBackward in one pass, on the tensor cores.
+//
+// A strip is some columns of gate and as many of up, h and dh (PassGrid). Tiles come through shared
+// memory, one ahead, by bulk copies; dgate, dup and h take the place of gate, up and dh there, and
+// the first two go back the same way. A warp has 16 or 32 columns: its shares of the gradients of
+// B_gate, B_up and A_down (as columns x ranks) stay in registers to the end; its share of ds of a
+// tile goes through shared memory, where the block adds up those of its warps. The sums of a strip
+// and tile (ds) and of a block (the others) go to the workspace; a second, small kernel adds them
+// up in the order of strips and runs.
+#include "kernels/fp8/fp8.cuh"
+#include "kernels/gated_activation/activate.cuh"
+#include "kernels/lora/gated_lora_backward.h"
+#include "kernels/lora/lora_pass.cuh"
+
+namespace attune {
+
+void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
+
+namespace {
+
+enum { kGate, kUp, kDown };  // s and gradients of parameters
+enum { kGateTile, kUpTile, kDhTile, kTiles };
+
+template <int kGroups>
+struct Shape : GatedPassShape<kGroups> {
+  using Pass = GatedPassShape<kGroups>;
+  static constexpr int kStages = 3;
+  // Rows in shared memory lie apart so that no two of eight share a bank.
+  static constexpr int kPitch = Pass::kColumns + 8;
+  static constexpr int kSPitch = Pass::kMatrices * Pass::kRank + 8;
+  static constexpr int kSumPitch = 2 * Pass::kRank;
+  static constexpr int kTileElements = kPassRows * kPitch;
+  static constexpr int kSElements = kPassRows * kSPitch;
+  static constexpr int kSumElements = kPassWarps * kPassRows * kSumPitch;
+  static constexpr int kBarrierBytes = 128;
+  static constexpr int kBytes =
+      kBarrierBytes + 2 * kStages * (kTiles * kTileElements + kSElements) + 4 * 2 * kSumElements;
+  static_assert(8 * kStages <= kBarrierBytes && kBytes <= 227 << 10);
+};
+
+struct Params {
+  int r, rows, columns;  // F columns
+  int tiles;
+  PassGrid grid;
+  Bf16* gate;  // of [gate | up]
+  const Bf16* dh;
+  const Bf16* s;
+  const Bf16* down_ds;
+  int64_t row_stride, dh_stride, s_stride, down_ds_stride;
+  const Bf16* b[2];
+  float* db[2];
+  float* down_da;
+  int64_t b_stride[2], db_stride[2], down_da_stride;
+  Bf16* ds;
+  int64_t ds_stride;
+  int ds_columns;
+  float* ds_sums;      // (strips, rows, 2 kRank)
+  float* matrix_sums;  // (runs, strips, kMatrices, kColumns, kRank)
+  float scale, db_scale, down_da_scale;
+};
+
+__device__ uint32_t RoundedPair(float2 x) {
+  const __nv_bfloat162 rounded = __floats2bfloat162_rn(x.x, x.y);
+  return reinterpret_cast<const uint32_t&>(rounded);
+}
+__device__ float2 PairAsFloats(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+template <int kGroups, Activation kActivation>
+struct Block {
+  using S = Shape<kGroups>;
+  static constexpr int kHalves = 2 * kGroups;                   // 8 ranks each
+  static constexpr int kSCopies = S::kMatrices * S::kRank / 8;  // of 16 bytes, in a row
+  static_assert(kPassRows * kSCopies <= 12 * 32);               // the fewest threads
+
+  const Params& x;
+  uint64_t* barriers;          // one per stage
+  Bf16* tiles;                 // kStages times kTiles
+  Bf16* s_tiles;               // kStages
+  float* sums;                 // two
+  int strip_begin, row_bytes;  // in gate, up and dh; of a tile's row
+  // Of this warp and thread: (column, column + 8; rank, rank + 1) of each 16 columns and 8 ranks;
+  // and B, whose rows are columns of the tile.
+  float gradient[S::kMatrices][S::kWarpBlocks][kHalves][4];
+  uint32_t b[2][S::kWarpBlocks][kHalves][2];
+
+  __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
+  __device__ Bf16* Tile(int stage, int which) const {
+    return tiles + (stage * kTiles + which) * S::kTileElements;
+  }
+
+  __device__ Bf16* RowOf(int which, int64_t row) const {
+    if (which == kDhTile) return const_cast<Bf16*>(x.dh) + row * x.dh_stride + strip_begin;
+    return x.gate + row * x.row_stride + (which == kUpTile ? x.columns : 0) + strip_begin;
+  }
+
+  // Every warp copies a row, a lane for each of the tiles and back too: one warp would be busy with
+  // all rows as long as the others multiply.
+  __device__ void LoadTile(int tile, int stage) const {
+    const int row_begin = tile * kPassRows, thread = threadIdx.x, which = thread % 32;
+    if (which < kTiles) {
+      const int row = thread / 32, bytes = row_begin + row < x.rows ? row_bytes : 0;
+      WaitForBulkReads();
+      ExpectBytes(barriers + stage, bytes);
+      if (bytes > 0) {
+        BulkCopy(Tile(stage, which) + row * S::kPitch, RowOf(which, row_begin + row), bytes,
+                 barriers + stage);
+      }
+    }
+    if (thread < kPassRows * kSCopies) {
+      const int row = thread / kSCopies, c = thread % kSCopies * 8;
+      const int matrix = c / S::kRank, rank = c % S::kRank;
+      const bool any = row_begin + row < x.rows && rank < x.r;
+      const Bf16* from = matrix == kDown
+                             ? x.down_ds + (row_begin + row) * x.down_ds_stride + rank
+                             : x.s + (row_begin + row) * x.s_stride + matrix * x.r + rank;
+      CopyAsync(s_tiles + stage * S::kSElements + row * S::kSPitch + c, any ? from : x.s,
+                any ? 16 : 0);
+    }
+    CommitCopies();
+  }
+
+  __device__ void StoreTile(int tile, int stage) const {
+    const int row_begin = tile * kPassRows, row = threadIdx.x / 32, which = threadIdx.x % 32;
+    if (which >= kDhTile || row_begin + row >= x.rows) return;
+    BulkStore(RowOf(which, row_begin + row), Tile(stage, which) + row * S::kPitch, row_bytes);
+    CommitBulkStores();
+  }
+
+  // What no copy writes must be a number: it is multiplied with zeros.
+  __device__ void Prepare() const {
+    if (threadIdx.x < S::kStages) InitBarrier(barriers + threadIdx.x, kTiles * kPassRows);
+    if (x.rows % kPassRows != 0) {
+      for (int i = threadIdx.x * 8; i < S::kStages * kTiles * S::kTileElements;
+           i += kPassThreads * 8) {
+        *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    FenceBarriers();
+    __syncthreads();
+  }
+
+  __device__ void LoadParameters() {
+    const int lane = threadIdx.x % 32;
+    const int n0 = strip_begin + Column() + lane % 4 * 2, c0 = lane / 4;
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      const auto value = [&](int n, int c) {
+        return n < x.columns && c < x.r ? x.b[p][n * x.b_stride[p] + c] : FromFloat<Bf16>(0.0f);
+      };
+#pragma unroll
+      for (int k = 0; k < S::kWarpBlocks; ++k) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int n = n0 + k * 16 + i * 8, c = c0 + half * 8;
+            b[p][k][half][i] = PairOf(value(n, c), value(n + 1, c));
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < S::kMatrices; ++m) {
+#pragma unroll
+      for (int k = 0; k < S::kWarpBlocks; ++k) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) gradient[m][k][half][i] = 0.0f;
+        }
+      }
+    }
+  }
+
+  __device__ void StoreGradients() const {
+    const int lane = threadIdx.x % 32;
+    float* to = x.matrix_sums + int64_t{blockIdx.x} * S::kMatrices * S::kColumns * S::kRank;
+    to += (Column() + lane / 4) * S::kRank + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < S::kMatrices; ++m) {
+#pragma unroll
+      for (int k = 0; k < S::kWarpBlocks; ++k) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const float(&sum)[4] = gradient[m][k][half];
+          float* pair = to + (m * S::kColumns + k * 16) * S::kRank + half * 8;
+          *reinterpret_cast<float2*>(pair) = make_float2(sum[0], sum[1]);
+          *reinterpret_cast<float2*>(pair + 8 * S::kRank) = make_float2(sum[2], sum[3]);
+        }
+      }
+    }
+  }
+
+  // += v^T s of 16 rows and of 16 columns, where `v_tile` has them.
+  template <int kMatrix>
+  __device__ void AddGradient(int k, const Bf16* v_tile, const Bf16* s_tile) {
+    const int lane = threadIdx.x % 32;
+    uint32_t v[4];
+    LoadTransposed(v, v_tile + (lane / 16 * 8 + lane % 8) * S::kPitch + k * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t s[4];
+      LoadTransposed(
+          s, s_tile + lane % 16 * S::kSPitch + kMatrix * S::kRank + group * 16 + lane / 16 * 8);
+      MultiplyAdd(gradient[kMatrix][k][2 * group], v, s[0], s[1]);
+      MultiplyAdd(gradient[kMatrix][k][2 * group + 1], v, s[2], s[3]);
+    }
+  }
+
+  // Of row `row` the columns of sums lie so that no two of four rows share a bank.
+  __device__ static int SumColumn(int row, int c) {
+    return c ^ row % 4 * 8;
+  }
+
+  __device__ void Multiply(int stage, float* sum_tile) {
+    const int lane = threadIdx.x % 32;
+    const int at = lane % 16 * S::kPitch + lane / 16 * 8;
+    const Bf16* s_tile = s_tiles + stage * S::kSElements;
+    Bf16* gate_tile = Tile(stage, kGateTile) + Column();
+    Bf16* up_tile = Tile(stage, kUpTile) + Column();
+    Bf16* dh_tile = Tile(stage, kDhTile) + Column();
+    float ds[2][kHalves][4] = {};
+#pragma unroll
+    for (int k = 0; k < S::kWarpBlocks; ++k) {
+      if (strip_begin + Column() + k * 16 >= x.columns) break;
+      uint32_t gate[4], up[4], dh[4];
+      LoadMatrices(gate, gate_tile + at + k * 16);
+      LoadMatrices(up, up_tile + at + k * 16);
+      LoadMatrices(dh, dh_tile + at + k * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 g = PairAsFloats(gate[i]), u = PairAsFloats(up[i]), d = PairAsFloats(dh[i]);
+        float2 slope;
+        const float2 act = {Activate<kActivation>(g.x, &slope.x),
+                            Activate<kActivation>(g.y, &slope.y)};
+        gate[i] = RoundedPair({d.x * u.x * slope.x, d.y * u.y * slope.y});
+        up[i] = RoundedPair({d.x * act.x, d.y * act.y});
+        dh[i] = RoundedPair({act.x * u.x, act.y * u.y});
+      }
+      StoreMatrices(gate_tile + at + k * 16, gate);
+      StoreMatrices(up_tile + at + k * 16, up);
+      StoreMatrices(dh_tile + at + k * 16, dh);  // h
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        MultiplyAdd(ds[kGate][half], gate, b[kGate][k][half][0], b[kGate][k][half][1]);
+        MultiplyAdd(ds[kUp][half], up, b[kUp][k][half][0], b[kUp][k][half][1]);
+      }
+      __syncwarp();
+      AddGradient<kGate>(k, gate_tile, s_tile);
+      AddGradient<kUp>(k, up_tile, s_tile);
+      AddGradient<kDown>(k, dh_tile, s_tile);
+    }
+    const int row = lane / 4;
+    float* to = sum_tile + (threadIdx.x / 32 * kPassRows + row) * S::kSumPitch + lane % 4 * 2;
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        float* pair = to + SumColumn(row, p * S::kRank + half * 8);
+        *reinterpret_cast<float2*>(pair) = make_float2(ds[p][half][0], ds[p][half][1]);
+        *reinterpret_cast<float2*>(pair + 8 * S::kSumPitch) =
+            make_float2(ds[p][half][2], ds[p][half][3]);
+      }
+    }
+    FenceBulkCopies();
+  }
+
+  // The sums over the columns of the strip.
+  __device__ void StoreDs(int strip, int tile, const float* sum_tile) const {
+    constexpr int kWidth = 2 * S::kRank;
+    const int row_begin = tile * kPassRows;
+    for (int at = threadIdx.x; at < kPassRows * kWidth; at += kPassThreads) {
+      const int row = at / kWidth, c = at % kWidth;
+      const float* from = sum_tile + row * S::kSumPitch + SumColumn(row, c);
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kPassWarps; ++w) {
+        sum += from[w * kPassRows * S::kSumPitch];
+      }
+      if (row_begin + row >= x.rows) continue;
+      x.ds_sums[(static_cast<int64_t>(strip) * x.rows + row_begin + row) * kWidth + c] = sum;
+    }
+  }
+
+  __device__ void Run() {
+    const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
+    strip_begin = run.strip * S::kColumns;
+    row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
+    int stage = 0, turn = 0;  // the turn's parity
+    Prepare();
+    LoadTile(run.begin, 0);
+    LoadParameters();
+    for (int tile = run.begin; tile < run.end; ++tile) {
+      // Behind the barrier the tile before is done: its rows go back and its sums are read while
+      // this one is worked on, with sums of its own. The stage of the one before that is filled.
+      WaitForCopies<0>();
+      WaitFor(barriers + stage, turn);
+      __syncthreads();
+      const int next = stage == S::kStages - 1 ? 0 : stage + 1;
+      if (tile + 1 < run.end) LoadTile(tile + 1, next);
+      if (tile > run.begin) {
+        StoreTile(tile - 1, stage == 0 ? S::kStages - 1 : stage - 1);
+        StoreDs(run.strip, tile - 1, sums + (tile - 1) % 2 * S::kSumElements);
+      }
+      Multiply(stage, sums + tile % 2 * S::kSumElements);
+      stage = next;
+      turn ^= stage == 0;
+    }
+    __syncthreads();
+    StoreTile(run.end - 1, stage == 0 ? S::kStages - 1 : stage - 1);
+    StoreDs(run.strip, run.end - 1, sums + (run.end - 1) % 2 * S::kSumElements);
+    StoreGradients();
+    WaitForBulkStores();
+  }
+};
+
+template <int kGroups, Activation kActivation>
+__global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+  using S = Shape<kGroups>;
+  cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+  extern __shared__ __align__(128) unsigned char memory[];
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
+  Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
+  Bf16* s_tiles = tiles + S::kStages * kTiles * S::kTileElements;
+  float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
+  Block<kGroups, kActivation>{x, barriers, tiles, s_tiles, sums}.Run();
+}
+
+// A thread per four elements of ds, then one per matrix, column and four ranks.
+template <int kGroups>
+__global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
+  using S = Shape<kGroups>;
+  cudaGridDependencySynchronize();  // the sums are there
+  int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
+  const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
+  if (at < x.rows * ds_packs) {
+    const int row = at / ds_packs, column = (at - row * ds_packs) * 4, p = column / x.r;
+    Pack<Bf16, 4> ds;
+    for (int k = 0; k < 4; ++k) ds.Set(k, 0.0f);
+    if (p < 2) {
+      const int64_t stride = static_cast<int64_t>(x.rows) * 2 * S::kRank;
+      const float* from = x.ds_sums + row * 2 * S::kRank + p * S::kRank + column - p * x.r;
+      const Pack<float, 4> sum = SumOf(from, stride, x.grid.strips);
+      for (int k = 0; k < 4; ++k) ds.Set(k, x.scale * sum.v[k]);
+    }
+    ds.Store(x.ds + row * x.ds_stride + column);
+    return;
+  }
+  at -= x.rows * ds_packs;
+  // Neighbours have neighbouring columns: the rows of A_down's gradient are those of ranks.
+  const int n = at % x.columns, rest = at / x.columns, c = rest % rank_packs * 4;
+  const int matrix = rest / rank_packs;
+  if (matrix >= S::kMatrices) return;
+  const int strip_sums = S::kMatrices * S::kColumns * S::kRank;
+  const int strip = n / S::kColumns;
+  const float* from = x.matrix_sums + int64_t{strip} * strip_sums +
+                      (matrix * S::kColumns + n % S::kColumns) * S::kRank + c;
+  const Pack<float, 4> sum = SumOf(from, int64_t{x.grid.strips} * strip_sums, x.grid.runs);
+  if (matrix == kDown) {
+    float* to = x.down_da + c * x.down_da_stride + n;
+    for (int k = 0; k < 4; ++k) to[k * x.down_da_stride] += x.down_da_scale * sum.v[k];
+    return;
+  }
+  float* to = x.db[matrix] + n * x.db_stride[matrix] + c;
+  for (int k = 0; k < 4; ++k) to[k] += x.db_scale * sum.v[k];
+}
+
+template <int kGroups>
+Params ParamsOf(const GatedLoraBackwardArgs& a) {
+  using S = Shape<kGroups>;
+  Params x{};
+  x.r = static_cast<int>(a.down_da.dim(0));
+  x.rows = static_cast<int>(a.dh.dim(0));
+  x.columns = static_cast<int>(a.dh.dim(1));
+  x.tiles = DivideUp(x.rows, kPassRows);
+  x.grid = S::GridOf(x.rows, x.columns);
+  x.gate = Data<Bf16>(a.lora.dy);
+  x.dh = Data<const Bf16>(a.dh);
+  x.s = Data<const Bf16>(a.lora.s);
+  x.down_ds = Data<const Bf16>(a.down_ds);
+  x.row_stride = a.lora.dy.stride(0);
+  x.dh_stride = a.dh.stride(0);
+  x.s_stride = a.lora.s.stride(0);
+  x.down_ds_stride = a.down_ds.stride(0);
+  for (int p = 0; p < 2; ++p) {
+    const LoraBackwardPart& part = a.lora.parts[p];
+    x.b[p] = Data<const Bf16>(part.b);
+    x.db[p] = Data<float>(part.db);
+    x.b_stride[p] = part.b.stride(0);
+    x.db_stride[p] = part.db.stride(0);
+  }
+  x.down_da = Data<float>(a.down_da);
+  x.down_da_stride = a.down_da.stride(0);
+  x.ds = Data<Bf16>(a.lora.ds);
+  x.ds_stride = a.lora.ds.stride(0);
+  x.ds_columns = static_cast<int>(a.lora.ds.dim(1));
+  x.matrix_sums = Data<float>(a.workspace);
+  x.ds_sums = x.matrix_sums + S::MatrixSums(x.grid);
+  x.scale = static_cast<float>(a.lora.scale);
+  x.db_scale = static_cast<float>(a.lora.db_scale);
+  x.down_da_scale = static_cast<float>(a.down_da_scale);
+  return x;
+}
+
+template <int kGroups, Activation kActivation>
+void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
+  const auto pass = PassKernel<kGroups, kActivation>;
+  const Params x = ParamsOf<kGroups>(a);
+  constexpr int kBytes = Shape<kGroups>::kBytes;
+  CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  pass<<<x.grid.strips * x.grid.runs, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
+  CUDA_CHECK(cudaGetLastError());
+  const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
+                        int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4);
+  LaunchBehind(exec, AddUpKernel<kGroups>, x, packs);
+}
+
+}  // namespace
+
+void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
+  for (const TensorView* view : {&a.dh, &a.lora.dy, &a.lora.s, &a.down_ds}) {
+    CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);
+  }
+  CHECK(reinterpret_cast<uintptr_t>(a.lora.ds.data) % 8 == 0);
+  const auto run = [&]<Activation kActivation>() {
+    if (a.down_da.dim(0) <= 16) return Run<1, kActivation>(exec, a);
+    Run<2, kActivation>(exec, a);
+  };
+  switch (a.activation) {
+    case Activation::kSilu:
+      run.operator()<Activation::kSilu>();
+      break;
+    case Activation::kGeluTanh:
+      run.operator()<Activation::kGeluTanh>();
+      break;
+    case Activation::kGeluErf:
+      run.operator()<Activation::kGeluErf>();
+      break;
+  }
+  if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.lora.dy, a.fp8));
+}
+
+}  // namespace attune
