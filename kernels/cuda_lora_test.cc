@@ -3,6 +3,7 @@
 #include "kernels/lora/gated_lora_backward.h"
 #include "kernels/lora/lora.h"
 #include "kernels/lora/lora_backward.h"
+#include "kernels/lora/normed_gradient.h"
 
 namespace attune {
 namespace {
@@ -172,6 +173,34 @@ TEST_F(CudaLora, GatedLoraBackward) {
               << name << ", row " << t << ", column " << n;
         }
       }
+    }
+  }
+}
+
+TEST_F(CudaLora, NormedGradient) {
+  struct Case {
+    int64_t T, J, C, padding;
+  };
+  for (const Case& c : {Case{64, 32, 128, 0}, Case{1, 3, 37, 1}, Case{333, 48, 1280, 8},
+                        Case{2049, 16, 200, 0}, Case{100, 20, 51, 5}}) {
+    for (DType dtype : kDTypes) {
+      ExpectGpuAsCpu("normed gradient of " + std::to_string(c.T) + ", " + DTypeName(dtype),
+                     {{Random(dtype, {c.T, c.J}, c.padding)},
+                      {Random(dtype, {c.T, c.C}, c.padding)},
+                      {Random(DType::kF32, {c.T})},
+                      {Random(dtype, {c.C})},
+                      {Random(DType::kF32, {c.J, c.C}, c.padding), 2e-5}},
+                     [&](const Exec& exec, const Views& v, Scratch& scratch) {
+                       NormedGradientArgs args{.ds = v[0],
+                                               .x = v[1],
+                                               .rstd = v[2],
+                                               .w = v[3],
+                                               .da = v[4],
+                                               .weight_offset = 1.0,
+                                               .scale = 0.5};
+                       args.workspace = scratch(NormedGradientWorkspaceBytes(exec, args));
+                       NormedGradient(exec, args);
+                     });
     }
   }
 }

@@ -297,7 +297,7 @@ PassGrid GridOf(const LoraBackwardArgs& a, int64_t tiles) {
   for (const LoraBackwardPart& part : a.parts) {
     strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
   }
-  return PassGridOf(strips, tiles);
+  return PassGridOf(strips, 1, tiles);  // the workspace is small
 }
 
 template <int kGroups>

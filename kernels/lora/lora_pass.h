@@ -22,18 +22,19 @@ struct PassGrid {
   int strips = 0;  // of all parts
   int runs = 0;    // of tiles
 };
-// As few runs as keep most of the multiprocessors of an H100 busy; others take as many.
-inline PassGrid PassGridOf(int strips, int64_t tiles) {
-  constexpr int kProcessors = 132, kMostRuns = 8;
+// As few runs as keep most of the multiprocessors of an H100 busy; others take as many. More than
+// `most` only where strips alone leave room for them.
+inline PassGrid PassGridOf(int strips, int most, int64_t tiles) {
+  constexpr int kProcessors = 132;
+  const int least = std::max(kProcessors / strips, 1);
   PassGrid best;
   double best_share = 0;
-  const int least = std::max(kProcessors / strips, 1);
-  for (int runs = least; runs <= std::max(least, kMostRuns); ++runs) {
+  for (int runs = least; runs <= std::max(least, most); ++runs) {
     const int blocks = strips * runs, turns = DivideUp(blocks, kProcessors);
     const double share = static_cast<double>(blocks) / (turns * kProcessors);
     if (share > best_share + 0.1) best = {strips, runs}, best_share = share;
   }
-  best.runs = static_cast<int>(std::clamp<int64_t>(best.runs, 1, std::max<int64_t>(tiles, 1)));
+  best.runs = static_cast<int>(std::min<int64_t>(best.runs, std::max<int64_t>(tiles, 1)));
   return best;
 }
 
@@ -48,7 +49,7 @@ struct GatedPassShape {
   static constexpr int kMatrices = 3;  // whose gradients are summed: B_gate, B_up, A_down
 
   static PassGrid GridOf(int64_t T, int64_t F) {
-    return PassGridOf(DivideUp(F, kColumns), DivideUp(T, kPassRows));
+    return PassGridOf(DivideUp(F, kColumns), 8, DivideUp(T, kPassRows));
   }
   // The partial sums: of the matrices for each block, of ds for each strip and row.
   static int64_t MatrixSums(const PassGrid& grid) {

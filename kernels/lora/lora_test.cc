@@ -3,6 +3,7 @@
 #include "kernels/core/op_testing.h"
 #include "kernels/lora/gated_lora_backward.h"
 #include "kernels/lora/lora_backward.h"
+#include "kernels/lora/normed_gradient.h"
 
 namespace attune {
 namespace {
@@ -180,6 +181,34 @@ TEST(GatedLoraBackwardTest, IsGateAdaptersAndTheGradientOfADown) {
     ExpectClose(down_da, want_da, Tolerance(statistics), "da of down");
     rows.ExpectGuardsIntact();
     dh.ExpectGuardsIntact();
+  }
+}
+
+// Against the sum with the norm's output itself, in double; two rows lie apart.
+TEST(NormedGradientTest, IsTheProductWithTheNormsOutput) {
+  constexpr int64_t kT = 37, kJ = 6, kC = 21;
+  std::mt19937_64 rng(13);
+  for (DType dtype : kFloatDTypes) {
+    const Tensor ds = Tensor(dtype, {kT, kJ}, 2).Random(&rng), w = Tensor(dtype, {kC}).Random(&rng);
+    const Tensor x = Tensor(dtype, {kT, kC}, 3).Random(&rng);
+    const Tensor rstd = Tensor(StatisticsOf(dtype), {kT}).Random(&rng);
+    const Tensor da = Tensor(StatisticsOf(dtype), {kJ, kC}, 4).Random(&rng);
+    std::vector<double> want = da.ToVector();
+    for (int64_t j = 0; j < kJ; ++j) {
+      for (int64_t c = 0; c < kC; ++c) {
+        for (int64_t t = 0; t < kT; ++t) {
+          want[j * kC + c] += 0.5 * ds[t * kJ + j] * x[t * kC + c] * rstd[t] * (w[c] + 1.0);
+        }
+      }
+    }
+    NormedGradientArgs args{
+        .ds = ds, .x = x, .rstd = rstd, .w = w, .da = da, .weight_offset = 1.0, .scale = 0.5};
+    const Tensor workspace = op_testing::Bytes(NormedGradientWorkspaceBytes(CpuExec(), args));
+    args.workspace = workspace;
+    NormedGradient(CpuExec(), args);
+    // bf16: rstd o ds is rounded once.
+    ExpectClose(da, want, dtype == DType::kBF16 ? 1e-2 : Tolerance(StatisticsOf(dtype)), "da");
+    da.ExpectGuardsIntact();
   }
 }
 

@@ -16,17 +16,21 @@
 #include "kernels/attention/attention.h"
 #include "kernels/core/cuda_error.h"
 #include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/dora/dora.h"
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/embedding/embedding.h"
 #include "kernels/fp8/fp8.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/lora/gated_lora_backward.h"
+#include "kernels/lora/normed_gradient.h"
 #include "kernels/matmul/matmul.h"
 #include "kernels/nf4/nf4.h"
 #include "kernels/optimizer/optimizer.h"
+#include "kernels/qk_norm/qk_norm.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/rope/rope.h"
+#include "kernels/rows/rows.h"
 
 namespace attune {
 namespace {
@@ -467,6 +471,78 @@ void BenchOptimizer(Bench* b) {
   b->Bytes("GradNorm 1 tensor, 42 M elements", elements * 4, [&] { GradNorm(b->exec, args); });
 }
 
+// What only some models and options use.
+void BenchOptions(Bench* b) {
+  constexpr int64_t kHeads = 32, kD = 128;
+  const double pass = 2.0 * kT * kC;
+  const auto heads = [] { return Device(DType::kBF16, {kT, kHeads, kD}); };
+  const TensorView q = heads(), dq = heads(), y = heads(), w = Device(DType::kBF16, {kD});
+  const TensorView cos = Device(DType::kF32, {kT, kD / 2}), sin = Device(DType::kF32, {kT, kD / 2});
+  const TensorView rstd = Device(DType::kF32, {kT, kHeads});
+  const double angles = 2.0 * cos.bytes() + rstd.bytes();
+  b->Bytes("QkNormForward + rope 8192x32x128", 2 * pass + angles, [&] {
+    QkNormForward(b->exec,
+                  {.x = q, .w = w, .cos = cos, .sin = sin, .y = y, .rstd = rstd, .rotary_dim = kD});
+  });
+  b->Bytes("QkNormBackward + rope 8192x32x128", 3 * pass + angles, [&] {
+    QkNormBackward(b->exec, {.dy = y,
+                             .x = q,
+                             .rstd = rstd,
+                             .w = w,
+                             .cos = cos,
+                             .sin = sin,
+                             .dx = dq,
+                             .rotary_dim = kD});
+  });
+
+  const TensorView x = Device(DType::kBF16, {kT, kC}), z = Device(DType::kBF16, {kT, kC});
+  const TensorView index = Device(DType::kI32, {kT});
+  std::vector<int32_t> order(kT);  // every row once
+  for (int64_t t = 0; t < kT; ++t) order[t] = static_cast<int32_t>(t * 4099 % kT);
+  CUDA_CHECK(cudaMemcpy(index.data, order.data(), kT * 4, cudaMemcpyHostToDevice));
+  b->Bytes("GatherRows 8192x4096", 2 * pass,
+           [&] { GatherRows(b->exec, {.x = x, .index = index, .y = z}); });
+  b->Bytes("ScatterRows 8192x4096", 2 * pass,
+           [&] { ScatterRows(b->exec, {.y = x, .index = index, .x = z}); });
+  b->Bytes("Add 8192x4096", 3 * pass, [&] { Add(b->exec, {.x = x, .y = z, .alpha = 1e-3}); });
+  b->Bytes("SoftCap 8192x4096", 2 * pass, [&] { SoftCap(b->exec, {.x = z, .cap = 30.0}); });
+  const TensorView dtable = Device(DType::kF32, {32000, kC});
+  b->Bytes("EmbeddingBackward 8192x4096, f32 table", pass + 2.0 * 4 * kT * kC,
+           [&] { EmbeddingBackward(b->exec, {.ids = index, .dy = x, .dtable = dtable}); });
+
+  const TensorView ds = Device(DType::kBF16, {kT, 32}), norm_w = Device(DType::kBF16, {kC});
+  NormedGradientArgs normed{.ds = ds,
+                            .x = x,
+                            .rstd = Device(DType::kF32, {kT}),
+                            .w = norm_w,
+                            .da = Device(DType::kF32, {32, kC}),
+                            .scale = 1e-3};
+  normed.workspace = Device(DType::kU8, {NormedGradientWorkspaceBytes(b->exec, normed)});
+  b->Bytes("NormedGradient 8192x4096, 32 columns", pass, [&] { NormedGradient(b->exec, normed); });
+
+  const TensorView factor = Device(DType::kF32, {kC}), length = Device(DType::kF32, {kC});
+  b->Bytes("ScaleColumns 8192x4096", 2 * pass,
+           [&] { ScaleColumns(b->exec, {.x = x, .factor = factor, .y = z}); });
+  b->Bytes("DoraMagnitudeBackward 8192x4096", 2 * pass, [&] {
+    DoraMagnitudeBackward(b->exec,
+                          {.dy = x, .u = z, .norm = length, .dmagnitude = factor, .alpha = 1e-3});
+  });
+  const TensorView v = Device(DType::kF32, {kC, kC}), v_norm = Device(DType::kF32, {kC});
+  b->Bytes("DoraFactors 4096x4096", 1.0 * v.bytes(),
+           [&] { DoraFactors(b->exec, {.v = v, .norm = v_norm}); });
+
+  const int64_t n = int64_t{42} << 20, blocks = AdamW8bitBlocks(n);
+  const auto flat = [&](DType dtype, int64_t size) { return Device(dtype, {size}); };
+  const AdamW8bitTensor small[] = {{flat(DType::kF32, n), flat(DType::kF32, n), flat(DType::kU8, n),
+                                    flat(DType::kU8, n), flat(DType::kF32, blocks),
+                                    flat(DType::kF32, blocks)}};
+  b->Bytes("AdamW8bit 1 tensor, 44 M elements", 16.0 * static_cast<double>(n),
+           [&] { AdamW8bit(b->exec, {.tensors = small, .lr = 1e-5}); });
+  const LionTensor lion[] = {{small[0].param, small[0].grad, flat(DType::kF32, n)}};
+  b->Bytes("Lion 1 tensor, 44 M elements", 20.0 * static_cast<double>(n),
+           [&] { Lion(b->exec, {.tensors = lion, .lr = 1e-5}); });
+}
+
 void BenchAttention(Bench* b) {
   constexpr int64_t kTokens = 4096, kHeads = 32, kKeyHeads = 8, kD = 128, kLength = 2048;
   const auto heads = [](int64_t h) { return Device(DType::kBF16, {kTokens, h, kD}); };
@@ -526,6 +602,7 @@ int main(int argc, char** argv) {
   BenchNormAndRope(&bench);
   BenchMlpAndLoss(&bench);
   BenchOptimizer(&bench);
+  BenchOptions(&bench);
   BenchAttention(&bench);
   CUDA_CHECK(cudaDeviceSynchronize());
   return 0;

@@ -461,14 +461,13 @@ void TransformerBlock::BackwardMlpTile(const LayerContext& ctx, SavedBlock saved
     down.Backward(ctx, dy, saved.s_down, dh);
     BackwardGate(ctx, saved, dh, dy, codes);
   }
-  const TensorView dn2 = ctx.Scratch({T, C}), n2 = ctx.Scratch({T, C});
+  const TensorView dn2 = ctx.Scratch({T, C});
   if (GateIsOneOp(ctx)) {
     gate_up.BackwardInput(ctx, rows, dn2, codes);
   } else {
     gate_up.Backward(ctx, rows, saved.s_gate_up, dn2, codes);
   }
-  NormaliseAgain(ctx, saved.x2, mlp_norm, saved.rstd2, n2);
-  gate_up.BackwardWithInput(ctx, rows, n2, saved.s_gate_up);
+  gate_up.BackwardWithInput(ctx, rows, Normed(saved.x2, mlp_norm, saved.rstd2), saved.s_gate_up);
   const TensorView dx2 = Columns(dx, 0, C);
   NormaliseBackward(ctx, dn2, saved.x2, mlp_norm, saved.rstd2, dx2, dx2);
 }
@@ -529,11 +528,9 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
     o.BackwardWithInput(ctx, dy, SavedO(saved), s_o);
     BackwardHeads(ctx, batch, saved, d_o, room, dqkv);
   }
-  const TensorView n1 = ctx.Scratch({T, C});
   const TensorView dn1 = options.want_dx ? ctx.Scratch({T, C}) : TensorView();
   qkv.Backward(ctx, dqkv, saved.s_qkv, dn1);
-  NormaliseAgain(ctx, saved.x1, attention_norm, saved.rstd1, n1);
-  qkv.BackwardWithInput(ctx, dqkv, n1, saved.s_qkv);
+  qkv.BackwardWithInput(ctx, dqkv, Normed(saved.x1, attention_norm, saved.rstd1), saved.s_qkv);
   if (!options.want_dx) return;
   const TensorView dx1 = Columns(dx, 0, C);
   NormaliseBackward(ctx, dn1, saved.x1, attention_norm, saved.rstd1, dx1, dx1);

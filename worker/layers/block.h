@@ -172,6 +172,10 @@ struct TransformerBlock {
   // y as Normalise gave it, from its sum.
   void NormaliseAgain(const LayerContext& ctx, const TensorView& x, const TensorView& w,
                       const TensorView& rstd, const TensorView& y, const Fp8Rows& codes = {}) const;
+  LoraLinear::NormedInput Normed(const TensorView& x, const TensorView& w,
+                                 const TensorView& rstd) const {
+    return {.stream = x, .w = w, .rstd = rstd, .weight_offset = shape.norm_weight_offset};
+  }
   void NormaliseBackward(const LayerContext& ctx, const TensorView& dy, const TensorView& x,
                          const TensorView& w, const TensorView& rstd, const TensorView& dresidual,
                          const TensorView& dx) const;

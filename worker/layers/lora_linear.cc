@@ -6,6 +6,8 @@
 #include "kernels/dropout/dropout.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/lora/lora.h"
+#include "kernels/lora/normed_gradient.h"
+#include "kernels/rms_norm/rms_norm.h"
 #include "worker/layers/weight_prefetcher.h"
 
 namespace attune {
@@ -465,6 +467,29 @@ void LoraLinear::BackwardWithInput(const LayerContext& ctx, const TensorView& dy
                  .alpha = output_scale,
                  .beta = 1});
   }
+}
+
+void LoraLinear::BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds,
+                                   const NormedInput& x, const TensorView& s) const {
+  if (adapters.empty()) return;
+  ArenaScope scope(ctx.arena);
+  if (ctx.dropout.p > 0 || IsDora()) {
+    const TensorView n = ctx.Scratch({x.stream.dim(0), w->in()});
+    RmsNormRebuild(
+        ctx.exec,
+        {.x = x.stream, .rstd = x.rstd, .w = x.w, .y = n, .weight_offset = x.weight_offset});
+    return BackwardWithInput(ctx, dy_ds, n, s);
+  }
+  NormedGradientArgs args{.ds = Columns(dy_ds, w->rows(), columns()),
+                          .x = x.stream,
+                          .rstd = x.rstd,
+                          .w = x.w,
+                          .da = da,
+                          .weight_offset = x.weight_offset,
+                          .scale = output_scale};
+  args.workspace = ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
+                                       NormedGradientWorkspaceBytes(ctx.exec, args));
+  NormedGradient(ctx.exec, args);
 }
 
 }  // namespace attune

@@ -102,6 +102,16 @@ struct LoraLinear {
   void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& x,
                          const TensorView& s) const;
 
+  // The same where x = rstd o stream o (w + weight_offset), a norm's output.
+  struct NormedInput {
+    TensorView stream;  // (M, K)
+    TensorView w;       // (K)
+    TensorView rstd;    // (M)
+    double weight_offset = 0;
+  };
+  void BackwardWithInput(const LayerContext& ctx, const TensorView& dy_ds, const NormedInput& x,
+                         const TensorView& s) const;
+
   // Expands the weight for all products with *ctx from now on, in scratch of the caller's
   // ArenaScope; *held outlives their use. Nothing where there is a lasting expansion, or the
   // prefetcher, which expands beside the products.

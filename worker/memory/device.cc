@@ -76,12 +76,14 @@ class StagingRing {
   }
 
   static void Fill(char* to, const char* from, int64_t bytes) {
-    constexpr int64_t kPerThread = int64_t{1} << 20;
-    const int64_t parts = (bytes + kPerThread - 1) / kPerThread;
-#pragma omp parallel for schedule(static) if (parts > 1)
+    // Small enough that a thread that is held up (pages of the file are mapped as they are read)
+    // leaves its share to the others.
+    constexpr int64_t kAtOnce = int64_t{256} << 10;
+    const int64_t parts = (bytes + kAtOnce - 1) / kAtOnce;
+#pragma omp parallel for schedule(dynamic) if (parts > 1)
     for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = i * kPerThread;
-      std::memcpy(to + begin, from + begin, std::min(kPerThread, bytes - begin));
+      const int64_t begin = i * kAtOnce;
+      std::memcpy(to + begin, from + begin, std::min(kAtOnce, bytes - begin));
     }
   }
 
