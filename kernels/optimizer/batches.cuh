@@ -25,13 +25,14 @@ inline DeviceScalar DeviceScalarOf(const TensorView& x) {
   return {x.data, x.dtype == DType::kF64};
 }
 
-// Which of `count` tensors piece `block` belongs to; `first` ascends. By halves: a look at a
+// Which tensor of the batch piece `block` belongs to; first_piece ascends. By halves: a look at a
 // parameter takes tens of cycles.
-__device__ inline int TensorOf(const int32_t* first, int count, int64_t block) {
-  int low = 0, high = count;
+template <typename Batch>
+__device__ int TensorOf(const Batch& batch, int64_t block) {
+  int low = 0, high = batch.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (first[middle] <= block) {
+    if (batch.first_piece[middle] <= block) {
       low = middle;
     } else {
       high = middle;
