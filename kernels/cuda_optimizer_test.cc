@@ -157,9 +157,9 @@ TEST_F(CudaAdafactor, Many) {
   Expect("not finite", Operands({{3, 5}, {7, 0}}, NAN), {.lr = 1e-2});
 }
 
-// Tiles of more than 64 rows.
+// Tiles of more than 1024 elements.
 TEST_F(CudaAdafactor, Large) {
-  const Shapes shapes = {{1000, 1500}, {600001, 3}, {300000, 0}};
+  const Shapes shapes = {{1000, 1500}, {70001, 130}, {1200001, 0}};
   Expect("large", Operands(shapes, 0.5), kOptions);
 }
 

@@ -7,7 +7,7 @@
 // order, in f64.
 // Every product and sum of the rest is rounded on its own, as on the CPU.
 #include <cmath>
-#include <limits>
+#include <utility>
 
 #include "kernels/optimizer/batches.cuh"
 #include "kernels/optimizer/optimizer.h"
@@ -17,10 +17,11 @@ namespace attune {
 namespace {
 
 constexpr int kThreads = kOptimizerThreads, kWarps = kThreads / 32;
-constexpr int kBatch = 48;  // what 4 KiB of parameters hold
+constexpr int kBatch = 43;  // what 4 KiB of parameters hold
 // A lane has columns 32 apart.
 constexpr int kPerLane = AdafactorTiles::kColumns / 32;
-static_assert(AdafactorTiles::kLines == kThreads);
+constexpr int kRows = 4;  // that are loaded at once, before any is stored
+static_assert(AdafactorTiles::kLines == 32);
 
 // A vector is one row here, whose v is v_column; its v_row is null.
 struct AdafactorBatch {
@@ -32,37 +33,53 @@ struct AdafactorBatch {
   double* sums[kBatch];
   double lr[kBatch];
   double weight_decay[kBatch];
-  int32_t rows[kBatch];
-  int32_t columns[kBatch];
-  int32_t first_piece[kBatch];
+  AdafactorTiles tiles[kBatch];
+  int32_t first_piece[kBatch];  // of the tiles
+  int32_t first_line[kBatch];   // of the pieces of averages
   int count = 0;
   // Common to all; rounded from f64 once.
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, clip_threshold;
   bool scale_parameter;
   DeviceScalar grad_scale;
-
-  __device__ AdafactorTiles Tiles(int t) const { return {rows[t], columns[t]}; }
 };
 static_assert(sizeof(AdafactorBatch) <= 4096);
 
 // The tile of a warp of a tensor's `block`, and the columns of its thread. Without rows, if it is
 // none of the tensor's.
 struct Tile {
-  int64_t index, across, down;  // which one, and where it is
+  int index, across, down;  // which one, and where it is
   int64_t row, end;
   int64_t column[kPerLane];
 
-  __device__ Tile(const AdafactorTiles& tiles, int64_t block)
-      : index(block * kWarps + threadIdx.x / 32),
-        across(index % tiles.across()),
-        down(index / tiles.across()),
-        row(down * tiles.tile_rows()),
-        end(min(row + tiles.tile_rows(), tiles.rows)) {
+  __device__ Tile(const AdafactorTiles& tiles, int block)
+      : index(block * kWarps + static_cast<int>(threadIdx.x) / 32),
+        across(index % tiles.across),
+        down(index / tiles.across),
+        row(static_cast<int64_t>(down) * tiles.tile_rows),
+        end(min(row + tiles.tile_rows, static_cast<int64_t>(tiles.rows))) {
     for (int k = 0; k < kPerLane; ++k) {
       column[k] = across * AdafactorTiles::kColumns + threadIdx.x % 32 + k * 32;
     }
   }
 };
+
+// A lane's elements of kRows rows from `row` on; 0 where there are none.
+struct Elements {
+  float v[kRows][kPerLane];
+};
+__device__ Elements Load(const float* x, const AdafactorTiles& tiles, const Tile& tile,
+                         int64_t row) {
+  Elements out;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      const bool there = row + r < tile.end && tile.column[k] < tiles.columns;
+      out.v[r][k] = there ? x[(row + r) * tiles.columns + tile.column[k]] : 0.0f;
+    }
+  }
+  return out;
+}
 
 __device__ double Square(float x) {
   return static_cast<double>(x) * static_cast<double>(x);
@@ -76,65 +93,72 @@ __device__ double SumOf(const double* x, int64_t n) {
 }
 
 __global__ __launch_bounds__(kThreads) void SumSquares(const __grid_constant__ AdafactorBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
-  const AdafactorTiles tiles = b.Tiles(t);
-  const Tile tile(tiles, blockIdx.x - b.first_piece[t]);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
+  const AdafactorTiles tiles = b.tiles[t];
+  const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
   if (tile.index >= tiles.count()) return;
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
-  double* const row_sums = b.sums[t] + tile.across * tiles.rows;
+  double* const row_sums = b.sums[t] + static_cast<int64_t>(tile.across) * tiles.rows;
   double of_column[kPerLane] = {};
-#pragma unroll 4
-  for (int64_t row = tile.row; row < tile.end; ++row) {
-    const float* grad = b.grad[t] + row * tiles.columns;
-    double of_row = 0.0;
-    for (int k = 0; k < kPerLane; ++k) {
-      if (tile.column[k] >= tiles.columns) continue;
-      const float g = __fmul_rn(grad[tile.column[k]], grad_scale);
-      const double square = static_cast<double>(__fadd_rn(__fmul_rn(g, g), b.eps));
-      of_row += square;
-      of_column[k] += square;
+  for (int64_t row = tile.row; row < tile.end; row += kRows) {
+    const Elements grad = Load(b.grad[t], tiles, tile, row);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (row + r >= tile.end) break;
+      double of_row = 0.0;
+#pragma unroll
+      for (int k = 0; k < kPerLane; ++k) {
+        if (tile.column[k] >= tiles.columns) continue;
+        const float g = __fmul_rn(grad.v[r][k], grad_scale);
+        const double square = static_cast<double>(__fadd_rn(__fmul_rn(g, g), b.eps));
+        of_row += square;
+        of_column[k] += square;
+      }
+      of_row = WarpSum(of_row);
+      if (threadIdx.x % 32 == 0) row_sums[row + r] = of_row;
     }
-    of_row = WarpSum(of_row);
-    if (threadIdx.x % 32 == 0) row_sums[row] = of_row;
   }
-  double* const column_sums = b.sums[t] + tiles.column_sums() + tile.down * tiles.columns;
+  double* const column_sums =
+      b.sums[t] + tiles.column_sums() + static_cast<int64_t>(tile.down) * tiles.columns;
   for (int k = 0; k < kPerLane; ++k) {
     if (tile.column[k] < tiles.columns) column_sums[tile.column[k]] = of_column[k];
   }
 }
 
-// v * beta2 + (1 - beta2) * mean, whose n numbers have sums of parts, `stride` apart.
-__device__ float Average(const AdafactorBatch& b, float v, const double* sums, int64_t parts,
-                         int64_t stride, int64_t n) {
-  double sum = 0.0;
-#pragma unroll 8
-  for (int64_t i = 0; i < parts; ++i) sum += sums[i * stride];
-  const float mean = static_cast<float>(sum / static_cast<double>(n));
-  return __fadd_rn(__fmul_rn(v, b.beta2), __fmul_rn(b.one_minus_beta2, mean));
-}
-
-// A thread per row, then a thread per column.
+// A block of threads takes 32 rows, or columns: each of its warps a share of their sums.
 __global__ __launch_bounds__(kThreads) void AverageLines(const __grid_constant__ AdafactorBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
-  const AdafactorTiles tiles = b.Tiles(t);
-  double* const sums = b.sums[t];
-  const int64_t piece = blockIdx.x - b.first_piece[t];
-  if (piece < tiles.row_pieces()) {
-    if (b.v_row[t] == nullptr) return;
-    const int64_t row = piece * kThreads + threadIdx.x;
-    float v = 0.0f;
-    if (row < tiles.rows) {
-      v = Average(b, b.v_row[t][row], sums + row, tiles.across(), tiles.rows, tiles.columns);
-      b.v_row[t][row] = v;
-    }
-    const double sum = BlockSum<kThreads>(static_cast<double>(v));
-    if (threadIdx.x == 0) sums[tiles.average_sums() + piece] = sum;
-    return;
+  __shared__ double partial[kWarps][32];
+  const int t = TensorOf(b.first_line, b.count, blockIdx.x);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const AdafactorTiles tiles = b.tiles[t];
+  const int64_t piece = blockIdx.x - b.first_line[t];
+  const bool of_rows = piece < tiles.row_pieces();
+  if (of_rows && b.v_row[t] == nullptr) return;
+  const int64_t lines = of_rows ? tiles.rows : tiles.columns;
+  const int64_t of_line = of_rows ? tiles.columns : tiles.rows;
+  const int64_t line = (of_rows ? piece : piece - tiles.row_pieces()) * 32 + lane;
+  const double* const sums = b.sums[t] + (of_rows ? 0 : tiles.column_sums()) + line;
+  const int parts = of_rows ? tiles.across : tiles.down;
+  double sum = 0.0;
+  if (line < lines) {
+#pragma unroll 8
+    for (int i = warp; i < parts; i += kWarps) sum += sums[i * lines];
   }
-  const int64_t column = (piece - tiles.row_pieces()) * kThreads + threadIdx.x;
-  if (column >= tiles.columns) return;
-  float* const v = b.v_column[t] + column;
-  *v = Average(b, *v, sums + tiles.column_sums() + column, tiles.down(), tiles.columns, tiles.rows);
+  partial[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0) return;
+  sum = 0.0;
+  for (int w = 0; w < kWarps; ++w) sum += partial[w][lane];
+  float average = 0.0f;
+  if (line < lines) {
+    float* const v = (of_rows ? b.v_row[t] : b.v_column[t]) + line;
+    const float mean = static_cast<float>(sum / static_cast<double>(of_line));
+    average = __fadd_rn(__fmul_rn(*v, b.beta2), __fmul_rn(b.one_minus_beta2, mean));
+    *v = average;
+  }
+  if (!of_rows) return;
+  sum = WarpSum(static_cast<double>(average));
+  if (lane == 0) b.sums[t][tiles.average_sums() + piece] = sum;
 }
 
 // u before it is clipped, of one tile, whose columns' factors it keeps. Made by all threads of a
@@ -143,7 +167,7 @@ class Direction {
  public:
   __device__ Direction(const AdafactorBatch& b, int t, const Tile& tile)
       : v_row_(b.v_row[t]), grad_scale_(static_cast<float>(b.grad_scale.Read(1.0))) {
-    const AdafactorTiles tiles = b.Tiles(t);
+    const AdafactorTiles tiles = b.tiles[t];
     if (v_row_ != nullptr) {
       const double sum = SumOf(b.sums[t] + tiles.average_sums(), tiles.row_pieces());
       mean_row_ = static_cast<float>(sum / static_cast<double>(tiles.rows));
@@ -170,20 +194,25 @@ class Direction {
 
 __global__ __launch_bounds__(kThreads) void SumDirections(
     const __grid_constant__ AdafactorBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
-  const AdafactorTiles tiles = b.Tiles(t);
-  const Tile tile(tiles, blockIdx.x - b.first_piece[t]);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
+  const AdafactorTiles tiles = b.tiles[t];
+  const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
   const Direction direction(b, t, tile);
   if (tile.index >= tiles.count()) return;
   double directions = 0.0, params = 0.0;
-#pragma unroll 4
-  for (int64_t row = tile.row; row < tile.end; ++row) {
-    const float factor = direction.RowFactor(row);
-    for (int k = 0; k < kPerLane; ++k) {
-      if (tile.column[k] >= tiles.columns) continue;
-      const int64_t i = row * tiles.columns + tile.column[k];
-      directions += Square(direction.Of(b.grad[t][i], factor, k));
-      if (b.scale_parameter) params += Square(b.param[t][i]);
+  for (int64_t row = tile.row; row < tile.end; row += kRows) {
+    const Elements grad = Load(b.grad[t], tiles, tile, row);
+    const Elements param = b.scale_parameter ? Load(b.param[t], tiles, tile, row) : Elements{};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (row + r >= tile.end) break;
+      const float factor = direction.RowFactor(row + r);
+#pragma unroll
+      for (int k = 0; k < kPerLane; ++k) {
+        if (tile.column[k] >= tiles.columns) continue;
+        directions += Square(direction.Of(grad.v[r][k], factor, k));
+        params += Square(param.v[r][k]);
+      }
     }
   }
   directions = WarpSum(directions);
@@ -194,13 +223,13 @@ __global__ __launch_bounds__(kThreads) void SumDirections(
 }
 
 __global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ AdafactorBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
-  const AdafactorTiles tiles = b.Tiles(t);
-  const Tile tile(tiles, blockIdx.x - b.first_piece[t]);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
+  const AdafactorTiles tiles = b.tiles[t];
+  const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
   const Direction direction(b, t, tile);
   const auto rms_of = [&](int64_t sums) {
     const double sum = SumOf(b.sums[t] + sums, tiles.count());
-    return static_cast<float>(sqrt(sum / static_cast<double>(tiles.rows * tiles.columns)));
+    return static_cast<float>(sqrt(sum / (static_cast<double>(tiles.rows) * tiles.columns)));
   };
   const float over = __fdiv_rn(rms_of(tiles.direction_sums()), b.clip_threshold);
   const float clip = over > 1.0f ? over : 1.0f;
@@ -209,19 +238,29 @@ __global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ 
   const float step = static_cast<float>(lr);
   const float decay = static_cast<float>(-b.weight_decay[t] * lr);
   float* const m = b.m[t];
-#pragma unroll 4
-  for (int64_t row = tile.row; row < tile.end; ++row) {
-    const float factor = direction.RowFactor(row);
-    for (int k = 0; k < kPerLane; ++k) {
-      if (tile.column[k] >= tiles.columns) continue;
-      const int64_t i = row * tiles.columns + tile.column[k];
-      float u = __fmul_rn(__fdiv_rn(direction.Of(b.grad[t][i], factor, k), clip), step);
-      if (m != nullptr) {
-        u = __fadd_rn(__fmul_rn(m[i], b.beta1), __fmul_rn(b.one_minus_beta1, u));
-        m[i] = u;
+  for (int64_t row = tile.row; row < tile.end; row += kRows) {
+    const Elements grad = Load(b.grad[t], tiles, tile, row);
+    const Elements param = Load(b.param[t], tiles, tile, row);
+    const Elements moment = m != nullptr ? Load(m, tiles, tile, row) : Elements{};
+    float factor[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      factor[r] = row + r < tile.end ? direction.RowFactor(row + r) : 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int k = 0; k < kPerLane; ++k) {
+        if (row + r >= tile.end || tile.column[k] >= tiles.columns) continue;
+        const int64_t i = (row + r) * tiles.columns + tile.column[k];
+        const float p = param.v[r][k];
+        float u = __fmul_rn(__fdiv_rn(direction.Of(grad.v[r][k], factor[r], k), clip), step);
+        if (m != nullptr) {
+          u = __fadd_rn(__fmul_rn(moment.v[r][k], b.beta1), __fmul_rn(b.one_minus_beta1, u));
+          m[i] = u;
+        }
+        b.param[t][i] = __fsub_rn(__fadd_rn(p, __fmul_rn(decay, p)), u);
       }
-      const float param = b.param[t][i];
-      b.param[t][i] = __fsub_rn(__fadd_rn(param, __fmul_rn(decay, param)), u);
     }
   }
 }
@@ -245,11 +284,11 @@ AdafactorBatch NewBatch(const AdafactorArgs& a) {
 void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
   AdafactorBatch b = NewBatch(a);
   double* sums = static_cast<double*>(a.workspace.data);
+  int64_t lines = 0;
   const auto fill = [&](int i, const AdafactorTensor& t) {
     CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
     const bool vector = t.param.rank == 1;
     const AdafactorTiles tiles = AdafactorTiles::Of(t.param);
-    CHECK(std::max(tiles.rows, tiles.columns) <= std::numeric_limits<int32_t>::max());
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
     b.v_row[i] = vector ? nullptr : Data<float>(t.v_row);
@@ -258,16 +297,16 @@ void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
     b.sums[i] = sums;
     b.lr[i] = a.lr * t.lr_scale;
     b.weight_decay[i] = t.weight_decay;
-    b.rows[i] = static_cast<int32_t>(tiles.rows);
-    b.columns[i] = static_cast<int32_t>(tiles.columns);
+    b.tiles[i] = tiles;
+    b.first_line[i] = static_cast<int32_t>(lines);
     sums += tiles.sums();
-    return std::max(AdafactorTiles::Ceil(tiles.count(), kWarps),
-                    tiles.row_pieces() + tiles.column_pieces());
+    lines += tiles.row_pieces() + tiles.column_pieces();
+    return AdafactorTiles::Ceil(tiles.count(), kWarps);
   };
   InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
-    cudaStream_t stream = StreamOf(exec.stream);
+    const cudaStream_t stream = StreamOf(exec.stream);
     SumSquares<<<grid, kThreads, 0, stream>>>(b);
-    AverageLines<<<grid, kThreads, 0, stream>>>(b);
+    AverageLines<<<static_cast<unsigned>(std::exchange(lines, 0)), kThreads, 0, stream>>>(b);
     SumDirections<<<grid, kThreads, 0, stream>>>(b);
     UpdateTiles<<<grid, kThreads, 0, stream>>>(b);
   });

@@ -25,14 +25,13 @@ inline DeviceScalar DeviceScalarOf(const TensorView& x) {
   return {x.data, x.dtype == DType::kF64};
 }
 
-// Which tensor of the batch piece `block` belongs to; first_piece ascends. By halves: a look at a
+// Which of `count` tensors piece `block` belongs to; `first` ascends. By halves: a look at a
 // parameter takes tens of cycles.
-template <typename Batch>
-__device__ int TensorOf(const Batch& batch, int64_t block) {
-  int low = 0, high = batch.count;
+__device__ inline int TensorOf(const int32_t* first, int count, int64_t block) {
+  int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (batch.first_piece[middle] <= block) {
+    if (first[middle] <= block) {
       low = middle;
     } else {
       high = middle;

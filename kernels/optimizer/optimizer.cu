@@ -66,7 +66,7 @@ __device__ void Update(const Batch& b, float decay, float minus_step_size, float
 }
 
 __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kUpdatePiece;
   const int64_t end = min(begin + kUpdatePiece, b.size[t]);
   float* param = b.param[t];
@@ -157,7 +157,7 @@ __global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
   m_map[threadIdx.x] = maps.m[threadIdx.x];
   v_map[threadIdx.x] = maps.v[threadIdx.x];
   __syncthreads();
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t block = blockIdx.x - b.first_piece[t];
   const int64_t i = block * kBlock + threadIdx.x;
   const bool inside = i < b.size[t];
@@ -195,7 +195,7 @@ struct LionBatch {
 };
 
 __global__ __launch_bounds__(kThreads) void LionKernel(const __grid_constant__ LionBatch b) {
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kUpdatePiece;
   const int64_t end = min(begin + kUpdatePiece, b.size[t]);
   float *param = b.param[t], *m = b.m[t];
@@ -222,7 +222,7 @@ static_assert(sizeof(AdamWBatch) <= 4096 && sizeof(LionBatch) <= 4096 && sizeof(
 // In f64: the square of an f32 does not overflow.
 __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_constant__ NormBatch b,
                                                               double* partial) {
-  const int t = TensorOf(b, blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
   const int64_t end = min(begin + kCudaPiece, b.size[t]);
   const float* grad = b.grad[t];
