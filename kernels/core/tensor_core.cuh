@@ -7,15 +7,15 @@
 
 namespace attune {
 
-// Bulk copies, and kernels that begin before the one ahead of them has ended, need compute
-// capability 9.0: kernels with them are started where HasBulkCopies, and their bodies are for
-// `if constexpr (kBulkCopies)`.
+// Bulk copies, clusters of blocks, and kernels that begin before the one ahead of them has ended
+// need compute capability 9.0: what uses them is started where HasSm90, and compiled for
+// `if constexpr (kSm90)`.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kBulkCopies = true;
+constexpr bool kSm90 = true;
 #else
-constexpr bool kBulkCopies = false;
+constexpr bool kSm90 = false;
 #endif
-inline bool HasBulkCopies() {
+inline bool HasSm90() {
   static const bool has = [] {
     int device = 0, major = 0;
     CUDA_CHECK(cudaGetDevice(&device));

@@ -246,7 +246,7 @@ struct Block {
 
 template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
-  if constexpr (kBulkCopies) {
+  if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(128) unsigned char memory[];
@@ -260,7 +260,7 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  if constexpr (kBulkCopies) cudaGridDependencySynchronize();  // the sums are there
+  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
   if (at < x.rows * ds_packs) {
@@ -348,7 +348,7 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
 }  // namespace
 
 bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
-  if (!HasBulkCopies()) return false;
+  if (!HasSm90()) return false;
   const OpTraceScope trace(exec, "GatedLoraBackward");
   for (const TensorView* view : {&a.dh, &a.lora.dy, &a.lora.s, &a.down_ds}) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);

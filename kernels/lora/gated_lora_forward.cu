@@ -134,7 +134,7 @@ struct Block {
 
 template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
-  if constexpr (kBulkCopies) {
+  if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(128) unsigned char memory[];
@@ -147,7 +147,7 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  if constexpr (kBulkCopies) cudaGridDependencySynchronize();  // the sums are there
+  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   const int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x), packs = x.s_columns / 4;
   const int row = at / packs, column = (at - row * packs) * 4;
   if (row >= x.rows) return;
@@ -190,7 +190,7 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
 }  // namespace
 
 bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a) {
-  if (!HasBulkCopies()) return false;
+  if (!HasSm90()) return false;
   const OpTraceScope trace(exec, "GatedLoraForward");
   for (const TensorView* view : {&a.rows, &a.h}) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);

@@ -243,7 +243,7 @@ struct Block {
 
 template <int kGroups>
 __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
-  if constexpr (kBulkCopies) {
+  if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(128) unsigned char memory[];
@@ -259,7 +259,7 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  if constexpr (kBulkCopies) cudaGridDependencySynchronize();  // the sums are there
+  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
   if (at < x.rows * ds_packs) {
@@ -381,7 +381,7 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
-  if (!HasBulkCopies() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups)
+  if (!HasSm90() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups)
     return false;
   if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;
   for (const TensorView* view : {&a.dy, &a.s}) {
