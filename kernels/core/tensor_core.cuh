@@ -66,7 +66,7 @@ __device__ inline void WaitFor(uint64_t* barrier, int parity) {
   }
 }
 // Bulk copies and products of warpgroups from here on see what this thread has written to shared
-// memory.
+// memory, and what it has waited for.
 __device__ inline void FenceBulkCopies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -171,11 +171,16 @@ Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mea
     return IsNf4(options) ? (0.516 + written) * parameters / (0.7 * rates.memory_bytes_per_s) : 0;
   };
   const double parameters = LinearParameters(c);
+  // As kernels/attention chooses.
+  const bool own_backward = options.deterministic || c.head_dim % 64 != 0;
   const double pairs = 2 * T * (mean_context + rates.attention_extra_context) * q;
   const LayerTraffic traffic = TrafficOf(options);
   out.attention = pairs / rates.attention_forward_flops_per_s;
   out.forward = product(parameters) + out.attention + move(traffic.forward);
-  out.backward = product(parameters) + 2.5 * pairs / rates.attention_backward_flops_per_s +
+  out.backward = product(parameters) +
+                 2.5 * pairs /
+                     (own_backward ? rates.own_attention_backward_flops_per_s
+                                   : rates.attention_backward_flops_per_s) +
                  move(traffic.backward) + rates.layer_s;
   out.expand = expand(parameters);
   out.gate_up = product(2 * F * C) + move(3 * C + 2 * F);
@@ -515,6 +520,7 @@ DeviceRates RatesOf(const std::string& device_name) {
           .fp8_product_flops_per_s = 1200e12,
           .attention_forward_flops_per_s = 653e12,
           .attention_backward_flops_per_s = 482e12,
+          .own_attention_backward_flops_per_s = 400e12,
           .attention_extra_context = 1170,
           .memory_bytes_per_s = h200 ? 4.0e12 : 2.7e12,
           .host_copy_bytes_per_s = 53e9,

@@ -21,9 +21,10 @@ struct DeviceRates {
   double fp8_product_flops_per_s = 0;        // products of 8-bit floats
   double attention_forward_flops_per_s = 0;  // causal, counting visible pairs only
   double attention_backward_flops_per_s = 0;
-  double attention_extra_context = 0;  // keys whose time a query costs whatever it sees
-  double memory_bytes_per_s = 0;       // read and written
-  double host_copy_bytes_per_s = 0;    // pinned, one direction
+  double own_attention_backward_flops_per_s = 0;  // by our own kernels, not cuDNN
+  double attention_extra_context = 0;             // keys whose time a query costs whatever it sees
+  double memory_bytes_per_s = 0;                  // read and written
+  double host_copy_bytes_per_s = 0;               // pinned, one direction
   double layer_s = 0;  // of a layer, forward and backward, however few its tokens: starting its ops
 };
 // By the name that the driver gives; those of an H100 for one that was not measured.
