@@ -48,7 +48,7 @@ TEST(CudaPlan, LoraBackwardMakesDoWithThePoolOfProducts) {
 
 // The sums of each block (four for each strip of 512 columns), and of a strip and row.
 TEST(CudaPlan, GatedLoraBackwardKnowsItsSums) {
-  const int64_t T = 4096, F = 14336, r = 16, strips = F / 512;
+  const int64_t T = 16384, F = 14336, r = 16, strips = F / 512;
   const LoraBackwardPart parts[] = {
       {Planned(DType::kBF16, {F, r}), Planned(DType::kF32, {F, r}), 0},
       {Planned(DType::kBF16, {F, r}), Planned(DType::kF32, {F, r}), F}};

@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "kernels/core/cuda.cuh"
+#include "kernels/core/tensor_core.cuh"
 #include "kernels/cross_entropy/cross_entropy.h"
 
 namespace attune {
@@ -19,6 +19,28 @@ constexpr int kMaxCluster = 8;
 // cluster needs more.
 constexpr int kHeld = 8, kMaxHeld = 24;
 constexpr int kNowhere = 0x7fffffff;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ cooperative_groups::cluster_group ThisCluster() {
+  return cooperative_groups::this_cluster();
+}
+#else
+// One block is a cluster here.
+struct OneBlock {
+  __device__ unsigned num_blocks() const { return 1; }
+  __device__ unsigned block_rank() const { return 0; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ void barrier_arrive() const {}
+  __device__ void barrier_wait() const {}
+  template <typename T>
+  __device__ T* map_shared_rank(T* x, unsigned rank) const {
+    return x;
+  }
+};
+__device__ OneBlock ThisCluster() {
+  return {};
+}
+#endif
 
 __device__ float Infinity() {
   return __int_as_float(0x7f800000);
@@ -65,7 +87,7 @@ __device__ float BlockMax(float x) {
 // Of the peaks of the cluster's threads, in every thread. Blocks have one maximum each.
 __device__ Peak ClusterMerge(Peak peak) {
   __shared__ Peak partial[kThreads / 32], of_block;
-  const auto cluster = cooperative_groups::this_cluster();
+  const auto cluster = ThisCluster();
   peak.sum = WarpSum(peak.sum);
   peak.total = WarpSum(peak.total);
   peak.place = __reduce_min_sync(0xffffffffu, peak.place);
@@ -109,12 +131,10 @@ struct Part {
   int count;
 
   __device__ int64_t Step() const {
-    return static_cast<int64_t>(cooperative_groups::this_cluster().num_blocks()) * kThreads * N;
+    return static_cast<int64_t>(ThisCluster().num_blocks()) * kThreads * N;
   }
   __device__ int64_t First() const {
-    return static_cast<int64_t>(cooperative_groups::this_cluster().block_rank() * kThreads +
-                                threadIdx.x) *
-           N;
+    return static_cast<int64_t>(ThisCluster().block_rank() * kThreads + threadIdx.x) * N;
   }
   __device__ void Load() {
     int64_t v = First();
@@ -207,7 +227,7 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t 
 template <bool kCapped, typename T, int N>
 __global__ __launch_bounds__(kThreads,
                              3) void CrossEntropyKernel(const __grid_constant__ Args<T> a) {
-  const auto cluster = cooperative_groups::this_cluster();
+  const auto cluster = ThisCluster();
   const int64_t row = blockIdx.x / cluster.num_blocks(), target = a.targets[row];
   const bool first = cluster.block_rank() == 0 && threadIdx.x == 0;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -240,7 +260,7 @@ void Run(const Exec& exec, Args<T> args, int64_t rows) {
     return (args.columns + blocks * kThreads * N - 1) / (blocks * kThreads * N);
   };
   unsigned blocks = 1;
-  while (blocks < kMaxCluster && packs(blocks) > kHeld) blocks *= 2;
+  while (HasSm90() && blocks < kMaxCluster && packs(blocks) > kHeld) blocks *= 2;
   args.held = static_cast<int>(std::min<int64_t>(packs(blocks), kMaxHeld));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -251,7 +271,7 @@ void Run(const Exec& exec, Args<T> args, int64_t rows) {
   config.dynamicSmemBytes = static_cast<size_t>(args.held) * kThreads * sizeof(Pack<T, N>);
   config.stream = StreamOf(exec.stream);
   config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.numAttrs = HasSm90() ? 1 : 0;
   const auto kernel =
       args.softcap > 0.0f ? CrossEntropyKernel<true, T, N> : CrossEntropyKernel<false, T, N>;
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

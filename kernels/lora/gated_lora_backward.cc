@@ -8,7 +8,8 @@
 
 namespace attune {
 
-void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
+// False, and nothing done, where the GPU cannot.
+bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
 
 namespace {
 
@@ -50,7 +51,7 @@ bool InPacks(const TensorView& x) {
   return x.dim(0) <= 1 || x.stride(0) % 8 == 0;
 }
 
-// By shapes alone, so that a plan knows.
+// By shapes alone, so that a plan knows, which does not know of the GPU.
 bool IsOnePass(const Exec& exec, const GatedLoraBackwardArgs& a) {
   const int64_t T = a.dh.dim(0), F = a.dh.dim(1), r = a.down_da.dim(0);
   return exec.device == DeviceKind::kCuda && a.dh.dtype == DType::kBF16 && T > 0 && F > 0 &&
@@ -67,18 +68,17 @@ int64_t OnePassBytes(const GatedLoraBackwardArgs& a) {
 
 int64_t GatedLoraBackwardWorkspaceBytes(const Exec& exec, const GatedLoraBackwardArgs& args) {
   CheckArgs(args);
-  if (IsOnePass(exec, args)) return OnePassBytes(args);
-  return std::max(LoraBackwardWorkspaceBytes(exec, LoraOf(args)),
-                  MatMulWorkspaceBytes(exec, DownOf(args)));
+  return std::max({LoraBackwardWorkspaceBytes(exec, LoraOf(args)),
+                   MatMulWorkspaceBytes(exec, DownOf(args)),
+                   IsOnePass(exec, args) ? OnePassBytes(args) : int64_t{0}});
 }
 
 void GatedLoraBackward(const Exec& exec, const GatedLoraBackwardArgs& args) {
   CheckWorkspace(args.workspace, GatedLoraBackwardWorkspaceBytes(exec, args));
-  if (IsOnePass(exec, args)) {
-    if (exec.plan) return;
-    const OpTraceScope trace(exec, "GatedLoraBackward");
-    return ATTUNE_CALL_CUDA_(GatedLoraBackward, exec, args);
-  }
+#ifdef ATTUNE_HAS_CUDA
+  const bool runs = exec.device == DeviceKind::kCuda && !exec.plan;
+  if (runs && IsOnePass(exec, args) && GatedLoraBackwardCuda(exec, args)) return;
+#endif
   const int64_t F = args.dh.dim(1);
   const TensorView gate = Columns(args.lora.dy, 0, F), up = Columns(args.lora.dy, F, F);
   GatedActivationBackward(exec, {.dh = args.dh,

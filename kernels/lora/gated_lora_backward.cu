@@ -14,7 +14,7 @@
 
 namespace attune {
 
-void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
+bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
 
 namespace {
 
@@ -246,19 +246,21 @@ struct Block {
 
 template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
-  using S = Shape<kGroups>;
-  cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-  extern __shared__ __align__(128) unsigned char memory[];
-  Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
-  float* sums = reinterpret_cast<float*>(s_tiles + S::Pipe::kStages * S::kSElements);
-  Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.Run();
+  if constexpr (kSm90) {
+    using S = Shape<kGroups>;
+    cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+    extern __shared__ __align__(128) unsigned char memory[];
+    Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
+    float* sums = reinterpret_cast<float*>(s_tiles + S::Pipe::kStages * S::kSElements);
+    Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.Run();
+  }
 }
 
 // A thread per four elements of ds, then one per matrix, column and four ranks.
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  cudaGridDependencySynchronize();  // the sums are there
+  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
   if (at < x.rows * ds_packs) {
@@ -345,7 +347,9 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
 
 }  // namespace
 
-void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
+bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
+  if (!HasSm90()) return false;
+  const OpTraceScope trace(exec, "GatedLoraBackward");
   for (const TensorView* view : {&a.dh, &a.lora.dy, &a.lora.s, &a.down_ds}) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);
   }
@@ -366,6 +370,7 @@ void GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
       break;
   }
   if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.lora.dy, a.fp8));
+  return true;
 }
 
 }  // namespace attune

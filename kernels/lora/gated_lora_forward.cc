@@ -1,5 +1,7 @@
 #include "kernels/lora/gated_lora_forward.h"
 
+#include <algorithm>
+
 #include "kernels/core/dispatch.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/lora/lora_pass.h"
@@ -7,7 +9,8 @@
 
 namespace attune {
 
-void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
+// False, and nothing done, where the GPU cannot.
+bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
 
 namespace {
 
@@ -39,7 +42,7 @@ bool InPacks(const TensorView& x) {
   return x.dim(0) <= 1 || x.stride(0) % 8 == 0;
 }
 
-// By shapes alone, so that a plan knows.
+// By shapes alone, so that a plan knows, which does not know of the GPU.
 bool IsOnePass(const Exec& exec, const GatedLoraForwardArgs& a) {
   const int64_t F = a.h.dim(1), r = a.a.dim(0);
   return exec.device == DeviceKind::kCuda && a.h.dtype == DType::kBF16 && a.h.dim(0) > 0 && F > 0 &&
@@ -51,19 +54,19 @@ bool IsOnePass(const Exec& exec, const GatedLoraForwardArgs& a) {
 
 int64_t GatedLoraForwardWorkspaceBytes(const Exec& exec, const GatedLoraForwardArgs& args) {
   CheckArgs(args);
-  if (!IsOnePass(exec, args)) return MatMulWorkspaceBytes(exec, ProductOf(args));
-  const int64_t T = args.h.dim(0), F = args.h.dim(1);
-  return args.a.dim(0) <= 16 ? GatedForwardShape<1>::Bytes(T, F)
-                             : GatedForwardShape<2>::Bytes(T, F);
+  const int64_t T = args.h.dim(0), F = args.h.dim(1),
+                product = MatMulWorkspaceBytes(exec, ProductOf(args));
+  if (!IsOnePass(exec, args)) return product;
+  return std::max(product, args.a.dim(0) <= 16 ? GatedForwardShape<1>::Bytes(T, F)
+                                               : GatedForwardShape<2>::Bytes(T, F));
 }
 
 void GatedLoraForward(const Exec& exec, const GatedLoraForwardArgs& args) {
   CheckWorkspace(args.workspace, GatedLoraForwardWorkspaceBytes(exec, args));
-  if (IsOnePass(exec, args)) {
-    if (exec.plan) return;
-    const OpTraceScope trace(exec, "GatedLoraForward");
-    return ATTUNE_CALL_CUDA_(GatedLoraForward, exec, args);
-  }
+#ifdef ATTUNE_HAS_CUDA
+  const bool runs = exec.device == DeviceKind::kCuda && !exec.plan;
+  if (runs && IsOnePass(exec, args) && GatedLoraForwardCuda(exec, args)) return;
+#endif
   const int64_t F = args.h.dim(1), r = args.a.dim(0);
   GatedActivationForward(exec, {.gate = Columns(args.rows, 0, F),
                                 .up = Columns(args.rows, F, F),

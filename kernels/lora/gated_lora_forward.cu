@@ -9,7 +9,7 @@
 
 namespace attune {
 
-void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
+bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
 
 namespace {
 
@@ -134,18 +134,20 @@ struct Block {
 
 template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
-  using S = Shape<kGroups>;
-  cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-  extern __shared__ __align__(128) unsigned char memory[];
-  float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
-  Block<kGroups, kActivation>{x, {memory}, sums}.Run();
+  if constexpr (kSm90) {
+    using S = Shape<kGroups>;
+    cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+    extern __shared__ __align__(128) unsigned char memory[];
+    float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
+    Block<kGroups, kActivation>{x, {memory}, sums}.Run();
+  }
 }
 
 // A thread per four elements of s.
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  cudaGridDependencySynchronize();  // the sums are there
+  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   const int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x), packs = x.s_columns / 4;
   const int row = at / packs, column = (at - row * packs) * 4;
   if (row >= x.rows) return;
@@ -187,7 +189,9 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
 
 }  // namespace
 
-void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a) {
+bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a) {
+  if (!HasSm90()) return false;
+  const OpTraceScope trace(exec, "GatedLoraForward");
   for (const TensorView* view : {&a.rows, &a.h}) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);
   }
@@ -198,12 +202,16 @@ void GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a) {
   };
   switch (a.activation) {
     case Activation::kSilu:
-      return run.operator()<Activation::kSilu>();
+      run.operator()<Activation::kSilu>();
+      break;
     case Activation::kGeluTanh:
-      return run.operator()<Activation::kGeluTanh>();
+      run.operator()<Activation::kGeluTanh>();
+      break;
     case Activation::kGeluErf:
-      return run.operator()<Activation::kGeluErf>();
+      run.operator()<Activation::kGeluErf>();
+      break;
   }
+  return true;
 }
 
 }  // namespace attune

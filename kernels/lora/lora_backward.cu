@@ -243,21 +243,23 @@ struct Block {
 
 template <int kGroups>
 __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
-  using S = Shape<kGroups>;
-  cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-  extern __shared__ __align__(128) unsigned char memory[];
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-  Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
-  Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
-  float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-  Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.Run();
+  if constexpr (kSm90) {
+    using S = Shape<kGroups>;
+    cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+    extern __shared__ __align__(128) unsigned char memory[];
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
+    Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
+    Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
+    float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
+    Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.Run();
+  }
 }
 
 // A thread per four elements of ds, then one per column of a strip and four ranks.
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  cudaGridDependencySynchronize();  // the sums are there
+  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
   if (at < x.rows * ds_packs) {
@@ -379,7 +381,8 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
-  if (a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups) return false;
+  if (!HasSm90() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups)
+    return false;
   if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;
   for (const TensorView* view : {&a.dy, &a.s}) {
     if (reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;

@@ -338,6 +338,7 @@ CASES = {
     "adapter of another rank": (adapter(r=8), r"lora\.r: is 4, but \S+ has 8"),
     "adapter that PEFT started with PiSSA": (adapter(init_lora_weights="pissa"),
                                              r"lora\.init_from: .*init_lora_weights is `pissa`"),
+    "adapter with biases": (adapter(bias="all"), r"lora\.init_from: .*bias is \"all\", which is not"),
     "start that is not built": (extra("lora: {init_lora_weights: pissa}\n"),
                                 r"job\.yaml:7: lora\.init_lora_weights: is not built: .* PiSSA"),
     "adapter with DoRA, spec without": (adapter(lora="use_dora: false, ", use_dora=True),

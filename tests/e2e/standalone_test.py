@@ -198,5 +198,23 @@ class Standalone(unittest.TestCase):
         self.assertIn("optimizer.safetensors is not what manifest.json says", self.log("resumed"))
 
 
+class Local(unittest.TestCase):
+    def test_digests_outlive_the_service_of_one_job(self):
+        with tempfile.TemporaryDirectory(prefix="attune-local-") as scratch:
+            directory = pathlib.Path(scratch)
+            spec = directory / "job.yaml"
+            spec.write_text(SPEC.replace(str(MODEL), "model").replace(f"steps: {STEPS}", "steps: 2")
+                            + "resources: {device_type: cpu}\n")
+            done = subprocess.run([BIN / "attune", "local", spec, "-o", directory / "adapter",
+                                   "--root", MODEL.parent],
+                                  env=dict(os.environ, XDG_CACHE_HOME=str(directory / "cache")),
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            self.assertEqual(done.returncode, 0, done.stdout)
+            kept = json.loads((directory / "cache/attune/digests.json").read_text())["files"]
+            weights = (MODEL / "model.safetensors").resolve()
+            self.assertEqual(kept[str(weights)]["sha256"],
+                             hashlib.sha256(weights.read_bytes()).hexdigest())
+
+
 if __name__ == "__main__":
     unittest.main(verbosity=2)

@@ -3,12 +3,16 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <set>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/strip.h"
 #include "worker/io/file.h"
 #include "worker/io/json.h"
 #include "worker/io/safetensors.h"
@@ -18,6 +22,7 @@ namespace {
 
 constexpr char kWeightsFile[] = "adapter_model.safetensors";
 constexpr char kConfigFile[] = "adapter_config.json";
+constexpr int64_t kMostRank = 65536;
 
 // One tensor of the file and its place in the flat buffer.
 struct Slot {
@@ -102,6 +107,122 @@ absl::Status CheckStart(const JsonField& init) {
       "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"));
 }
 
+// What makes an adapter something else than A and B beside whole linear layers.
+constexpr const char* kNotBuilt[] = {"bias",
+                                     "lora_bias",
+                                     "fan_in_fan_out",
+                                     "layers_to_transform",
+                                     "exclude_modules",
+                                     "layer_replication",
+                                     "target_parameters",
+                                     "trainable_token_indices",
+                                     "use_qalora",
+                                     "use_bdlora",
+                                     "alora_invocation_tokens",
+                                     "arrow_config",
+                                     "kasa_config",
+                                     "monteclora_config"};
+
+absl::Status CheckNotBuilt(const JsonField& root) {
+  for (const char* name : kNotBuilt) {
+    const JsonField field = root.Get(name);
+    if (!field.has_value()) continue;
+    const Json& value = *field.json();
+    if (value.empty() || value == false || value == "" || value == "none") continue;
+    return absl::UnimplementedError(
+        absl::StrCat(std::string(field.Error(absl::StrCat("is ", value.dump())).message()),
+                     ", which is not built"));
+  }
+  return absl::OkStatus();
+}
+
+// ---- rank_pattern and alpha_pattern ----
+
+// Whether PEFT's re.match(rf"(.*\.)?({key})$", module), for a key of names and dots: a dot is any
+// character, ^ the beginning.
+bool KeyIsOf(absl::string_view key, absl::string_view module) {
+  const bool whole = absl::ConsumePrefix(&key, "^");
+  if (key.size() > module.size()) return false;
+  const size_t begin = module.size() - key.size();
+  if (begin > 0 && (whole || module[begin - 1] != '.')) return false;
+  for (size_t i = 0; i < key.size(); ++i) {
+    if (key[i] != '.' && key[i] != module[begin + i]) return false;
+  }
+  return true;
+}
+
+// The one value that all modules have: the pattern's, or `otherwise` where no key is a module's.
+absl::Status OneOfAll(const JsonField& pattern, const std::vector<std::string>& modules,
+                      double* otherwise) {
+  if (!pattern.has_value() || pattern.json()->empty()) return absl::OkStatus();
+  absl::StatusOr<const Json*> keys = pattern.Object();
+  if (!keys.ok()) return keys.status();
+  std::map<double, std::string> seen;  // value -> a module with it
+  for (const std::string& module : modules) {
+    size_t matches = 0;
+    for (const auto& [key, unused] : (*keys)->items()) {
+      const absl::string_view name = absl::StripPrefix(key, "^");
+      if (!absl::c_all_of(name, [](char c) {
+            return absl::ascii_isalnum(static_cast<unsigned char>(c)) ||
+                   absl::StrContains("._-", c);
+          })) {
+        return absl::UnimplementedError(
+            std::string(pattern.Get(key)
+                            .Error("is of a regular expression, which is not built; names are")
+                            .message()));
+      }
+      if (!KeyIsOf(key, module)) continue;
+      absl::StatusOr<double> value = pattern.Get(key).Double();
+      if (!value.ok()) return value.status();
+      seen.try_emplace(*value, module);
+      ++matches;
+    }
+    if (matches == 0) seen.try_emplace(*otherwise, module);
+  }
+  if (seen.size() > 1) {
+    const auto &first = *seen.begin(), &last = *seen.rbegin();
+    return absl::UnimplementedError(std::string(
+        pattern
+            .Error(absl::StrCat("gives ", first.second, " ", first.first, " and ", last.second, " ",
+                                last.first, "; one for all modules is built"))
+            .message()));
+  }
+  if (!seen.empty()) *otherwise = seen.begin()->first;
+  return absl::OkStatus();
+}
+
+// The adapter's modules, from its weights.
+absl::StatusOr<std::vector<std::string>> ModulesOf(const std::string& directory) {
+  constexpr absl::string_view kEnd = ".lora_A.weight";
+  absl::StatusOr<SafetensorsFile> file =
+      SafetensorsFile::Open(absl::StrCat(directory, "/", kWeightsFile));
+  if (!file.ok()) return file.status();
+  std::vector<std::string> modules;
+  for (absl::string_view name : file->names()) {
+    if (absl::ConsumePrefix(&name, "base_model.model.") && absl::ConsumeSuffix(&name, kEnd)) {
+      modules.emplace_back(name);
+    }
+  }
+  return modules;
+}
+
+// PEFT's patterns give some modules a rank or an alpha of their own. One for all is an adapter like
+// any other.
+absl::Status ApplyPatterns(const JsonField& root, const std::string& directory,
+                           PeftConfig* config) {
+  const JsonField ranks = root.Get("rank_pattern"), alphas = root.Get("alpha_pattern");
+  const auto given = [](const JsonField& f) { return f.has_value() && !f.json()->empty(); };
+  if (!given(ranks) && !given(alphas)) return absl::OkStatus();
+  absl::StatusOr<std::vector<std::string>> modules = ModulesOf(directory);
+  if (!modules.ok()) return modules.status();
+  double r = static_cast<double>(config->r);
+  if (absl::Status s = OneOfAll(ranks, *modules, &r); !s.ok()) return s;
+  if (absl::Status s = OneOfAll(alphas, *modules, &config->alpha); !s.ok()) return s;
+  if (r < 1 || r > kMostRank || r != std::floor(r)) return ranks.Error("holds no rank");
+  config->r = static_cast<int64_t>(r);
+  return absl::OkStatus();
+}
+
 absl::Status ReadNames(const JsonField& field, std::vector<std::string>* names) {
   absl::StatusOr<const Json*> list = field.Array();
   if (!list.ok()) return list.status();
@@ -147,18 +268,8 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
   if (*type != "LORA") {
     return absl::UnimplementedError(absl::StrCat(path, ": peft_type `", *type, "` is not LORA"));
   }
-  absl::StatusOr<bool> transposed = root.Get("fan_in_fan_out").BoolOr(false);
-  if (!transposed.ok()) return transposed.status();
-  if (*transposed) {
-    return absl::UnimplementedError(absl::StrCat(path, ": fan_in_fan_out is not built"));
-  }
   if (absl::Status s = CheckStart(root.Get("init_lora_weights")); !s.ok()) return s;
-  for (const char* field : {"layers_to_transform", "rank_pattern", "alpha_pattern"}) {
-    const JsonField value = root.Get(field);
-    if (value.has_value() && !value.json()->empty()) {
-      return absl::UnimplementedError(absl::StrCat(path, ": ", field, " is not built"));
-    }
-  }
+  if (absl::Status s = CheckNotBuilt(root); !s.ok()) return s;
   PeftConfig config;
   absl::StatusOr<int64_t> r = root.Get("r").Int();
   absl::StatusOr<double> alpha = root.Get("lora_alpha").Double();
@@ -170,13 +281,14 @@ absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory) {
                                 use_dora.status(), tying.status()}) {
     if (!s.ok()) return s;
   }
-  if (*r < 1 || *r > 65536) return root.Get("r").Error("must be from 1 to 65536");
+  if (*r < 1 || *r > kMostRank) return root.Get("r").Error("must be from 1 to 65536");
   config.r = *r;
   config.alpha = *alpha;
   config.dropout = *dropout;
   config.use_rslora = *use_rslora;
   config.use_dora = *use_dora;
   config.ensure_weight_tying = *tying;
+  if (absl::Status s = ApplyPatterns(root, directory, &config); !s.ok()) return s;
   if (const JsonField modules = root.Get("modules_to_save"); modules.has_value()) {
     if (absl::Status s = ReadNames(modules, &config.modules_to_save); !s.ok()) return s;
   }

@@ -17,8 +17,8 @@ struct PeftConfig : AdapterOptions {
   double dropout = 0;
 };
 
-// adapter_config.json. UNIMPLEMENTED for what attune does not do (biases, patterns of names or
-// layers), by name.
+// adapter_config.json, and where that has patterns of ranks the names of the weights. UNIMPLEMENTED
+// for what attune does not do (biases, ranks that differ, patterns of layers), by name.
 absl::StatusOr<PeftConfig> ReadPeftConfig(const std::string& directory);
 
 // Writes both files, durably. The weights are the master's, in F32 (F64 for f64 adapters).
