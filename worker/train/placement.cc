@@ -522,7 +522,7 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 DeviceRates RatesOf(const std::string& device_name) {
   const bool h200 = absl::StrContains(device_name, "H200");
   return {.product_flops_per_s = 710e12,
-          .fp8_product_flops_per_s = 1200e12,
+          .fp8_product_flops_per_s = 1300e12,
           .attention_forward_flops_per_s = 653e12,
           .attention_backward_flops_per_s = 482e12,
           .own_attention_backward_flops_per_s = 400e12,
