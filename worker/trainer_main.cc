@@ -87,7 +87,7 @@ int Threads(const StandaloneFlags& flags) {
 
 absl::Status Open(DeviceChoice* device) {
   std::string note;
-  const absl::Status status = OpenChosenDevice(device, &note);
+  absl::Status status = OpenChosenDevice(device, &note);
   if (!note.empty()) std::fprintf(stderr, "attune-trainer: %s\n", note.c_str());
   return status;
 }

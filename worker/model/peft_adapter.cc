@@ -243,6 +243,7 @@ absl::Status WritePeftAdapter(const LayerContext& ctx, const AdapterSet& adapter
   CopyToHost(ctx.exec, master, host.data());
   const std::vector<Slot> slots = Slots(adapters.layout());
   std::vector<SafetensorsWriter::Tensor> tensors;
+  tensors.reserve(slots.size());
   for (const Slot& slot : slots) tensors.push_back({slot.name, master.dtype, slot.shape});
   absl::StatusOr<SafetensorsWriter> writer =
       SafetensorsWriter::Create(absl::StrCat(directory, "/", kWeightsFile), tensors);

@@ -274,6 +274,7 @@ absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dire
   if (error) return FileError(error.value(), "list", directory);
   std::sort(found.begin(), found.end());
   std::vector<std::string> paths;
+  paths.reserve(found.size());
   for (auto& [step, path] : found) paths.push_back(std::move(path));
   return paths;
 }

@@ -101,6 +101,7 @@ std::vector<int64_t> AllOf(const Dataset& dataset) {
 std::vector<DatasetFile> Files(const google::protobuf::RepeatedPtrField<v1::DatasetSpec>& specs,
                                const google::protobuf::RepeatedPtrField<std::string>& paths) {
   std::vector<DatasetFile> files;
+  files.reserve(paths.size());
   for (int i = 0; i < paths.size(); ++i) {
     files.push_back(
         {paths[i], i < specs.size() ? ToFormat(specs[i].format()) : DatasetFormat::kAuto});
@@ -571,6 +572,7 @@ absl::Status PackStream::FormNextEpoch() {
   std::vector<int64_t> drawn;  // places in lengths_
   std::vector<int64_t> drawn_lengths;
   if (weighted) drawn = DrawEpoch(examples_->weights, seed_, options.epoch);
+  drawn_lengths.reserve(drawn.size());
   for (int64_t i : drawn) drawn_lengths.push_back(lengths_[static_cast<size_t>(i)]);
   auto packs = FormPacks(weighted ? drawn_lengths : lengths_, options);
   if (!packs.ok()) return packs.status();
@@ -626,6 +628,7 @@ absl::StatusOr<std::string> ModelDigest(const std::string& directory, DigestCach
   if (error) return FileError(error.value(), "list", directory);
   std::sort(names.begin(), names.end());
   std::vector<std::string> files;
+  files.reserve(names.size());
   for (const std::string& name : names) files.push_back(absl::StrCat(directory, "/", name));
   const absl::StatusOr<std::vector<std::string>> sha256 = digests->Sha256HexOfAll(files);
   if (!sha256.ok()) return sha256.status();
