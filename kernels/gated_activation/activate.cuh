@@ -42,4 +42,17 @@ __device__ float Activate(float x, float* slope) {
   }
 }
 
+// Calls f.operator()<activation>().
+template <typename F>
+void DispatchActivation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::kSilu:
+      return f.template operator()<Activation::kSilu>();
+    case Activation::kGeluTanh:
+      return f.template operator()<Activation::kGeluTanh>();
+    case Activation::kGeluErf:
+      return f.template operator()<Activation::kGeluErf>();
+  }
+}
+
 }  // namespace attune

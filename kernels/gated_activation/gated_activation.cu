@@ -142,14 +142,9 @@ void Dispatch(Activation activation, DType dtype, std::initializer_list<const Te
               F&& f) {
   DispatchCudaFloat(dtype, [&]<typename T>() {
     const auto sized = [&]<int N>() {
-      switch (activation) {
-        case Activation::kSilu:
-          return f.template operator()<Activation::kSilu, T, N>();
-        case Activation::kGeluTanh:
-          return f.template operator()<Activation::kGeluTanh, T, N>();
-        case Activation::kGeluErf:
-          return f.template operator()<Activation::kGeluErf, T, N>();
-      }
+      DispatchActivation(activation, [&]<Activation kActivation>() {
+        f.template operator()<kActivation, T, N>();
+      });
     };
     if (Packable(kPackSize<T>, views)) return sized.template operator()<kPackSize<T>>();
     sized.template operator()<1>();

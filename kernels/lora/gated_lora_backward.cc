@@ -13,10 +13,6 @@ bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
 
 namespace {
 
-TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
-  return x.Slice(1, begin, begin + count);
-}
-
 void CheckArgs(const GatedLoraBackwardArgs& a) {
   CHECK(a.lora.parts.size() == 2);
   const DType dtype = a.dh.dtype;
@@ -38,7 +34,7 @@ LoraBackwardArgs LoraOf(const GatedLoraBackwardArgs& a) {
   return out;
 }
 MatMulArgs DownOf(const GatedLoraBackwardArgs& a) {
-  return {.a = Columns(a.down_ds, 0, a.down_da.dim(0)),
+  return {.a = a.down_ds.Slice(1, 0, a.down_da.dim(0)),
           .b = a.dh,  // h
           .d = a.down_da,
           .trans_a = true,
@@ -47,17 +43,10 @@ MatMulArgs DownOf(const GatedLoraBackwardArgs& a) {
           .workspace = a.workspace};
 }
 
-bool InPacks(const TensorView& x) {
-  return x.dim(0) <= 1 || x.stride(0) % 8 == 0;
-}
-
-// By shapes alone, so that a plan knows, which does not know of the GPU.
 bool IsOnePass(const Exec& exec, const GatedLoraBackwardArgs& a) {
-  const int64_t T = a.dh.dim(0), F = a.dh.dim(1), r = a.down_da.dim(0);
-  return exec.device == DeviceKind::kCuda && a.dh.dtype == DType::kBF16 && T > 0 && F > 0 &&
-         F % 16 == 0 && r > 0 && r % 8 == 0 && r <= 32 && a.lora.ds.dim(1) % 4 == 0 &&
-         InPacks(a.dh) && InPacks(a.lora.dy) && InPacks(a.lora.s) && InPacks(a.lora.ds) &&
-         InPacks(a.down_ds);
+  return a.lora.ds.dim(1) % 4 == 0 &&
+         GatedPassTakes(exec, a.dh.dim(1), a.down_da.dim(0),
+                        {&a.dh, &a.lora.dy, &a.lora.s, &a.lora.ds, &a.down_ds});
 }
 int64_t OnePassBytes(const GatedLoraBackwardArgs& a) {
   const int64_t T = a.dh.dim(0), F = a.dh.dim(1);
@@ -80,7 +69,7 @@ void GatedLoraBackward(const Exec& exec, const GatedLoraBackwardArgs& args) {
   if (runs && IsOnePass(exec, args) && GatedLoraBackwardCuda(exec, args)) return;
 #endif
   const int64_t F = args.dh.dim(1);
-  const TensorView gate = Columns(args.lora.dy, 0, F), up = Columns(args.lora.dy, F, F);
+  const TensorView gate = args.lora.dy.Slice(1, 0, F), up = args.lora.dy.Slice(1, F, 2 * F);
   GatedActivationBackward(exec, {.dh = args.dh,
                                  .gate = gate,
                                  .up = up,

@@ -354,21 +354,10 @@ bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);
   }
   CHECK(reinterpret_cast<uintptr_t>(a.lora.ds.data) % 8 == 0);
-  const auto run = [&]<Activation kActivation>() {
+  DispatchActivation(a.activation, [&]<Activation kActivation>() {
     if (a.down_da.dim(0) <= 16) return Run<1, kActivation>(exec, a);
     Run<2, kActivation>(exec, a);
-  };
-  switch (a.activation) {
-    case Activation::kSilu:
-      run.operator()<Activation::kSilu>();
-      break;
-    case Activation::kGeluTanh:
-      run.operator()<Activation::kGeluTanh>();
-      break;
-    case Activation::kGeluErf:
-      run.operator()<Activation::kGeluErf>();
-      break;
-  }
+  });
   if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.lora.dy, a.fp8));
   return true;
 }

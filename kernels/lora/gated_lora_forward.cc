@@ -14,10 +14,6 @@ bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
 
 namespace {
 
-TensorView Columns(const TensorView& x, int64_t begin, int64_t count) {
-  return x.Slice(1, begin, begin + count);
-}
-
 void CheckArgs(const GatedLoraForwardArgs& a) {
   const DType dtype = a.h.dtype;
   const int64_t T = a.h.dim(0), F = a.h.dim(1), r = a.a.dim(0);
@@ -33,21 +29,13 @@ void CheckArgs(const GatedLoraForwardArgs& a) {
 MatMulArgs ProductOf(const GatedLoraForwardArgs& a) {
   return {.a = a.h,
           .b = a.a,
-          .d = Columns(a.s, 0, a.a.dim(0)),
+          .d = a.s.Slice(1, 0, a.a.dim(0)),
           .trans_b = true,
           .workspace = a.workspace};
 }
 
-bool InPacks(const TensorView& x) {
-  return x.dim(0) <= 1 || x.stride(0) % 8 == 0;
-}
-
-// By shapes alone, so that a plan knows, which does not know of the GPU.
 bool IsOnePass(const Exec& exec, const GatedLoraForwardArgs& a) {
-  const int64_t F = a.h.dim(1), r = a.a.dim(0);
-  return exec.device == DeviceKind::kCuda && a.h.dtype == DType::kBF16 && a.h.dim(0) > 0 && F > 0 &&
-         F % 16 == 0 && r > 0 && r % 8 == 0 && r <= 32 && a.s.dim(1) % 4 == 0 && InPacks(a.rows) &&
-         InPacks(a.h) && InPacks(a.s);
+  return a.s.dim(1) % 4 == 0 && GatedPassTakes(exec, a.h.dim(1), a.a.dim(0), {&a.rows, &a.h, &a.s});
 }
 
 }  // namespace
@@ -68,11 +56,11 @@ void GatedLoraForward(const Exec& exec, const GatedLoraForwardArgs& args) {
   if (runs && IsOnePass(exec, args) && GatedLoraForwardCuda(exec, args)) return;
 #endif
   const int64_t F = args.h.dim(1), r = args.a.dim(0);
-  GatedActivationForward(exec, {.gate = Columns(args.rows, 0, F),
-                                .up = Columns(args.rows, F, F),
+  GatedActivationForward(exec, {.gate = args.rows.Slice(1, 0, F),
+                                .up = args.rows.Slice(1, F, 2 * F),
                                 .h = args.h,
                                 .activation = args.activation});
-  if (args.s.dim(1) > r) Fill(exec, {.x = Columns(args.s, r, args.s.dim(1) - r)});
+  if (args.s.dim(1) > r) Fill(exec, {.x = args.s.Slice(1, r, args.s.dim(1))});
   MatMul(exec, ProductOf(args));
 }
 

@@ -196,21 +196,10 @@ bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);
   }
   CHECK(reinterpret_cast<uintptr_t>(a.s.data) % 8 == 0);
-  const auto run = [&]<Activation kActivation>() {
+  DispatchActivation(a.activation, [&]<Activation kActivation>() {
     if (a.a.dim(0) <= 16) return Run<1, kActivation>(exec, a);
     Run<2, kActivation>(exec, a);
-  };
-  switch (a.activation) {
-    case Activation::kSilu:
-      run.operator()<Activation::kSilu>();
-      break;
-    case Activation::kGeluTanh:
-      run.operator()<Activation::kGeluTanh>();
-      break;
-    case Activation::kGeluErf:
-      run.operator()<Activation::kGeluErf>();
-      break;
-  }
+  });
   return true;
 }
 

@@ -7,6 +7,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+
+#include "kernels/core/exec.h"
+#include "kernels/core/tensor.h"
 
 namespace attune {
 
@@ -16,6 +20,19 @@ static_assert(kPassRows == kPassWarps);
 
 inline int DivideUp(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
+}
+
+// Whether a pass over rows of F columns takes rank r and these views of the rows' dtype. By shapes
+// alone, so that a plan knows, which does not know of the GPU.
+inline bool GatedPassTakes(const Exec& exec, int64_t F, int64_t r,
+                           std::initializer_list<const TensorView*> rows) {
+  if (exec.device != DeviceKind::kCuda || F == 0 || F % 16 != 0) return false;
+  if (r == 0 || r % 8 != 0 || r > 32) return false;
+  for (const TensorView* x : rows) {
+    if (x->dtype != DType::kBF16 || x->dim(0) == 0) return false;
+    if (x->dim(0) > 1 && x->stride(0) % 8 != 0) return false;
+  }
+  return true;
 }
 
 struct PassGrid {

@@ -422,7 +422,7 @@ void TransformerBlock::ForwardGate(const LayerContext& ctx, const TensorView& ro
                                          GatedLoraForwardWorkspaceBytes(ctx.exec, args));
     GatedLoraForward(ctx.exec, args);
   }
-  down.ForwardWithS(ctx, h, y);
+  down.Forward(ctx, h, y, {}, /*has_s=*/true);
 }
 
 void TransformerBlock::Backward(const LayerContext& ctx, const PackBatch& batch,

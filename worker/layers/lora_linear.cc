@@ -173,14 +173,8 @@ void LoraLinear::MeasureRows(const LayerContext& ctx, const LoraPart& adapter,
 }
 
 void LoraLinear::Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
-                         const Fp8Rows& codes) const {
-  Multiply(ctx, x_s, y, codes, /*has_s=*/false);
-  if (bias.defined()) Add(ctx.exec, {.x = bias, .y = y, .alpha = output_scale});
-}
-
-void LoraLinear::ForwardWithS(const LayerContext& ctx, const TensorView& x_s,
-                              const TensorView& y) const {
-  Multiply(ctx, x_s, y, {}, /*has_s=*/true);
+                         const Fp8Rows& codes, bool has_s) const {
+  Multiply(ctx, x_s, y, codes, has_s);
   if (bias.defined()) Add(ctx.exec, {.x = bias, .y = y, .alpha = output_scale});
 }
 

@@ -82,11 +82,10 @@ struct LoraLinear {
   // Undefined where products are not of 8 bits, and with dropout, where it would add to the peak.
   Fp8Rows NewCodes(const LayerContext& ctx, Direction direction, int64_t rows) const;
 
-  // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x. `codes`: those of x, if there are.
+  // [x | .] (M, K + E) -> y (M, N), assigned; s is put behind x, unless it is there already.
+  // `codes`: those of x, if there are.
   void Forward(const LayerContext& ctx, const TensorView& x_s, const TensorView& y,
-               const Fp8Rows& codes = {}) const;
-  // The same where s is there already.
-  void ForwardWithS(const LayerContext& ctx, const TensorView& x_s, const TensorView& y) const;
+               const Fp8Rows& codes = {}, bool has_s = false) const;
   // [dy | .] (M, N + E) -> dx (M, K), assigned, unless undefined; ds is put behind dy. Accumulates
   // the gradient of B. s (M, E) as Forward had it. `codes`: those of dy, if there are.
   void Backward(const LayerContext& ctx, const TensorView& dy_ds, const TensorView& s,
