@@ -228,12 +228,12 @@ absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path) {
   struct stat info;
   absl::StatusOr<int> opened = OpenRegular(path, &info);
   if (!opened.ok()) return opened.status();
-  const Descriptor fd(*opened);
   MappedFile file;
+  file.fd_ = *opened;
   file.path_ = path;
   file.size_ = static_cast<size_t>(info.st_size);
   if (file.size_ == 0) return file;
-  void* data = mmap(nullptr, file.size_, PROT_READ, MAP_PRIVATE, fd.get(), 0);
+  void* data = mmap(nullptr, file.size_, PROT_READ, MAP_PRIVATE, file.fd_, 0);
   if (data == MAP_FAILED) {
     file.size_ = 0;
     return FileError(errno, "map", path);
@@ -242,12 +242,33 @@ absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path) {
   return file;
 }
 
+absl::Status MappedFile::Read(absl::Span<const uint8_t> piece, void* to) const {
+  const int64_t begin = piece.data() - data_;
+  CHECK(begin >= 0 && begin + piece.size() <= size_);
+  size_t done = 0;
+  while (done < piece.size()) {
+    const ssize_t n = pread(fd_, static_cast<char*>(to) + done, piece.size() - done,
+                            static_cast<off_t>(begin) + static_cast<off_t>(done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return FileError(errno, "read", path_);
+    if (n == 0) {
+      return absl::DataLossError(absl::StrCat(
+          path_, " had ", size_, " bytes when it was opened and ends after ", begin + done,
+          " now: it was changed meanwhile, or cut. Download it again, and start anew."));
+    }
+    done += static_cast<size_t>(n);
+  }
+  return absl::OkStatus();
+}
+
 MappedFile::MappedFile(MappedFile&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)),
+    : fd_(std::exchange(other.fd_, -1)),
+      data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)),
       path_(std::move(other.path_)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(fd_, other.fd_);
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   std::swap(path_, other.path_);
@@ -256,6 +277,7 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), size_);
+  if (fd_ >= 0) close(fd_);
 }
 
 void ForgetPages(absl::Span<const uint8_t> mapped) {

@@ -64,8 +64,14 @@ class MappedFile {
   absl::Span<const uint8_t> bytes() const { return {data_, size_}; }
   const std::string& path() const { return path_; }
 
+  // A piece of bytes() into `to`, from any thread, without touching the mapping: no page of it has
+  // to be made present, which is what costs most of a copy of a file in the page cache. DATA_LOSS
+  // if the file has become shorter.
+  absl::Status Read(absl::Span<const uint8_t> piece, void* to) const;
+
  private:
   MappedFile() = default;
+  int fd_ = -1;
   const uint8_t* data_ = nullptr;  // null if the file is empty
   size_t size_ = 0;
   std::string path_;

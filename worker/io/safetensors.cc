@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <set>
 #include <utility>
@@ -307,6 +308,17 @@ absl::StatusOr<TensorInfo> Checkpoint::Find(absl::string_view name) const {
     return absl::NotFoundError(absl::StrCat(directory_, " has no tensor ", Quoted(name)));
   }
   return files_[it->second].Find(name);
+}
+
+const MappedFile* Checkpoint::FileOf(const void* bytes) const {
+  const std::less<const void*> before;
+  for (const SafetensorsFile& file : files_) {
+    const MappedFile* const mapped = file.file();
+    if (mapped == nullptr) continue;
+    const absl::Span<const uint8_t> all = mapped->bytes();
+    if (!before(bytes, all.data()) && before(bytes, all.data() + all.size())) return mapped;
+  }
+  return nullptr;
 }
 
 const std::string& Checkpoint::PathOf(absl::string_view name) const {

@@ -52,6 +52,8 @@ class SafetensorsFile {
   const std::vector<std::string>& names() const { return names_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const std::string& path() const { return path_; }
+  // The file that the tensors' bytes are of; null after Parse.
+  const MappedFile* file() const { return file_.get(); }
 
  private:
   struct Entry {
@@ -83,6 +85,8 @@ class Checkpoint {
 
   absl::StatusOr<TensorInfo> Find(absl::string_view name) const;
   bool Contains(absl::string_view name) const { return owners_.contains(name); }
+  // The file that has these bytes of a tensor; null if none has.
+  const MappedFile* FileOf(const void* bytes) const;
   // Path of the file that has the tensor; of the checkpoint, where none has it.
   const std::string& PathOf(absl::string_view name) const;
   // Sorted.

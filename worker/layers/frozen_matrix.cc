@@ -161,20 +161,23 @@ void FrozenMatrix::Load(const LayerContext& ctx, int index, const TensorView& w)
   Keep(ctx, part, whole);
 }
 
-void FrozenMatrix::Load(const LayerContext& ctx, int index, const Nf4Weight& w) {
+absl::Status FrozenMatrix::Load(const LayerContext& ctx, const HostReader& reader, int index,
+                                const Nf4Weight& w) {
   const Part& part = parts_[index];
   ArenaScope scope(ctx.arena);
   const Nf4Weight whole = RoomToLoad(ctx, part, w);
+  absl::Status status;
   const auto upload = [&](const TensorView& from, const TensorView& view) {
     CHECK(from.dtype == view.dtype && from.SameShape(view));
-    if (from.defined()) CopyToDevice(ctx.exec, from.data, view);
+    if (from.defined()) status.Update(CopyToDevice(ctx.exec, reader, from.data, view));
   };
   upload(w.packed, whole.packed);
   upload(w.absmax, whole.absmax);
   upload(w.codes, whole.codes);
   upload(w.absmax2, whole.absmax2);
   upload(w.offset, whole.offset);
-  Keep(ctx, part, whole);
+  if (status.ok()) Keep(ctx, part, whole);
+  return status;
 }
 
 Nf4Weight FrozenMatrix::RoomToLoad(const LayerContext& ctx, const Part& part,

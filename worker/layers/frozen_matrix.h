@@ -13,7 +13,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "worker/layers/context.h"
+#include "worker/memory/staging_ring.h"
 
 namespace attune {
 
@@ -71,9 +73,10 @@ class FrozenMatrix {
   void EndLoad(const LayerContext& ctx);
   // Fills part `part` from w (part_rows, K), f64, f32 or bf16 on the device; quantises.
   void Load(const LayerContext& ctx, int part, const TensorView& w);
-  // Fills it from NF4 in host memory, of the quantisation of the storage, and keeps every bit; of a
-  // matrix that is expanded, of either quantisation.
-  void Load(const LayerContext& ctx, int part, const Nf4Weight& w);
+  // Fills it from NF4 in host memory, which `reader` reads, of the quantisation of the storage, and
+  // keeps every bit; of a matrix that is expanded, of either quantisation.
+  absl::Status Load(const LayerContext& ctx, const HostReader& reader, int part,
+                    const Nf4Weight& w);
 
   // True if the expansions last, and with them the adapter's share.
   bool expanded() const { return lasting_[0].defined(); }

@@ -1,6 +1,5 @@
 #include "worker/memory/device.h"
 
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,70 +25,57 @@ constexpr char kNoCuda[] =
 
 #ifdef ATTUNE_HAS_CUDA
 
-// Pageable host bytes go through pinned pieces, filled by several threads while earlier ones are
-// on their way.
-class StagingRing {
+// The one ring of the process, and what is under way out of its slots.
+class CudaStaging : public DeviceLink {
  public:
-  static constexpr int64_t kPieceBytes = int64_t{16} << 20;
-  static constexpr int kPieces = 4;
-
-  static StagingRing& Get() {
-    static auto* ring = new StagingRing();
-    return *ring;
+  static CudaStaging& Get() {
+    static auto* staging = new CudaStaging();
+    return *staging;
   }
 
-  void Copy(const char* host, int64_t bytes, char* device, cudaStream_t stream) {
-    while (bytes > 0) {
-      if (used_ + kAlignment > kPieceBytes) NextPiece();
-      Piece& piece = pieces_[now_];
-      const int64_t n = std::min(bytes, kPieceBytes - used_);
-      Fill(piece.data + used_, host, n);
-      CUDA_CHECK(cudaMemcpyAsync(device, piece.data + used_, n, cudaMemcpyHostToDevice, stream));
-      CUDA_CHECK(cudaEventRecord(piece.copied, stream));
-      used_ += (n + kAlignment - 1) / kAlignment * kAlignment;
-      host += n;
-      device += n;
-      bytes -= n;
-    }
+  absl::Status Copy(const HostReader& reader, const void* host, const TensorView& view,
+                    cudaStream_t stream) {
+    stream_ = stream;
+    return ring_.Copy(reader, static_cast<const char*>(host), view.bytes(),
+                      static_cast<char*>(view.data), this);
+  }
+
+  void Send(int slot, const char* from, int64_t bytes, char* to) override {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_));
+    CUDA_CHECK(cudaEventRecord(copied_[slot], stream_));
+  }
+
+  bool Arrived(int slot) override {
+    const cudaError_t error = cudaEventQuery(copied_[slot]);
+    if (error != cudaErrorNotReady) CUDA_CHECK(error);
+    if (error == cudaErrorNotReady) cudaGetLastError();  // it is no error
+    return error == cudaSuccess;
   }
 
  private:
-  static constexpr int64_t kAlignment = 256;
-  struct Piece {
-    char* data = nullptr;
-    cudaEvent_t copied = nullptr;
-  };
+  static constexpr int kSlots = 16;
+  static constexpr int64_t kSlotBytes = int64_t{4} << 20;
+  // Small enough that a thread that is held up leaves its share to the others, and no smaller:
+  // each read is a call of the system.
+  static constexpr int64_t kPartBytes = int64_t{512} << 10;
 
-  StagingRing() {
-    for (Piece& piece : pieces_) {
-      void* data = nullptr;
-      CUDA_CHECK(cudaMallocHost(&data, kPieceBytes));
-      piece.data = static_cast<char*>(data);
-      CUDA_CHECK(cudaEventCreateWithFlags(&piece.copied, cudaEventDisableTiming));
+  CudaStaging() : ring_(TakeSlots(), kSlotBytes, kPartBytes) {
+    for (cudaEvent_t& event : copied_) {
+      CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
     }
   }
 
-  void NextPiece() {
-    now_ = (now_ + 1) % kPieces;
-    used_ = 0;
-    CUDA_CHECK(cudaEventSynchronize(pieces_[now_].copied));
+  static std::vector<char*> TakeSlots() {
+    void* data = nullptr;
+    CUDA_CHECK(cudaMallocHost(&data, kSlots * kSlotBytes));
+    std::vector<char*> slots;
+    for (int i = 0; i < kSlots; ++i) slots.push_back(static_cast<char*>(data) + i * kSlotBytes);
+    return slots;
   }
 
-  static void Fill(char* to, const char* from, int64_t bytes) {
-    // Small enough that a thread that is held up (pages of the file are mapped as they are read)
-    // leaves its share to the others.
-    constexpr int64_t kAtOnce = int64_t{256} << 10;
-    const int64_t parts = (bytes + kAtOnce - 1) / kAtOnce;
-#pragma omp parallel for schedule(dynamic) if (parts > 1)
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = i * kAtOnce;
-      std::memcpy(to + begin, from + begin, std::min(kAtOnce, bytes - begin));
-    }
-  }
-
-  Piece pieces_[kPieces];
-  int now_ = 0;
-  int64_t used_ = 0;
+  StagingRing ring_;
+  cudaEvent_t copied_[kSlots];
+  cudaStream_t stream_ = nullptr;
 };
 
 cudaEvent_t EventOf(void* event) {
@@ -219,11 +205,20 @@ void CopyToDevice(const Exec& exec, const void* host, const TensorView& view) {
   CHECK(view.contiguous());
 #ifdef ATTUNE_HAS_CUDA
   if (IsCuda(exec)) {
-    return StagingRing::Get().Copy(static_cast<const char*>(host), view.bytes(),
-                                   static_cast<char*>(view.data), StreamOf(exec.stream));
+    return CudaStaging::Get().Copy(HostReader(), host, view, StreamOf(exec.stream)).IgnoreError();
   }
 #endif
   std::memcpy(view.data, host, view.bytes());
+}
+
+absl::Status CopyToDevice(const Exec& exec, const HostReader& reader, const void* host,
+                          const TensorView& view) {
+  if (exec.plan || view.size() == 0) return absl::OkStatus();
+  CHECK(view.contiguous());
+#ifdef ATTUNE_HAS_CUDA
+  if (IsCuda(exec)) return CudaStaging::Get().Copy(reader, host, view, StreamOf(exec.stream));
+#endif
+  return reader.Read(host, view.bytes(), view.data);
 }
 
 void CopyToHost(const Exec& exec, const TensorView& view, void* host) {

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
+#include "worker/memory/staging_ring.h"
 
 namespace attune {
 
@@ -58,6 +59,9 @@ class StreamEvent {
 // on return the host bytes may be reused, though the copy may still be under way. To the host: on
 // return they may be read.
 void CopyToDevice(const Exec& exec, const void* host, const TensorView& view);
+// The same of bytes that are read meanwhile; an error is the reader's.
+absl::Status CopyToDevice(const Exec& exec, const HostReader& reader, const void* host,
+                          const TensorView& view);
 void CopyToHost(const Exec& exec, const TensorView& view, void* host);
 
 // Host memory that the device copies to and from while others run. Freed with the object.

@@ -1,10 +1,12 @@
 #include "worker/model/adapter_set.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/core/parallel.h"
 #include "kernels/core/philox.h"
 #include "kernels/elementwise/elementwise.h"
 
@@ -146,14 +148,18 @@ void AdapterSet::Initialise(const LayerContext& ctx, uint64_t seed) {
     for (const AdapterEntry& entry : layout_.entries) {
       a.resize(layout_.r * entry.shape.in);
       const float bound = 1.0f / std::sqrt(static_cast<float>(entry.shape.in));
-      for (size_t i = 0; i < a.size(); ++i) {
+      const auto n = static_cast<int64_t>(a.size());
+#pragma omp parallel for schedule(static) if (WorthThreads(n))
+      for (int64_t i = 0; i < n; i += 4) {
         // Stream 1 << 31: apart from those of dropout, whose step is a positive int32.
         const PhiloxBlock words =
             Philox4x32({{static_cast<uint32_t>(i / 4), 1u << 31, static_cast<uint32_t>(entry.layer),
                          static_cast<uint32_t>(entry.linear)}},
                        static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-        const double unit = (static_cast<double>(words.word[i % 4]) + 0.5) / 4294967296.0;
-        a[i] = bound * static_cast<float>(2 * unit - 1);
+        for (int64_t k = 0; k < std::min<int64_t>(4, n - i); ++k) {
+          const double unit = (static_cast<double>(words.word[k]) + 0.5) / 4294967296.0;
+          a[i + k] = bound * static_cast<float>(2 * unit - 1);
+        }
       }
       const TensorView to = A(entry, master_);
       if (master_.dtype == DType::kF32) {

@@ -65,6 +65,13 @@ absl::StatusOr<Nf4Weight> CheckpointWeights::FindNf4(const std::string& name,
   return weight;
 }
 
+// What is no file's was copied from one.
+absl::Status CheckpointWeights::Read(const void* from, int64_t bytes, void* to) const {
+  const MappedFile* const file = checkpoint_.FileOf(from);
+  if (file == nullptr) return HostReader::Read(from, bytes, to);
+  return file->Read({static_cast<const uint8_t*>(from), static_cast<size_t>(bytes)}, to);
+}
+
 namespace {
 
 // Which linears of a quantised checkpoint are not.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -18,28 +19,50 @@ std::string ShapeText(const TensorView& view) {
   return absl::StrCat("(", absl::StrJoin(shape, ", "), ")");
 }
 
-// All values finite, for the floating dtypes of checkpoints: an exponent of all ones is not.
-bool AllFinite(const TensorView& w) {
-  const int64_t n = w.size();
-  const auto any = [&]<typename Word>(Word exponent) {
-    const Word* words = static_cast<const Word*>(w.data);
-    int bad = 0;
-#pragma omp parallel for schedule(static) reduction(| : bad) if (WorthThreads(n))
-    for (int64_t i = 0; i < n; ++i) bad |= (words[i] & exponent) == exponent;
-    return bad != 0;
-  };
-  switch (w.dtype) {
+// All of `n` words finite, of a floating dtype: an exponent of all ones is not.
+template <typename Word>
+bool AllFinite(const Word* words, int64_t n, Word exponent) {
+  bool bad = false;
+  for (int64_t i = 0; i < n; ++i) bad |= (words[i] & exponent) == exponent;
+  return !bad;
+}
+
+bool AllFinite(const void* values, DType dtype, int64_t n) {
+  switch (dtype) {
     case DType::kF64:
-      return !any(uint64_t{0x7ff0000000000000});
+      return AllFinite(static_cast<const uint64_t*>(values), n, uint64_t{0x7ff0000000000000});
     case DType::kF32:
-      return !any(uint32_t{0x7f800000});
+      return AllFinite(static_cast<const uint32_t*>(values), n, uint32_t{0x7f800000});
     case DType::kBF16:
-      return !any(uint16_t{0x7f80});
+      return AllFinite(static_cast<const uint16_t*>(values), n, uint16_t{0x7f80});
     case DType::kF16:
-      return !any(uint16_t{0x7c00});
+      return AllFinite(static_cast<const uint16_t*>(values), n, uint16_t{0x7c00});
     default:
       return true;
   }
+}
+
+// Reads all of w, each thread pieces that stay in its cache.
+absl::StatusOr<bool> AllFinite(const WeightSource& source, const TensorView& w) {
+  constexpr int64_t kPieceBytes = int64_t{256} << 10;
+  const int64_t bytes = w.bytes(), pieces = (bytes + kPieceBytes - 1) / kPieceBytes;
+  bool finite = true;
+  absl::Status status;
+#pragma omp parallel if (WorthThreads(w.size()))
+  {
+    std::vector<uint64_t> piece(kPieceBytes / sizeof(uint64_t));
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t begin = i * kPieceBytes, size = std::min(kPieceBytes, bytes - begin);
+      absl::Status read = source.Read(static_cast<const char*>(w.data) + begin, size, piece.data());
+      const bool good = read.ok() && AllFinite(piece.data(), w.dtype, size / DTypeBytes(w.dtype));
+      if (good) continue;
+#pragma omp critical(attune_all_finite)
+      status.Update(std::move(read)), finite = false;
+    }
+  }
+  if (!status.ok()) return status;
+  return finite;
 }
 
 // Bytes of the stream of a block that are saved, or else of the rest.
@@ -65,12 +88,14 @@ void PlaceGroup(const TransformerBlock& block, const LayerContext& ctx, int64_t 
   block.PlaceSaved(ctx, tokens, group, memory.Slice(0, begin, *end), saved);
 }
 
-// A contiguous view of host memory as scratch on the device; itself on the CPU.
-TensorView ToDevice(const LayerContext& ctx, const TensorView& w) {
+// A contiguous view of the source as scratch on the device; itself on the CPU.
+absl::StatusOr<TensorView> ToDevice(const LayerContext& ctx, const WeightSource& source,
+                                    const TensorView& w) {
   if (ctx.exec.device == DeviceKind::kCpu) return w;
   TensorView out = w.rank == 1 ? ctx.arena->NewScratch(w.dtype, {w.dim(0)})
                                : ctx.arena->NewScratch(w.dtype, {w.dim(0), w.dim(1)});
-  CopyToDevice(ctx.exec, w.data, out);
+  absl::Status status = CopyToDevice(ctx.exec, source, w.data, out);
+  if (!status.ok()) return status;
   return out;
 }
 
@@ -98,27 +123,36 @@ absl::StatusOr<TensorView> Get(const LayerContext& ctx, const WeightSource& sour
         "tensor ", name, " has the type ", DTypeName(w->dtype), "; weights are F32, BF16 or F16"));
   }
   // Every job is planned before it loads, so one look is enough.
-  if (ctx.exec.plan && w->data != nullptr && !AllFinite(*w)) {
+  if (ctx.exec.plan && w->data != nullptr) {
+    absl::StatusOr<bool> finite = AllFinite(source, *w);
+    if (!finite.ok()) return finite.status();
+    if (*finite) return w;
     return absl::InvalidArgumentError(
         absl::StrCat("tensor ", name, " holds NaN or infinity: the checkpoint is damaged"));
   }
   return w;
 }
 
-// w of the host into `to` on the device, of any floating dtypes. In pieces, so that the scratch of
-// a conversion stays small.
-void CopyWeight(const LayerContext& ctx, const TensorView& w, const TensorView& to) {
-  if (ctx.exec.device == DeviceKind::kCpu) return Copy(ctx.exec, {.x = w, .y = to});
-  if (w.dtype == to.dtype && to.contiguous()) return CopyToDevice(ctx.exec, w.data, to);
+// w of the source into `to` on the device, of any floating dtypes. In pieces, so that the scratch
+// of a conversion stays small.
+absl::Status CopyWeight(const LayerContext& ctx, const WeightSource& source, const TensorView& w,
+                        const TensorView& to) {
+  if (ctx.exec.device == DeviceKind::kCpu) {
+    Copy(ctx.exec, {.x = w, .y = to});
+    return absl::OkStatus();
+  }
+  if (w.dtype == to.dtype && to.contiguous()) return CopyToDevice(ctx.exec, source, w.data, to);
   constexpr int64_t kPieceBytes = int64_t{32} << 20;
   const int64_t rows = w.dim(0), row_bytes = w.bytes() / std::max<int64_t>(rows, 1);
   const int64_t piece = std::clamp<int64_t>(kPieceBytes / row_bytes, 1, rows);
   for (int64_t begin = 0; begin < rows; begin += piece) {
     const int64_t end = std::min(begin + piece, rows);
     ArenaScope scope(ctx.arena);
-    const TensorView from = ToDevice(ctx, w.Slice(0, begin, end));
-    Copy(ctx.exec, {.x = from, .y = to.Slice(0, begin, end)});
+    const absl::StatusOr<TensorView> from = ToDevice(ctx, source, w.Slice(0, begin, end));
+    if (!from.ok()) return from.status();
+    Copy(ctx.exec, {.x = *from, .y = to.Slice(0, begin, end)});
   }
+  return absl::OkStatus();
 }
 
 absl::Status LoadDense(const LayerContext& ctx, const WeightSource& source, const std::string& name,
@@ -126,8 +160,7 @@ absl::Status LoadDense(const LayerContext& ctx, const WeightSource& source, cons
   absl::StatusOr<TensorView> w = to.rank == 1 ? Get(ctx, source, name, {to.dim(0)})
                                               : Get(ctx, source, name, {to.dim(0), to.dim(1)});
   if (!w.ok()) return w.status();
-  CopyWeight(ctx, *w, to);
-  return absl::OkStatus();
+  return CopyWeight(ctx, source, *w, to);
 }
 
 absl::Status LoadLinear(const LayerContext& ctx, const WeightSource& source,
@@ -136,7 +169,9 @@ absl::Status LoadLinear(const LayerContext& ctx, const WeightSource& source,
   absl::StatusOr<TensorView> w = Get(ctx, source, name, {shape.out, shape.in});
   if (!w.ok()) return w.status();
   ArenaScope scope(ctx.arena);
-  matrix->Load(ctx, part, ToDevice(ctx, *w));
+  const absl::StatusOr<TensorView> on_device = ToDevice(ctx, source, *w);
+  if (!on_device.ok()) return on_device.status();
+  matrix->Load(ctx, part, *on_device);
   return absl::OkStatus();
 }
 
@@ -433,7 +468,8 @@ absl::Status Model::LoadPart(const LayerContext& ctx, const WeightNames& names,
   if (config_.IsNf4(layer, linear)) {
     absl::StatusOr<Nf4Weight> w = source.FindNf4(name, shape, config_.nf4->double_quantization);
     if (!w.ok()) return w.status();
-    matrix->Load(ctx, part, *w);
+    absl::Status status = matrix->Load(ctx, source, part, *w);
+    if (!status.ok()) return status;
   } else {
     absl::Status status = LoadLinear(ctx, source, name, shape, part, matrix);
     if (!status.ok()) return status;

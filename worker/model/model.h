@@ -20,10 +20,10 @@
 
 namespace attune {
 
-// Weights by name, in host memory: a checkpoint, or what a test makes.
-class WeightSource {
+// Weights by name, in host memory: a checkpoint, or what a test makes. Bytes of the views that it
+// gives can also be Read, from many threads at once, which is the faster way if they are a file's.
+class WeightSource : public HostReader {
  public:
-  virtual ~WeightSource() = default;
   // A contiguous view of any floating dtype, valid as long as the source. NOT_FOUND if there is
   // no such tensor.
   virtual absl::StatusOr<TensorView> Find(const std::string& name) const = 0;

@@ -44,7 +44,7 @@ std::vector<float> Expanded(const Nf4Tensor& tensor, WeightStorage storage, bool
   const LayerContext ctx{.arena = &arena};
   FrozenMatrix matrix(ctx, {.storage = storage, .resident = resident},
                       {{.rows = tensor.state().rows}}, tensor.state().columns);
-  matrix.Load(ctx, 0, tensor.weight());
+  EXPECT_TRUE(matrix.Load(ctx, HostReader(), 0, tensor.weight()).ok());
   const TensorView out = matrix.Expand(ctx, Direction::kForward);
   return std::vector<float>(out.As<float>(), out.As<float>() + out.size());
 }
