@@ -310,6 +310,12 @@ absl::StatusOr<TensorInfo> Checkpoint::Find(absl::string_view name) const {
   return files_[it->second].Find(name);
 }
 
+int64_t Checkpoint::data_bytes() const {
+  int64_t bytes = 0;
+  for (const SafetensorsFile& file : files_) bytes += file.data_bytes();
+  return bytes;
+}
+
 const MappedFile* Checkpoint::FileOf(const void* bytes) const {
   const std::less<const void*> before;
   for (const SafetensorsFile& file : files_) {

@@ -52,6 +52,7 @@ class SafetensorsFile {
   const std::vector<std::string>& names() const { return names_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const std::string& path() const { return path_; }
+  int64_t data_bytes() const { return static_cast<int64_t>(data_.size()); }
   // The file that the tensors' bytes are of; null after Parse.
   const MappedFile* file() const { return file_.get(); }
 
@@ -89,6 +90,8 @@ class Checkpoint {
   const MappedFile* FileOf(const void* bytes) const;
   // Path of the file that has the tensor; of the checkpoint, where none has it.
   const std::string& PathOf(absl::string_view name) const;
+  // Of all tensors.
+  int64_t data_bytes() const;
   // Sorted.
   const std::vector<std::string>& names() const { return names_; }
   const std::vector<SafetensorsFile>& files() const { return files_; }

@@ -20,6 +20,7 @@ class CheckpointWeights : public WeightSource {
   absl::StatusOr<Nf4Weight> FindNf4(const std::string& name, const LinearShape& shape,
                                     bool double_quantization) const override;
   absl::Status Read(const void* from, int64_t bytes, void* to) const override;
+  const Checkpoint& checkpoint() const { return checkpoint_; }
 
  private:
   void Found(absl::Span<const uint8_t> bytes) const;

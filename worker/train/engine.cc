@@ -1,5 +1,8 @@
 #include "worker/train/engine.h"
 
+#include <chrono>
+#include <utility>
+
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/optimizer/optimizer.h"
 #include "worker/model/peft_adapter.h"
@@ -15,6 +18,19 @@ WeightStorage StorageOf(const v1::QuantizationSpec& spec) {
   if (spec.weights() != v1::WEIGHT_FORMAT_NF4) return WeightStorage::kDense;
   return spec.double_quantization() ? WeightStorage::kNf4Double : WeightStorage::kNf4;
 }
+
+// Seconds since it was made or last asked.
+class Lap {
+ public:
+  double operator()() {
+    const Clock::time_point before = std::exchange(begin_, Clock::now());
+    return std::chrono::duration<double>(begin_ - before).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point begin_ = Clock::now();
+};
 
 // Writes host numbers into a view of f32 or f64.
 void Upload(const Exec& exec, std::vector<double> values, const TensorView& to) {
@@ -78,10 +94,15 @@ Engine::Engine(const EngineOptions& options, Arena arena, bool plan)
 absl::Status Engine::Load(const WeightSource& weights, const std::function<void()>& progress) {
   arena_.BeginPhase("load");
   const int64_t tokens = options_.spec.batch().micro_batch_tokens();
+  Lap lap;
   if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
+  load_times_.memory_s += lap();
   adapters_->Initialise(ctx_, options_.spec.seed());
   optimizer_->Reset(ctx_);
+  load_times_.adapters_s = lap();
   if (absl::Status s = model_->Load(ctx_, options_.names, weights, progress); !s.ok()) return s;
+  Synchronize(ctx_.exec);
+  load_times_.weights_s = lap();
   if (options_.adapter_directory.empty()) return absl::OkStatus();
   return ReadPeftAdapter(ctx_, options_.adapter_directory, adapters_.get());
 }
@@ -120,9 +141,11 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
                                                        const WeightSource& weights,
                                                        int64_t arena_bytes,
                                                        const std::function<void()>& progress) {
+  Lap lap;
   absl::StatusOr<Arena> arena = Arena::Allocate(options.device, arena_bytes);
   if (!arena.ok()) return arena.status();
   std::unique_ptr<Engine> engine(new Engine(options, *std::move(arena), /*plan=*/false));
+  engine->load_times_.memory_s = lap();
   if (absl::Status s = engine->Load(weights, progress); !s.ok()) return s;
   return engine;
 }

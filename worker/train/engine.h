@@ -60,6 +60,13 @@ struct EvaluationResult {
   double accuracy = 0;
 };
 
+// What the parts of Create took.
+struct LoadTimes {
+  double memory_s = 0;    // taking memory of the device and of the host
+  double adapters_s = 0;  // first values of adapters and optimiser
+  double weights_s = 0;
+};
+
 // A pack and its place among the packs of the optimiser step (or of the evaluation).
 struct PackRef {
   const Pack* pack = nullptr;
@@ -98,6 +105,7 @@ class Engine {
   // Times every op from now on; null ends it.
   void SetTrace(OpTrace* trace) { ctx_.exec.trace = trace; }
   int64_t peak_bytes() const { return arena_.peak().total; }
+  const LoadTimes& load_times() const { return load_times_; }
 
  private:
   Engine(const EngineOptions& options, Arena arena, bool plan);
@@ -105,6 +113,7 @@ class Engine {
   void OptimizerStep(const StepInput& input);
 
   EngineOptions options_;
+  LoadTimes load_times_;
   Arena arena_;
   LayerContext ctx_;
   std::unique_ptr<AdapterSet> adapters_;

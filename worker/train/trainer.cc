@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "worker/io/file.h"
@@ -58,9 +59,10 @@ class TrainingRun {
       if (!outcome.status.ok() || stopped_) return outcome;
       if (!first || comm_->rank() > 0) continue;
       std::fprintf(stderr,
-                   "attune-trainer: prepared in %.2f s, loaded in %.2f s, first step in %.2f s; it "
-                   "ended %.2f s after the process began\n",
-                   prepared, loaded - prepared, first_step_s_, loaded + first_step_s_);
+                   "attune-trainer: prepared in %.2f s, loaded in %.2f s (%s), first step in %.2f "
+                   "s; it ended %.2f s after the process began\n",
+                   prepared, loaded - prepared, DescribeLoad().c_str(), first_step_s_,
+                   loaded + first_step_s_);
     }
     return {};
   }
@@ -70,6 +72,14 @@ class TrainingRun {
   const std::string& directory() const { return job_->assignment.work_directory(); }
 
   bool Done() const { return state_.step >= job_->total_steps || monitor_.stopped(); }
+
+  std::string DescribeLoad() const {
+    const LoadTimes& times = engine_->load_times();
+    const double gb = static_cast<double>(job_->weights->checkpoint().data_bytes()) * 1e-9;
+    return absl::StrFormat("memory %.2f, adapters %.2f, weights %.2f: %.1f GB at %.1f GB/s",
+                           times.memory_s, times.adapters_s, times.weights_s, gb,
+                           gb / times.weights_s);
+  }
 
   TrainerOutcome Start() {
     observer_->Progress("load");
