@@ -110,6 +110,20 @@ TEST_F(FileTest, Maps) {
   EXPECT_TRUE(MappedFile::Open(Path("empty"))->bytes().empty());
 }
 
+TEST_F(FileTest, ReadsPiecesOfAMappedFile) {
+  ASSERT_TRUE(WriteFileAtomic(Path("a"), "mapped").ok());
+  MappedFile file = MappedFile::Open(Path("a")).value();
+  char to[7] = "......";
+  ASSERT_TRUE(file.Read(file.bytes().subspan(1, 3), to).ok());
+  EXPECT_STREQ(to, "app...");
+  ASSERT_TRUE(file.Read(file.bytes().subspan(6), to).ok());
+  ASSERT_EQ(truncate(Path("a").c_str(), 4), 0);
+  const absl::Status cut = file.Read(file.bytes(), to);
+  EXPECT_EQ(cut.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(cut.message()), HasSubstr("had 6 bytes"));
+  EXPECT_THAT(std::string(cut.message()), HasSubstr("ends after 4"));
+}
+
 TEST_F(FileTest, RemovesTreesAndFollowsNoLink) {
   ASSERT_EQ(mkdir(Path("tree").c_str(), 0700), 0);
   ASSERT_EQ(mkdir(Path("tree/inner").c_str(), 0700), 0);
