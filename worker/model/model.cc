@@ -22,9 +22,9 @@ std::string ShapeText(const TensorView& view) {
 // All of `n` words finite, of a floating dtype: an exponent of all ones is not.
 template <typename Word>
 bool AllFinite(const Word* words, int64_t n, Word exponent) {
-  bool bad = false;
+  Word bad = 0;  // as wide as the words: the loop is a vector one
   for (int64_t i = 0; i < n; ++i) bad |= (words[i] & exponent) == exponent;
-  return !bad;
+  return bad == 0;
 }
 
 bool AllFinite(const void* values, DType dtype, int64_t n) {
