@@ -64,9 +64,8 @@ class MappedFile {
   absl::Span<const uint8_t> bytes() const { return {data_, size_}; }
   const std::string& path() const { return path_; }
 
-  // A piece of bytes() into `to`, from any thread, without touching the mapping: no page of it has
-  // to be made present, which is what costs most of a copy of a file in the page cache. DATA_LOSS
-  // if the file has become shorter.
+  // A piece of bytes() into `to`, from any thread, without touching the mapping: as fast, no pages
+  // to forget, and a file that has become shorter is DATA_LOSS.
   absl::Status Read(absl::Span<const uint8_t> piece, void* to) const;
 
  private:

@@ -1,11 +1,9 @@
 #include "worker/memory/device.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -65,14 +63,15 @@ class CudaStaging : public DeviceLink {
     }
   }
 
-  static std::vector<char*> TakeSlots() {
-    void* data = nullptr;
-    CUDA_CHECK(cudaMallocHost(&data, kSlots * kSlotBytes));
+  std::vector<char*> TakeSlots() {
+    const absl::Status status = memory_.Allocate(DeviceKind::kCuda, kSlots * kSlotBytes);
+    CHECK(status.ok());
     std::vector<char*> slots;
-    for (int i = 0; i < kSlots; ++i) slots.push_back(static_cast<char*>(data) + i * kSlotBytes);
+    for (int i = 0; i < kSlots; ++i) slots.push_back(memory_.data() + i * kSlotBytes);
     return slots;
   }
 
+  PinnedMemory memory_;
   StagingRing ring_;
   cudaEvent_t copied_[kSlots];
   cudaStream_t stream_ = nullptr;
@@ -234,40 +233,77 @@ void CopyToHost(const Exec& exec, const TensorView& view, void* host) {
   std::memcpy(host, view.data, view.bytes());
 }
 
+namespace {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+// Memory whose pages are present, huge ones where the system has them; null if there is no room.
+char* TakePresent(int64_t bytes) {
+  void* const data =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(data);
+  madvise(begin, bytes, MADV_HUGEPAGE);
+  const int64_t page = sysconf(_SC_PAGESIZE);
+#pragma omp parallel for schedule(static, kHugePage / 4096)
+  for (int64_t at = 0; at < bytes; at += page) begin[at] = 0;
+  return begin;
+}
+
+}  // namespace
+
 PinnedMemory::~PinnedMemory() {
   if (data_ == nullptr) return;
 #ifdef ATTUNE_HAS_CUDA
   if (kind_ == DeviceKind::kCuda) {
-    cudaFreeHost(data_);
-    return;
+    if (!registered_) {
+      cudaFreeHost(data_);
+      return;
+    }
+    cudaHostUnregister(data_);
   }
 #endif
-  std::free(data_);
+  munmap(data_, bytes_);
 }
 
 absl::Status PinnedMemory::Allocate(DeviceKind kind, int64_t bytes) {
   CHECK(data_ == nullptr);
   if (bytes == 0) return absl::OkStatus();
   kind_ = kind;
-  void* data = nullptr;
-#ifdef ATTUNE_HAS_CUDA
-  if (kind == DeviceKind::kCuda) {
-    const cudaError_t error = cudaMallocHost(&data, bytes);
-    if (error != cudaSuccess) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the job sends ", bytes, " bytes of activations to host memory, and the ",
-                       "host refused to pin them: ", cudaGetErrorString(error)));
-    }
-  }
-#endif
-  if (kind == DeviceKind::kCpu) data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (data == nullptr) {
+  data_ = TakePresent(bytes);
+  if (data_ == nullptr) {
     return absl::ResourceExhaustedError(absl::StrCat("no host memory for ", bytes, " bytes"));
   }
-  data_ = static_cast<char*>(data);
   bytes_ = bytes;
+#ifdef ATTUNE_HAS_CUDA
+  if (kind == DeviceKind::kCuda) return Pin();
+#endif
   return absl::OkStatus();
 }
+
+#ifdef ATTUNE_HAS_CUDA
+absl::Status PinnedMemory::Pin() {
+  int device = 0, same_pointer = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(
+      cudaDeviceGetAttribute(&same_pointer, cudaDevAttrCanUseHostPointerForRegisteredMem, device));
+  registered_ =
+      same_pointer != 0 && cudaHostRegister(data_, bytes_, cudaHostRegisterDefault) == cudaSuccess;
+  if (registered_) return absl::OkStatus();
+  cudaGetLastError();  // the driver's own memory will do
+  munmap(std::exchange(data_, nullptr), bytes_);
+  void* data = nullptr;
+  const cudaError_t error = cudaMallocHost(&data, bytes_);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it is told here
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the job keeps ", std::exchange(bytes_, 0), " bytes in pinned host memory, ",
+                     "and the host refused to pin them: ", cudaGetErrorString(error)));
+  }
+  data_ = static_cast<char*>(data);
+  return absl::OkStatus();
+}
+#endif
 
 void CopyToPinned(const Exec& exec, const TensorView& view, void* pinned) {
   if (exec.plan || view.size() == 0) return;

@@ -85,13 +85,15 @@ bool StagingRing::ReadPart(Transfer* t) const {
 
 absl::Status StagingRing::Copy(const HostReader& reader, const char* from, int64_t bytes, char* to,
                                DeviceLink* link) {
-  if (bytes <= part_bytes_) return CopyShort(reader, from, bytes, to, link);
+  if (bytes <= std::min(2 * part_bytes_, slot_bytes_)) {
+    return CopyShort(reader, from, bytes, to, link);
+  }
   if (used_ > 0) ++first_;
   Transfer t(reader, from, bytes, to, slots());
   t.pieces = (bytes + slot_bytes_ - 1) / slot_bytes_;
   t.parts = (bytes + part_bytes_ - 1) / part_bytes_;
-  const auto threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), t.parts));
-#pragma omp parallel num_threads(threads)
+// By the whole team, however short: making it smaller and larger again starts new threads.
+#pragma omp parallel
   {
     const bool caller = omp_get_thread_num() == 0;
     while (caller ? t.sent < t.pieces : t.next.load(std::memory_order_relaxed) < t.parts) {

@@ -21,7 +21,7 @@
 namespace attune {
 
 // Weights by name, in host memory: a checkpoint, or what a test makes. Bytes of the views that it
-// gives can also be Read, from many threads at once, which is the faster way if they are a file's.
+// gives can also be Read, from many threads at once, and then a file that is cut is an error.
 class WeightSource : public HostReader {
  public:
   // A contiguous view of any floating dtype, valid as long as the source. NOT_FOUND if there is
