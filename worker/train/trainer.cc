@@ -76,7 +76,7 @@ class TrainingRun {
   std::string DescribeLoad() const {
     const LoadTimes& times = engine_->load_times();
     const double gb = static_cast<double>(job_->weights->checkpoint().data_bytes()) * 1e-9;
-    return absl::StrFormat("memory %.2f, adapters %.2f, weights %.2f: %.1f GB at %.1f GB/s",
+    return absl::StrFormat("memory %.2f, adapters %.2f, weights %.2f: %.3g GB at %.3g GB/s",
                            times.memory_s, times.adapters_s, times.weights_s, gb,
                            gb / times.weights_s);
   }
