@@ -67,6 +67,7 @@ class CudaStaging : public DeviceLink {
     const absl::Status status = memory_.Allocate(DeviceKind::kCuda, kSlots * kSlotBytes);
     CHECK(status.ok());
     std::vector<char*> slots;
+    slots.reserve(kSlots);
     for (int i = 0; i < kSlots; ++i) slots.push_back(memory_.data() + i * kSlotBytes);
     return slots;
   }
@@ -260,6 +261,7 @@ PinnedMemory::~PinnedMemory() {
       cudaFreeHost(data_);
       return;
     }
+    cudaDeviceSynchronize();  // a copy may be under way
     cudaHostUnregister(data_);
   }
 #endif

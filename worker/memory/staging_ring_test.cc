@@ -72,6 +72,7 @@ class StagingRingTest : public testing::TestWithParam<int> {
  protected:
   StagingRingTest() : memory_(static_cast<size_t>(GetParam() * kSlot)) {
     std::vector<char*> slots;
+    slots.reserve(GetParam());
     for (int i = 0; i < GetParam(); ++i) slots.push_back(memory_.data() + i * kSlot);
     ring_ = std::make_unique<StagingRing>(slots, kSlot, kPart);
   }
