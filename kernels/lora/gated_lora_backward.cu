@@ -74,6 +74,8 @@ struct Block {
     return {sums + tile % 2 * S::Sums::kElements};
   }
   __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
+  // Whether the warp's block k of 16 columns is behind the last one.
+  __device__ bool Beyond(int k) const { return strip_begin + Column() + k * 16 >= x.columns; }
 
   __device__ void LoadS(int tile, int stage) const {
     const int row_begin = tile * kPassRows, thread = threadIdx.x;
@@ -142,20 +144,27 @@ struct Block {
     }
   }
 
-  // += v^T s of 16 rows and of 16 columns, where `v_tile` has them.
+  // += v^T s of 16 rows and of the warp's columns, where `v_tile` has them.
   template <int kMatrix>
-  __device__ void AddGradient(int k, const Bf16* v_tile, const Bf16* s_tile) {
+  __device__ void AddGradient(const Bf16* v_tile, const Bf16* s_tile) {
     const int lane = threadIdx.x % 32;
-    uint32_t v[4];
-    LoadTransposed(
-        v, v_tile + S::Pipe::Place(lane / 16 * 8 + lane % 8, Column() + k * 16 + lane / 8 % 2 * 8));
+    uint32_t s[kGroups][4];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      uint32_t s[4];
-      LoadTransposed(
-          s, s_tile + lane % 16 * S::kSPitch + kMatrix * S::kRank + group * 16 + lane / 16 * 8);
-      MultiplyAdd(gradient[kMatrix][k][2 * group], v, s[0], s[1]);
-      MultiplyAdd(gradient[kMatrix][k][2 * group + 1], v, s[2], s[3]);
+      LoadTransposed(s[group], s_tile + lane % 16 * S::kSPitch + kMatrix * S::kRank + group * 16 +
+                                   lane / 16 * 8);
+    }
+#pragma unroll
+    for (int k = 0; k < S::kWarpBlocks; ++k) {
+      if (Beyond(k)) break;
+      uint32_t v[4];
+      LoadTransposed(v, v_tile + S::Pipe::Place(lane / 16 * 8 + lane % 8,
+                                                Column() + k * 16 + lane / 8 % 2 * 8));
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        MultiplyAdd(gradient[kMatrix][k][2 * group], v, s[group][0], s[group][1]);
+        MultiplyAdd(gradient[kMatrix][k][2 * group + 1], v, s[group][2], s[group][3]);
+      }
     }
   }
 
@@ -168,7 +177,7 @@ struct Block {
     float ds[2][kHalves][4] = {};
 #pragma unroll
     for (int k = 0; k < S::kWarpBlocks; ++k) {
-      if (strip_begin + Column() + k * 16 >= x.columns) break;
+      if (Beyond(k)) break;
       const int at = S::Pipe::Place(lane % 16, Column() + k * 16 + lane / 16 * 8);
       uint32_t gate[4], up[4], dh[4];
       LoadMatrices(gate, gate_tile + at);
@@ -192,11 +201,11 @@ struct Block {
         MultiplyAdd(ds[kGate][half], gate, b[kGate][k][half][0], b[kGate][k][half][1]);
         MultiplyAdd(ds[kUp][half], up, b[kUp][k][half][0], b[kUp][k][half][1]);
       }
-      __syncwarp();
-      AddGradient<kGate>(k, gate_tile, s_tile);
-      AddGradient<kUp>(k, up_tile, s_tile);
-      AddGradient<kDown>(k, dh_tile, s_tile);
     }
+    __syncwarp();
+    AddGradient<kGate>(gate_tile, s_tile);
+    AddGradient<kUp>(up_tile, s_tile);
+    AddGradient<kDown>(dh_tile, s_tile);
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
 #pragma unroll
