@@ -28,12 +28,13 @@ __global__ __launch_bounds__(256) void ForwardKernel(const Forward<T> x) {
   const int64_t pack = int64_t{32} * kPacks * (unit - row * x.across) + threadIdx.x % 32;
   const int32_t id = x.ids[row];
   const bool known = 0 <= id && id < x.vocabulary;
-  const T* from = x.table + id * x.table_stride;
+  // Of an id that is not known, what is in its place is read, and dropped.
+  const T* from = known ? x.table + id * x.table_stride : x.y(row, 0);
   Pack<T, N> v[kPacks];
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
     const int64_t c = (pack + 32 * k) * N;
-    if (known && c < x.columns) v[k] = Pack<T, N>::Load(from + c);
+    if (c < x.columns) v[k] = Pack<T, N>::Load(from + c);
   }
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
