@@ -1,11 +1,10 @@
 // LoraBackward in one pass over dy, on the tensor cores.
 //
-// dy_p is cut into strips of columns (PassGrid), whose tiles come through shared memory, several
-// ahead, by bulk copies. A warp has 64 columns and 16 ranks: its share of db stays in registers to
-// the end, its share of ds of a tile goes through shared memory, where the block adds up those of
-// its warps. The sums of a strip and tile (ds) and of a block (db) go to the workspace; a second,
-// small kernel adds them up in the order of strips and runs. So the order of every sum hangs on T,
-// N_p and r alone.
+// dy_p is cut into strips of columns (PassGrid), whose tiles come through shared memory (TilePipe).
+// A warp has 64 columns and 16 ranks: its share of db stays in registers to the end, its share of
+// ds of a tile goes through shared memory, where the block adds up those of its warps. The sums of
+// a strip and tile (ds) and of a block (db) go to the workspace; a second, small kernel adds them
+// up in the order of strips and blocks. So the order of every sum hangs on T, N_p and r alone.
 //
 // Partial sums: r / kColumns of the bytes of dy twice (written and read), and 64 KiB per block.
 #include "kernels/lora/lora_backward.h"
@@ -28,40 +27,35 @@ struct Shape {
   static constexpr int kColumnGroups = kPassWarps / kGroups;
   static constexpr int kColumns = kColumnGroups * kWarpColumns;
   static constexpr int kStages = 4 * kGroups;
+  using Pipe = TilePipe<1, 0, kColumns, kStages>;
   // Rows in shared memory lie apart so that no two of eight share a bank.
-  static constexpr int kPitch = kColumns + 8;
   static constexpr int kRankPitch = kRank + 8;
-  static constexpr int kTileElements = kPassRows * kPitch;
   static constexpr int kSElements = kPassRows * kRankPitch;
   static constexpr int kSumElements = kColumnGroups * kPassRows * kRankPitch;
-  static constexpr int kBarrierBytes = 128;
-  static_assert(8 * kStages <= kBarrierBytes);
-  static constexpr int kBytes =
-      kBarrierBytes + 2 * kStages * (kTileElements + kSElements) + 4 * 2 * kSumElements;
+  static constexpr int kBytes = Pipe::kBytes + 2 * kStages * kSElements + 4 * 2 * kSumElements;
   static_assert(kBytes <= 227 << 10);
 };
+static_assert(kWarpColumns == kBoxColumns);  // what is not loaded is nobody's
 
 struct Part {
+  CUtensorMap dy;
   const Bf16* b;
   float* db;
   int64_t b_stride, db_stride;
-  int column_begin, columns;
+  int columns;
   int first_strip;
 };
 struct Params {
   Part part[kMaxLoraParts];
   int parts, r;
   int rows;  // of dy, s and ds
-  int tiles;
   PassGrid grid;
-  const Bf16* dy;
   const Bf16* s;
   Bf16* ds;
-  int64_t dy_stride, s_stride, ds_stride;
+  int64_t s_stride, ds_stride;
   int ds_columns;
-  bool ragged;     // some tiles are not full
   float* ds_sums;  // (strips, rows, kRank)
-  float* db_sums;  // (runs, strips, kColumns, kRank)
+  float* db_sums;  // (slots, kColumns, kRank)
   float scale, db_scale;
 };
 
@@ -77,14 +71,10 @@ struct Block {
   static_assert(kPassRows * kRankCopies <= kPassThreads);
 
   const Params& x;
-  uint64_t* barriers;  // one per stage
-  Bf16* tiles;         // kStages of them
-  Bf16* s_tiles;       // likewise
-  float* sums;         // two
-  // Of the first row of the strip: where it is in dy, its bytes, and what the thread copies of s.
-  const Bf16* dy_from;
-  int row_bytes;
-  const Bf16* s_from;
+  typename S::Pipe pipe;
+  Bf16* s_tiles;                 // kStages
+  float* sums;                   // two
+  const Bf16* s_from = nullptr;  // what the thread copies of s's first row
   // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
   // twice 8 ranks; and B, whose rows are columns of dy.
   float db[4][2][4];
@@ -93,43 +83,13 @@ struct Block {
   __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
   __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
 
-  __device__ void AimAt(int strip) {
-    const int p = PartOf(x, strip), thread = threadIdx.x;
-    const Part& part = x.part[p];
-    const int column = (strip - part.first_strip) * S::kColumns;
-    row_bytes = 2 * min(part.columns - column, S::kColumns);
-    dy_from = x.dy + part.column_begin + column;
-    s_from = x.s + thread / kRankCopies * x.s_stride + p * x.r + thread % kRankCopies * 8;
-  }
-
-  // Every warp copies a row: one warp would be busy with all as long as the others multiply.
-  __device__ void LoadTile(int tile, int stage) const {
+  __device__ void LoadS(int tile, int stage) const {
     const int row_begin = tile * kPassRows, thread = threadIdx.x;
-    if (thread % 32 == 0) {
-      const int row = thread / 32, bytes = row_begin + row < x.rows ? row_bytes : 0;
-      ExpectBytes(barriers + stage, bytes);
-      if (bytes > 0) {
-        BulkCopy(tiles + stage * S::kTileElements + row * S::kPitch,
-                 dy_from + (row_begin + row) * x.dy_stride, bytes, barriers + stage);
-      }
-    }
     if (thread >= kPassRows * kRankCopies) return;
     const int row = thread / kRankCopies, c = thread % kRankCopies * 8;
     const bool any = row_begin + row < x.rows && c < x.r;
     CopyAsync(s_tiles + stage * S::kSElements + row * S::kRankPitch + c,
               any ? s_from + row_begin * x.s_stride : x.s, any ? 16 : 0);
-  }
-
-  // What no copy writes must be a number: it is multiplied with zeros.
-  __device__ void Prepare() const {
-    if (threadIdx.x < S::kStages) InitBarrier(barriers + threadIdx.x, kPassRows);
-    if (x.ragged) {
-      for (int i = threadIdx.x * 8; i < S::kStages * S::kTileElements; i += kPassThreads * 8) {
-        *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
-      }
-    }
-    FenceBarriers();
-    __syncthreads();
   }
 
   __device__ void LoadParameters(int strip) {
@@ -155,9 +115,9 @@ struct Block {
     }
   }
 
-  __device__ void StoreGradients() const {
+  __device__ void StoreGradients(int slot) const {
     const int lane = threadIdx.x % 32;
-    float* to = x.db_sums + int64_t{blockIdx.x} * S::kColumns * S::kRank;
+    float* to = x.db_sums + int64_t{slot} * S::kColumns * S::kRank;
     to += (Column() + lane / 4) * S::kRank + Rank() + lane % 4 * 2;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -171,20 +131,22 @@ struct Block {
     }
   }
 
-  __device__ void Multiply(int stage, int buffer) {
+  __device__ void Multiply(int buffer, bool any) {
     const int lane = threadIdx.x % 32;
-    const Bf16* tile = tiles + stage * S::kTileElements + Column();
+    const Bf16* tile = pipe.Tile(pipe.stage, 0);
+    const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
     // Rows 0-7, 8-15, 0-7, 8-15 of columns 0-7, 0-7, 8-15, 8-15; and across.
     const int down = lane % 16, right = lane / 16 * 8;
     const int across_down = lane / 16 * 8 + lane % 8, across_right = lane / 8 % 2 * 8;
     uint32_t s[4];
-    LoadTransposed(s, s_tiles + stage * S::kSElements + down * S::kRankPitch + Rank() + right);
+    LoadTransposed(s, s_tile + down * S::kRankPitch + Rank() + right);
     float ds[2][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      if (!any) break;
       uint32_t rows[4], columns[4];
-      LoadMatrices(rows, tile + down * S::kPitch + k * 16 + right);
-      LoadTransposed(columns, tile + across_down * S::kPitch + k * 16 + across_right);
+      LoadMatrices(rows, tile + S::Pipe::Place(down, Column() + k * 16 + right));
+      LoadTransposed(columns, tile + S::Pipe::Place(across_down, Column() + k * 16 + across_right));
       MultiplyAdd(ds[0], rows, b[k][0][0], b[k][0][1]);
       MultiplyAdd(ds[1], rows, b[k][1][0], b[k][1][1]);
       MultiplyAdd(db[k][0], columns, s[0], s[1]);
@@ -214,44 +176,68 @@ struct Block {
     }
   }
 
-  __device__ void Run() {
-    const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
-    int ahead = run.begin, stage = 0, turn = 0;  // the turn's parity
-    Prepare();
-    AimAt(run.strip);
-    const auto load = [&](int to) {
-      if (ahead < run.end) LoadTile(ahead++, to);
+  __device__ int Columns(int strip) const {
+    const Part& part = x.part[PartOf(x, strip)];
+    return min(part.columns - (strip - part.first_strip) * S::kColumns, S::kColumns);
+  }
+
+  // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
+  __device__ void Run(int strip, int first, int behind, int slot) {
+    const int thread = threadIdx.x;
+    const bool any = Column() < Columns(strip);
+    int ahead = first;
+    s_from =
+        x.s + thread / kRankCopies * x.s_stride + PartOf(x, strip) * x.r + thread % kRankCopies * 8;
+    const auto load_s = [&](int to) {
+      if (ahead < behind) LoadS(ahead++, to);
       CommitCopies();
     };
-    for (int i = 0; i < S::kStages - 1; ++i) load(i);
-    LoadParameters(run.strip);
-    for (int tile = run.begin; tile < run.end; ++tile) {
+    for (int i = 0; i < S::kStages - 1; ++i) load_s((pipe.stage + i) % S::kStages);
+    LoadParameters(strip);
+    for (int tile = first; tile < behind; ++tile) {
       // Even and odd tiles have sums of their own, so one barrier per tile is enough.
       WaitForCopies<S::kStages - 2>();
-      WaitFor(barriers + stage, turn);
-      __syncthreads();
-      load(stage == 0 ? S::kStages - 1 : stage - 1);
-      if (tile > run.begin) StoreDs(run.strip, tile - 1, (tile - 1) % 2);
-      Multiply(stage, tile % 2);
-      if (++stage == S::kStages) stage = 0, turn ^= 1;
+      pipe.Wait();
+      SyncPass();
+      load_s(pipe.Before());
+      if (tile > first) {
+        pipe.GiveBack(pipe.Before());
+        StoreDs(strip, tile - 1, (tile - 1) % 2);
+      }
+      Multiply(tile % 2, any);
+      pipe.Advance();
     }
-    __syncthreads();
-    StoreDs(run.strip, run.end - 1, (run.end - 1) % 2);
-    StoreGradients();
+    SyncPass();
+    pipe.GiveBack(pipe.Before());
+    StoreDs(strip, behind - 1, (behind - 1) % 2);
+    StoreGradients(slot);
+  }
+
+  __device__ void RunAll() {
+    pipe.Prepare();
+    if (IsCopying()) {
+      return pipe.Copy(x.grid, [&](int strip) {
+        const Part& part = x.part[PartOf(x, strip)];
+        return StripBoxes<1, 0>{
+            {&part.dy}, {}, (strip - part.first_strip) * S::kColumns, BoxesIn(Columns(strip))};
+      });
+    }
+    TakePassRegisters();
+    ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
+      Run(strip, first, behind, slot);
+    });
   }
 };
 
 template <int kGroups>
-__global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+__global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-    extern __shared__ __align__(128) unsigned char memory[];
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-    Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
-    Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.Run();
+    Block<kGroups>{x, {memory}, s_tiles, sums}.RunAll();
   }
 }
 
@@ -284,9 +270,8 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   const Part& part = x.part[PartOf(x, strip)];
   const int n = (strip - part.first_strip) * S::kColumns + column;
   if (n >= part.columns) return;
-  const int64_t strip_sums = int64_t{S::kColumns} * S::kRank;
-  const float* from = x.db_sums + strip * strip_sums + column * S::kRank + c;
-  const Pack<float, 4> sum = SumOf(from, x.grid.strips * strip_sums, x.grid.runs);
+  const Pack<float, 4> sum =
+      SumOfStrip(x.grid, strip, x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
   float* to = part.db + n * part.db_stride + c;
   Pack<float, 4> db = Pack<float, 4>::Load(to);
   for (int k = 0; k < 4; ++k) db.v[k] += x.db_scale * sum.v[k];
@@ -294,24 +279,24 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
 }
 
 template <int kGroups>
-PassGrid GridOf(const LoraBackwardArgs& a, int64_t tiles) {
+PassGrid GridOf(const LoraBackwardArgs& a, int64_t rows) {
   int strips = 0;
   for (const LoraBackwardPart& part : a.parts) {
     strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
   }
-  return PassGridOf(strips, 1, tiles);  // the workspace is small
+  return PassGridOf(strips, rows);
 }
 
 template <int kGroups>
 int64_t DbSums(const PassGrid& grid) {
-  return int64_t{grid.strips} * grid.runs * Shape<kGroups>::kColumns * Shape<kGroups>::kRank;
+  return int64_t{grid.slots()} * Shape<kGroups>::kColumns * Shape<kGroups>::kRank;
 }
 
 // How many rows' partial sums fit into the workspace; in whole tiles, and in equal shares of T.
 template <int kGroups>
 int64_t RowsAtOnce(const LoraBackwardArgs& a) {
   const int64_t T = a.dy.dim(0);
-  const PassGrid grid = GridOf<kGroups>(a, DivideUp(T, kPassRows));
+  const PassGrid grid = GridOf<kGroups>(a, T);
   const int64_t left = a.workspace.bytes() - 4 * DbSums<kGroups>(grid);
   const int64_t most = left / (4 * grid.strips * Shape<kGroups>::kRank) / kPassRows * kPassRows;
   if (most <= 0) return 0;
@@ -319,33 +304,29 @@ int64_t RowsAtOnce(const LoraBackwardArgs& a) {
 }
 
 template <int kGroups>
-Params ParamsOf(const LoraBackwardArgs& a, int64_t rows) {
+Params ParamsOf(const LoraBackwardArgs& a, int64_t begin, int64_t rows) {
   Params x{};
   x.parts = static_cast<int>(a.parts.size());
   x.r = static_cast<int>(a.parts[0].b.dim(1));
-  x.tiles = DivideUp(rows, kPassRows);
-  x.grid = GridOf<kGroups>(a, x.tiles);
+  x.grid = GridOf<kGroups>(a, rows);
   int strips = 0;
   for (int p = 0; p < x.parts; ++p) {
     const LoraBackwardPart& part = a.parts[p];
-    x.part[p] = {Data<const Bf16>(part.b),
+    const Bf16* dy = Data<const Bf16>(a.dy) + begin * a.dy.stride(0) + part.column_begin;
+    x.part[p] = {BoxesOf(dy, rows, part.b.dim(0), a.dy.stride(0), kPassRows),
+                 Data<const Bf16>(part.b),
                  Data<float>(part.db),
                  part.b.stride(0),
                  part.db.stride(0),
-                 static_cast<int>(part.column_begin),
                  static_cast<int>(part.b.dim(0)),
                  strips};
     strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
-    x.ragged = x.ragged || part.b.dim(0) % Shape<kGroups>::kColumns != 0;
   }
-  x.ragged = x.ragged || a.dy.dim(0) % kPassRows != 0;
   x.rows = static_cast<int>(rows);
-  x.dy = Data<const Bf16>(a.dy);
-  x.s = Data<const Bf16>(a.s);
-  x.ds = Data<Bf16>(a.ds);
-  x.dy_stride = a.dy.stride(0);
   x.s_stride = a.s.stride(0);
   x.ds_stride = a.ds.stride(0);
+  x.s = Data<const Bf16>(a.s) + begin * x.s_stride;
+  x.ds = Data<Bf16>(a.ds) + begin * x.ds_stride;
   x.ds_columns = static_cast<int>(a.ds.dim(1));
   x.db_sums = Data<float>(a.workspace);
   x.ds_sums = x.db_sums + DbSums<kGroups>(x.grid);
@@ -363,12 +344,8 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
   CUDA_CHECK(cudaFuncSetAttribute(PassKernel<kGroups>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   S::kBytes));
   for (int64_t begin = 0; begin < T; begin += step) {
-    Params x = ParamsOf<kGroups>(a, std::min(step, T - begin));
-    x.dy += begin * x.dy_stride;
-    x.s += begin * x.s_stride;
-    x.ds += begin * x.ds_stride;
-    PassKernel<kGroups>
-        <<<x.grid.strips * x.grid.runs, kPassThreads, S::kBytes, StreamOf(exec.stream)>>>(x);
+    const Params x = ParamsOf<kGroups>(a, begin, std::min(step, T - begin));
+    PassKernel<kGroups><<<x.grid.blocks, kPassBlock, S::kBytes, StreamOf(exec.stream)>>>(x);
     CUDA_CHECK(cudaGetLastError());
     const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
                           int64_t{x.grid.strips} * S::kColumns * (x.r / 4);
