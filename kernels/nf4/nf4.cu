@@ -1,6 +1,7 @@
 // NF4 on CUDA. Every product and sum is rounded on its own (no fused multiply-add), as on the CPU:
 // the bits are the same.
 #include <cstring>
+#include <limits>
 
 #include "kernels/core/cluster.cuh"
 #include "kernels/core/dynamic_map.h"
