@@ -83,6 +83,48 @@ TEST_F(CudaOps, Nf4) {
   }
 }
 
+// More than all blocks of threads take at once, addresses that no pack can be read at, and values
+// beside borders, without a size and without a sign.
+TEST_F(CudaOps, Nf4QuantizeOfHardCases) {
+  const auto quantize = [](int64_t begin) {
+    return [begin](const Exec& exec, const Views& v, Scratch&) {
+      Nf4Quantize(exec, {.w = v[0].Slice(0, begin, v[0].dim(0)),
+                         .packed = v[1].Slice(0, begin, v[1].dim(0)),
+                         .absmax = v[2]});
+    };
+  };
+  const auto outputs = [](const Tensor& w, int64_t size) {
+    return std::vector<Operand>{
+        {w},
+        {Tensor(DType::kU8, {Nf4PackedBytes(size) + w.view().size() - size})},
+        {Tensor(DType::kF32, {Nf4Blocks(size)})}};
+  };
+  for (DType dtype : kDTypes) {
+    const int64_t large = 64 * 200003 + 33, odd = 64 * 37 + 5;
+    ExpectGpuAsCpu("many", outputs(Random(dtype, {large}), large), quantize(0));
+    ExpectGpuAsCpu("not aligned", outputs(Random(dtype, {odd + 1}), odd), quantize(1));
+    Tensor hard = Random(dtype, {64 * 48});
+    for (int64_t i = 0; i < 16; ++i) {  // the borders times a maximum of 1, 2, ...
+      for (int64_t j = 0; j < 15; ++j) {
+        const float border = (Nf4Values()[j] + Nf4Values()[j + 1]) / 2.0f;
+        for (int64_t k = 0; k < 4; ++k) {
+          hard.Set(64 * i + 4 * j + k, (i + 1) * (border + (static_cast<double>(k) - 2) * 6e-8));
+        }
+      }
+      hard.Set(64 * i + 63, i % 2 == 0 ? -(i + 1) : i + 1);
+    }
+    for (int64_t i = 0; i < 64; ++i) {
+      hard.Set(64 * 16 + i, i % 2 == 0 ? 0.0 : -0.0);
+      hard.Set(64 * 17 + i, static_cast<double>(i - 32) * 1e-39);
+      hard.Set(64 * 18 + i, NAN);
+    }
+    hard.Set(64 * 19 + 7, NAN);
+    hard.Set(64 * 20 + 8, HUGE_VAL);
+    hard.Set(64 * 21 + 9, -HUGE_VAL);
+    ExpectGpuAsCpu("hard", outputs(hard, hard.view().size()), quantize(0));
+  }
+}
+
 TEST_F(CudaOps, Nf4Dequantize) {
   struct Case {
     int64_t n, k, pad, first_element, first_block;
@@ -448,6 +490,31 @@ TEST_F(CudaOps, CrossEntropy) {
                                              .z_loss = smoothing / 100});
                        });
       }
+    }
+  }
+}
+
+// More rows than are worked on at once.
+TEST_F(CudaOps, CrossEntropyOfManyRows) {
+  for (DType dtype : kDTypes) {
+    for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{1500, 1288}, {150, 65544}}) {
+      std::vector<int32_t> targets(static_cast<size_t>(rows));
+      for (size_t t = 0; t < targets.size(); ++t) {
+        targets[t] = t % 5 == 3 ? -1 : static_cast<int32_t>(t * 37 % 1288);
+      }
+      ExpectGpuAsCpu("cross entropy of " + std::to_string(rows) + " rows",
+                     {{Random(dtype, {rows, columns}, 0, 3.0), Loose(dtype)},
+                      {Ints(targets)},
+                      {Tensor(DType::kF32, {rows}), 2e-5},
+                      {Tensor(DType::kU8, {rows})},
+                      {Tensor(DType::kF32, {1}).Constant(0.25)}},
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       CrossEntropy(exec, {.logits = v[0],
+                                           .targets = v[1],
+                                           .loss = v[2],
+                                           .correct = v[3],
+                                           .grad_scale = v[4]});
+                     });
     }
   }
 }

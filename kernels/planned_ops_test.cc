@@ -96,8 +96,8 @@ TEST(CudaPlan, AdafactorKeepsSumsOfTiles) {
                                      tensor({7}, 7)};
   AdafactorArgs args{.tensors = tensors};
   args.workspace = Planned(DType::kU8, {AdafactorWorkspaceBytes(CudaPlan(), args)});
-  // Of rows, columns, averages, directions and parameters: 2 x 38 tiles, 2 x 4082, and one.
-  EXPECT_EQ(args.workspace.bytes() / 8, (2 * 300 + 38 * 130 + 10 + 76 + 76) +
+  // Of rows, columns, averages, directions and parameters: 2 x 19 tiles, 2 x 4082, and one.
+  EXPECT_EQ(args.workspace.bytes() / 8, (2 * 300 + 19 * 130 + 10 + 38 + 38) +
                                             (2 * 200000 + 4082 * 130 + 6250 + 8164 + 8164) +
                                             (1 + 7 + 1 + 1 + 1));
   Adafactor(CudaPlan(), args);

@@ -2,45 +2,24 @@
 // registers: read once, written once. A block finds its maximum, then its sum of exponentials and
 // the first place of the maximum; the cluster merges these in the order of its blocks. What a
 // longer row has more is read again instead.
-#include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
 #include <limits>
 
+#include "kernels/core/cluster.cuh"
 #include "kernels/core/tensor_core.cuh"
 #include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/fp8/fp8.cuh"
 
 namespace attune {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kMaxCluster = 8;
 // Packs that a thread holds: three blocks then share a multiprocessor; and at most, if the largest
-// cluster needs more.
-constexpr int kHeld = 8, kMaxHeld = 24;
+// cluster needs more. (H200: more threads, or reading the next row ahead, were slower.)
+constexpr int kHeld = 16, kMaxHeld = 48;
 constexpr int kNowhere = 0x7fffffff;
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ cooperative_groups::cluster_group ThisCluster() {
-  return cooperative_groups::this_cluster();
-}
-#else
-// One block is a cluster here.
-struct OneBlock {
-  __device__ unsigned num_blocks() const { return 1; }
-  __device__ unsigned block_rank() const { return 0; }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ void barrier_arrive() const {}
-  __device__ void barrier_wait() const {}
-  template <typename T>
-  __device__ T* map_shared_rank(T* x, unsigned rank) const {
-    return x;
-  }
-};
-__device__ OneBlock ThisCluster() {
-  return {};
-}
-#endif
 
 __device__ float Infinity() {
   return __int_as_float(0x7f800000);
@@ -64,14 +43,33 @@ struct Peak {
   float total;  // of the elements themselves, for label smoothing
 };
 
-__device__ Peak Merge(const Peak& a, const Peak& b) {
-  const float z_max = fmaxf(a.z_max, b.z_max);
-  // A part without a finite element sums to 0 (or NaN), whatever the other's maximum is.
-  const float from_a = a.z_max == z_max ? a.sum : a.sum * expf(a.z_max - z_max);
-  const float from_b = b.z_max == z_max ? b.sum : b.sum * expf(b.z_max - z_max);
-  const bool take_b = b.x_max > a.x_max || (b.x_max == a.x_max && b.place < a.place);
-  return {z_max, from_a + from_b, take_b ? b.x_max : a.x_max, take_b ? b.place : a.place,
-          a.total + b.total};
+// Calls f(i, element i) for the elements of a pack.
+template <typename T, int N, typename F>
+__device__ void ForElements(const Words<T, N>& pack, const F& f) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const float2 pair = pack.Pair(i / 2);
+    f(i, pair.x);
+    if (i + 1 < N) f(i + 1, pair.y);
+  }
+}
+
+// The largest element; NaN does not count.
+template <typename T, int N>
+__device__ float Largest(const Words<T, N>& pack) {
+  if constexpr (std::is_same_v<T, Bf16> && N > 1) {
+    const auto pair = [&](int i) {
+      return reinterpret_cast<const __nv_bfloat162&>(pack.words.v[i]);
+    };
+    __nv_bfloat162 largest = pair(0);
+#pragma unroll
+    for (int i = 1; i < N / 2; ++i) largest = __hmax2(largest, pair(i));
+    return fmaxf(__low2float(largest), __high2float(largest));
+  } else {
+    float largest = -Infinity();
+    ForElements(pack, [&](int, float x) { largest = fmaxf(largest, x); });
+    return largest;
+  }
 }
 
 __device__ float BlockMax(float x) {
@@ -79,31 +77,42 @@ __device__ float BlockMax(float x) {
   x = WarpMax(x);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
   __syncthreads();
-  x = partial[0];
-  for (int w = 1; w < kThreads / 32; ++w) x = fmaxf(x, partial[w]);
-  return x;
+  return WarpMax(partial[threadIdx.x % (kThreads / 32)]);
 }
 
-// Of the peaks of the cluster's threads, in every thread. Blocks have one maximum each.
+// Of the peaks of the cluster's threads, in every thread. Blocks have one maximum each, so their
+// warps' sums are added; what the blocks have is merged by the lanes of each warp, of which each
+// takes one block's.
 __device__ Peak ClusterMerge(Peak peak) {
-  __shared__ Peak partial[kThreads / 32], of_block;
+  struct Part {
+    float sum, total;
+    int place;
+  };
+  __shared__ Part partial[kThreads / 32];
+  __shared__ Peak of_block;
   const auto cluster = ThisCluster();
-  peak.sum = WarpSum(peak.sum);
-  peak.total = WarpSum(peak.total);
-  peak.place = __reduce_min_sync(0xffffffffu, peak.place);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = peak;
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Part own{WarpSum(peak.sum), WarpSum(peak.total), __reduce_min_sync(0xffffffffu, peak.place)};
+  if (lane == 0) partial[warp] = own;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    peak = partial[0];
-    for (int w = 1; w < kThreads / 32; ++w) peak = Merge(peak, partial[w]);
-    of_block = peak;
+  if (warp == 0) {
+    own = lane < kThreads / 32 ? partial[lane] : Part{0.0f, 0.0f, kNowhere};
+    own = {WarpSum(own.sum), WarpSum(own.total), __reduce_min_sync(0xffffffffu, own.place)};
+    if (lane == 0) {
+      of_block = {peak.z_max, own.sum, peak.x_max, own.place, own.total};
+      ClusterFence();
+    }
   }
-  cluster.sync();
-  peak = *cluster.map_shared_rank(&of_block, 0);
-  for (unsigned rank = 1; rank < cluster.num_blocks(); ++rank) {
-    peak = Merge(peak, *cluster.map_shared_rank(&of_block, rank));
-  }
-  cluster.barrier_arrive();  // see CrossEntropyKernel's end
+  ClusterArriveRelaxed();
+  cluster.barrier_wait();
+  peak = {-Infinity(), 0.0f, -Infinity(), kNowhere, 0.0f};
+  if (lane < cluster.num_blocks()) peak = *cluster.map_shared_rank(&of_block, lane);
+  const float z_max = WarpMax(peak.z_max), x_max = WarpMax(peak.x_max);
+  // A block without a finite element sums to 0 (or NaN), whatever the other's maximum is.
+  const float sum = peak.z_max == z_max ? peak.sum : peak.sum * expf(peak.z_max - z_max);
+  const int place = peak.x_max == x_max ? peak.place : kNowhere;
+  peak = {z_max, WarpSum(sum), x_max, __reduce_min_sync(0xffffffffu, place), WarpSum(peak.total)};
+  ClusterArriveRelaxed();  // see CrossEntropyKernel's end
   return peak;
 }
 
@@ -124,7 +133,7 @@ struct Args {
 // looks at what it holds.
 template <typename T, int N>
 struct Part {
-  using P = Pack<T, N>;
+  using P = Words<T, N>;
   T* x;
   int64_t columns;
   P* held;  // every kThreads-th is this thread's
@@ -140,7 +149,7 @@ struct Part {
     int64_t v = First();
     for (int k = 0; k < count && v < columns; ++k, v += Step()) {
       P* to = held + k * kThreads;
-      if constexpr (sizeof(P) == 16) {
+      if constexpr (N > 1) {
         __pipeline_memcpy_async(to, x + v, 16);
       } else {
         *to = P::Load(x + v);
@@ -161,27 +170,25 @@ struct Part {
 template <bool kCapped, typename T, int N>
 __device__ Peak PeakOf(const Part<T, N>& part, const Args<T>& a) {
   float own_max = -Infinity();
-  part.ForEach([&](Pack<T, N> pack, int64_t) {
-    for (int i = 0; i < N; ++i) own_max = fmaxf(own_max, pack[i]);
-  });
+  part.ForEach([&](const Words<T, N>& pack, int64_t) { own_max = fmaxf(own_max, Largest(pack)); });
   const float x_max = BlockMax(own_max);
   Peak peak{Capped<kCapped>(x_max, a.softcap), 0.0f, x_max, kNowhere, 0.0f};
   const float base = peak.z_max == -Infinity() ? 0.0f : peak.z_max;  // all are hidden, or NaN
-  part.ForEach([&](Pack<T, N> pack, int64_t) {
-    for (int i = 0; i < N; ++i) {
-      peak.sum += Exp(Capped<kCapped>(pack[i], a.softcap) - base);  // NaN gets in
-    }
+  part.ForEach([&](const Words<T, N>& pack, int64_t) {
+    ForElements(pack, [&](int, float x) {
+      peak.sum += Exp(Capped<kCapped>(x, a.softcap) - base);  // NaN gets in
+    });
   });
   if (own_max == x_max && x_max > -Infinity()) {  // a few threads
-    part.ForEach([&](Pack<T, N> pack, int64_t v) {
-      for (int i = 0; i < N; ++i) {
-        if (pack[i] == x_max) peak.place = min(peak.place, static_cast<int>(v) + i);
-      }
+    part.ForEach([&](const Words<T, N>& pack, int64_t v) {
+      ForElements(pack, [&](int i, float x) {
+        if (x == x_max) peak.place = min(peak.place, static_cast<int>(v) + i);
+      });
     });
   }
   if (a.smoothing > 0.0f) {
-    part.ForEach([&](Pack<T, N> pack, int64_t) {
-      for (int i = 0; i < N; ++i) peak.total += Capped<kCapped>(pack[i], a.softcap);
+    part.ForEach([&](const Words<T, N>& pack, int64_t) {
+      ForElements(pack, [&](int, float x) { peak.total += Capped<kCapped>(x, a.softcap); });
     });
   }
   return ClusterMerge(peak);
@@ -207,20 +214,29 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t 
   const float grad_scale = *a.grad_scale;
   const float rise = a.z_loss > 0.0f ? 1.0f + 2.0f * a.z_loss * lse : 1.0f;
   const float spread = a.smoothing / static_cast<float>(a.columns), hit = 1.0f - a.smoothing;
-  part.ForEach([&](Pack<T, N> pack, int64_t v) {
-    const auto put = [&](int i, float share) {
-      const float z = Capped<kCapped>(pack[i], a.softcap);
-      const float ratio = kCapped ? z * (1.0f / a.softcap) : 0.0f;
-      pack.Set(i, (Exp(z - lse) * rise - share) * (1.0f - ratio * ratio) * grad_scale);
+  const auto gradient = [&](float x, float share) {
+    const float z = Capped<kCapped>(x, a.softcap);
+    const float ratio = kCapped ? z * (1.0f / a.softcap) : 0.0f;
+    return (Exp(z - lse) * rise - share) * (1.0f - ratio * ratio) * grad_scale;
+  };
+  part.ForEach([&](Words<T, N> pack, int64_t v) {
+    const auto put = [&](const auto& share) {
+#pragma unroll
+      for (int i = 0; i < Words<T, N>::kPairs; ++i) {
+        const float2 x = pack.Pair(i);
+        pack.SetPair(i, {gradient(x.x, share(v + 2 * i)), gradient(x.y, share(v + 2 * i + 1))});
+      }
     };
     if (target >= v && target < v + N) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) put(i, v + i == target ? spread + hit : spread);
+      put([&](int64_t column) { return column == target ? spread + hit : spread; });
     } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) put(i, spread);
+      put([&](int64_t) { return spread; });
     }
-    pack.Store(part.x + v);
+    if constexpr (N == 1) {
+      pack.Store(part.x + v);
+    } else {  // said so, since the compiler makes four stores of Store
+      __stwb(reinterpret_cast<uint4*>(part.x + v), reinterpret_cast<const uint4&>(pack));
+    }
   });
 }
 
@@ -231,7 +247,7 @@ __global__ __launch_bounds__(kThreads,
   const int64_t row = blockIdx.x / cluster.num_blocks(), target = a.targets[row];
   const bool first = cluster.block_rank() == 0 && threadIdx.x == 0;
   extern __shared__ __align__(16) unsigned char memory[];
-  Part<T, N> part{a.logits(row, 0), a.columns, reinterpret_cast<Pack<T, N>*>(memory) + threadIdx.x,
+  Part<T, N> part{a.logits(row, 0), a.columns, reinterpret_cast<Words<T, N>*>(memory) + threadIdx.x,
                   a.held};
   if (target < 0) {
     if (first) {
@@ -239,8 +255,7 @@ __global__ __launch_bounds__(kThreads,
       if (a.correct != nullptr) a.correct[row] = 0;
     }
     if (!a.want_grad) return;
-    Pack<T, N> zero;
-    for (int i = 0; i < N; ++i) zero.Set(i, 0.0f);
+    const Words<T, N> zero{};
     for (int64_t v = part.First(); v < a.columns; v += part.Step()) zero.Store(part.x + v);
     return;
   }
@@ -268,7 +283,7 @@ void Run(const Exec& exec, Args<T> args, int64_t rows) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(rows) * blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(args.held) * kThreads * sizeof(Pack<T, N>);
+  config.dynamicSmemBytes = static_cast<size_t>(args.held) * kThreads * sizeof(Words<T, N>);
   config.stream = StreamOf(exec.stream);
   config.attrs = &cluster;
   config.numAttrs = HasSm90() ? 1 : 0;

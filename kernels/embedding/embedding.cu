@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "kernels/core/cuda.cuh"
 #include "kernels/core/philox.h"
 #include "kernels/embedding/embedding.h"
@@ -5,26 +7,43 @@
 namespace attune {
 namespace {
 
-template <typename T, int N>
+// A warp takes kPacks times 32 packs of a token's row, all of which it reads before it writes.
+constexpr int kPacks = 4;
+
+template <typename T>
 struct Forward {
-  static constexpr int kPack = N;
   const int32_t* ids;
   const T* table;
   int64_t table_stride, vocabulary;
   Rows<T> y;
+  int64_t columns;
+  uint32_t tokens, across;  // warps to a row
   float scale;
-  __device__ void operator()(int64_t row, int64_t c) const {
-    const int32_t id = ids[row];
-    Pack<T, N> v;
-    if (0 <= id && id < vocabulary) {
-      v = Pack<T, N>::Load(table + id * table_stride + c);
-      for (int i = 0; i < N; ++i) v.Set(i, v[i] * scale);
-    } else {
-      for (int i = 0; i < N; ++i) v.Set(i, 0.0f);
-    }
-    v.Store(y(row, c));
-  }
 };
+
+template <typename T, int N>
+__global__ __launch_bounds__(256) void ForwardKernel(const Forward<T> x) {
+  const uint32_t unit = blockIdx.x * 8 + threadIdx.x / 32, row = unit / x.across;
+  if (row >= x.tokens) return;
+  const int64_t pack = int64_t{32} * kPacks * (unit - row * x.across) + threadIdx.x % 32;
+  const int32_t id = x.ids[row];
+  const bool known = 0 <= id && id < x.vocabulary;
+  // Of an id that is not known, what is in its place is read, and dropped.
+  const T* from = known ? x.table + id * x.table_stride : x.y(row, 0);
+  Pack<T, N> v[kPacks];
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    const int64_t c = (pack + 32 * k) * N;
+    if (c < x.columns) v[k] = Pack<T, N>::Load(from + c);
+  }
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    const int64_t c = (pack + 32 * k) * N;
+    if (c >= x.columns) break;
+    for (int i = 0; i < N; ++i) v[k].Set(i, known ? v[k][i] * x.scale : 0.0f);
+    v[k].Store(x.y(row, c));
+  }
+}
 
 // A block of threads per token and kBackwardColumns columns. That of an id's first token sums its
 // row, the others end at once. Ids go through shared memory, so that every thread looks at all.
@@ -126,10 +145,17 @@ void EmbeddingBackwardCuda(const Exec& exec, const EmbeddingBackwardArgs& a) {
 void EmbeddingForwardCuda(const Exec& exec, const EmbeddingForwardArgs& a) {
   DispatchCudaFloat(a.table.dtype, [&]<typename T>() {
     const auto run = [&]<int N>() {
-      ForEachPack(
-          Forward<T, N>{Data<const int32_t>(a.ids), Data<const T>(a.table), a.table.stride(0),
-                        a.table.dim(0), RowsOf<T>(a.y), static_cast<float>(a.scale)},
-          a.y.dim(0), a.y.dim(1), exec.stream);
+      const int64_t tokens = a.y.dim(0), columns = a.y.dim(1);
+      const int64_t across = (columns / N + 32 * kPacks - 1) / (32 * kPacks);
+      const int64_t units = tokens * across;
+      CHECK(units < std::numeric_limits<int32_t>::max());
+      if (units == 0) return;
+      ForwardKernel<T, N>
+          <<<static_cast<unsigned>((units + 7) / 8), 256, 0, StreamOf(exec.stream)>>>(
+              {Data<const int32_t>(a.ids), Data<const T>(a.table), a.table.stride(0),
+               a.table.dim(0), RowsOf<T>(a.y), columns, static_cast<uint32_t>(tokens),
+               static_cast<uint32_t>(across), static_cast<float>(a.scale)});
+      CUDA_CHECK(cudaGetLastError());
     };
     if (Packable(kPackSize<T>, {&a.table, &a.y})) return run.template operator()<kPackSize<T>>();
     run.template operator()<1>();

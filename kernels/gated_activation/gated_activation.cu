@@ -8,16 +8,23 @@ TensorView GradientRows(const GatedActivationBackwardArgs& args);
 
 namespace {
 
-// Ops on a pack of N elements of a row. Run leaves what it wrote, but h of Backward, in `out`.
+// Ops on a pack of N elements of a row: what Load read, Run works on. It leaves what it wrote, but
+// h of Backward, in `out`.
 template <Activation kActivation, typename T, int N>
 struct Forward {
   static constexpr int kPack = N;
   static constexpr int kOut = 1;
   using Value = Words<T, N>;
+  struct Inputs {
+    Value g, u;
+  };
   Rows<const T> gate, up;
   Rows<T> h;
-  __device__ void Run(int64_t row, int64_t c, Value (&out)[kOut]) const {
-    const Value g = Value::Load(gate(row, c)), u = Value::Load(up(row, c));
+  __device__ Inputs Load(int64_t row, int64_t c) const {
+    return {Value::Load(gate(row, c)), Value::Load(up(row, c))};
+  }
+  __device__ void Run(int64_t row, int64_t c, const Inputs& in, Value (&out)[kOut]) const {
+    const auto& [g, u] = in;
 #pragma unroll
     for (int i = 0; i < Value::kPairs; ++i) {
       const float2 g2 = g.Pair(i), u2 = u.Pair(i);
@@ -29,7 +36,7 @@ struct Forward {
   }
   __device__ void operator()(int64_t row, int64_t c) const {
     Value out[kOut];
-    Run(row, c, out);
+    Run(row, c, Load(row, c), out);
   }
 };
 
@@ -38,11 +45,16 @@ struct Backward {
   static constexpr int kPack = N;
   static constexpr int kOut = 2;
   using Value = Words<T, N>;
+  struct Inputs {
+    Value d, g, u;
+  };
   Rows<const T> dh, gate, up;
   Rows<T> dgate, dup, h;  // h.data may be null
-  __device__ void Run(int64_t row, int64_t c, Value (&out)[kOut]) const {
-    const Value d = Value::Load(dh(row, c)), g = Value::Load(gate(row, c)),
-                u = Value::Load(up(row, c));
+  __device__ Inputs Load(int64_t row, int64_t c) const {
+    return {Value::Load(dh(row, c)), Value::Load(gate(row, c)), Value::Load(up(row, c))};
+  }
+  __device__ void Run(int64_t row, int64_t c, const Inputs& in, Value (&out)[kOut]) const {
+    const auto& [d, g, u] = in;
     Value again;
 #pragma unroll
     for (int i = 0; i < Value::kPairs; ++i) {
@@ -60,13 +72,13 @@ struct Backward {
   }
   __device__ void operator()(int64_t row, int64_t c) const {
     Value out[kOut];
-    Run(row, c, out);
+    Run(row, c, Load(row, c), out);
   }
 };
 
 // A block per row: `op`, and the codes of what it leaves of the whole row, which waits for the
-// row's largest in shared memory. Of rows of 14336 four or, backward, three blocks fit; there more
-// threads were slower (H100).
+// row's largest in shared memory. A thread reads its next pack before it works on this one. Of rows
+// of 14336 four or, backward, three blocks fit; there more threads were slower (H100).
 template <typename Op>
 constexpr int kRowThreads = Op::kOut == 1 ? 448 : 384;
 
@@ -79,9 +91,14 @@ __global__ __launch_bounds__(kRowThreads<Op>,
   Value* held = reinterpret_cast<Value*>(row_memory);
   const int64_t row = blockIdx.x;
   float largest = 0.0f;
+  const auto load = [&](int i) { return op.Load(row, static_cast<int64_t>(i) * Op::kPack); };
+  typename Op::Inputs next{};
+  if (static_cast<int>(threadIdx.x) < packs) next = load(threadIdx.x);
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    const typename Op::Inputs now = next;
+    if (i + static_cast<int>(blockDim.x) < packs) next = load(i + blockDim.x);
     Value out[Op::kOut];
-    op.Run(row, static_cast<int64_t>(i) * Op::kPack, out);
+    op.Run(row, static_cast<int64_t>(i) * Op::kPack, now, out);
 #pragma unroll
     for (int p = 0; p < Op::kOut; ++p) {
       held[p * packs + i] = out[p];

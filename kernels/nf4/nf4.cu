@@ -1,9 +1,11 @@
 // NF4 on CUDA. Every product and sum is rounded on its own (no fused multiply-add), as on the CPU:
 // the bits are the same.
 #include <cstring>
+#include <limits>
 
-#include "kernels/core/cuda.cuh"
+#include "kernels/core/cluster.cuh"
 #include "kernels/core/dynamic_map.h"
+#include "kernels/core/tensor_core.cuh"
 #include "kernels/fp8/fp8.cuh"
 #include "kernels/nf4/nf4.h"
 
@@ -73,6 +75,42 @@ struct Parts {
   }
 };
 
+// ---- Launches ----
+
+// The kernels' blocks may start while the last ones of the kernel before still run, and fill their
+// tables: ends and beginnings are a twentieth of the time that a matrix takes. Before a block
+// touches memory, it calls AwaitEarlier.
+__device__ void Begin() {
+  if constexpr (kSm90) cudaTriggerProgrammaticLaunchCompletion();
+}
+__device__ void AwaitEarlier() {
+  if constexpr (kSm90) cudaGridDependencySynchronize();
+}
+
+template <typename... Params, typename... Args>
+void Launch(const Exec& exec, void (*kernel)(Params...), uint32_t grid, const Args&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.stream = StreamOf(exec.stream);
+  config.attrs = &early;
+  config.numAttrs = HasSm90() ? 1 : 0;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// Blocks of threads, each of which takes every so many-th of `units`: as many as run at once.
+template <typename... Params>
+uint32_t GridOf(void (*kernel)(Params...), int64_t units) {
+  int device = 0, multiprocessors = 0, each = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0));
+  return static_cast<uint32_t>(std::min<int64_t>(units, int64_t{each} * multiprocessors));
+}
+
 // The tables that are looked into by what differs between threads.
 struct alignas(16) SharedTables {
   float map[256];
@@ -136,19 +174,9 @@ Source SourceOf(const Args& a, int64_t first_block, int64_t first_element) {
   return out;
 }
 
-uint32_t MultiprocessorCount() {
-  static const uint32_t count = [] {
-    int device = 0, out = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&out, cudaDevAttrMultiProcessorCount, device));
-    return static_cast<uint32_t>(out);
-  }();
-  return count;
-}
-
-constexpr uint32_t kPacks = 4;                    // of a thread per unit
-constexpr int64_t kMostPacks = int64_t{1} << 29;  // of one part: counts stay below 2^31
+constexpr uint32_t kPacks = 4;  // of a thread
 constexpr uint32_t kWarpPacks = 32 * kPacks;
+constexpr int64_t kMostPacks = int64_t{1} << 29;  // of one part: counts stay below 2^31
 constexpr uint32_t kBlockPacks = kNf4Block / 8;
 
 // 8 elements, which one 4-byte load brings, are a pack. Rows of `packs`, flattened where they are
@@ -162,61 +190,45 @@ struct Dequantization {
   Divisor by_packs;
 };
 
-// A unit is kThreads * kPacks packs. A warp has kWarpPacks of them, one behind the other, and
-// decodes the maxima of their blocks at once, one in each lane. The next unit is read before this
-// one is written.
+// A unit is kThreads * kPacks packs, a block of threads. A warp has kWarpPacks of them, one behind
+// the other, and decodes the maxima of their blocks at once, one in each lane.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void DequantizeKernel(
     const __grid_constant__ Tables tables, const __grid_constant__ Parts<Dequantization<T>> parts) {
   __shared__ SharedTables shared;
-  struct Loaded {
-    uint32_t bytes[kPacks];
-    Maximum maximum;
-  };
-  const uint32_t lane = threadIdx.x % 32;
-  const auto first_of = [](uint32_t unit) {
-    return (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpPacks;
-  };
-  const auto load = [&](uint32_t unit) {
-    const Dequantization<T>& x = parts.Find(&unit);
-    const uint32_t lead = x.source.lead / 8, first = first_of(unit), last = x.total - 1;
-    const uint32_t* packed = reinterpret_cast<const uint32_t*>(x.source.packed) + lead;
-    Loaded out;
-#pragma unroll
-    for (uint32_t u = 0; u < kPacks; ++u) {
-      out.bytes[u] = __ldg(packed + min(first + lane + 32 * u, last));
-    }
-    out.maximum = x.source.Load(min(first / kBlockPacks + lane, (lead + last) / kBlockPacks));
-    return out;
-  };
-  Loaded now = load(blockIdx.x);
+  Begin();
   shared.Fill(tables);
-  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
-    Loaded next = now;
-    if (turn + gridDim.x < parts.units()) next = load(turn + gridDim.x);
-    uint32_t unit = turn;
-    const Dequantization<T>& x = parts.Find(&unit);
-    const float own = now.maximum.Value(shared.map);
+  AwaitEarlier();
+  uint32_t unit = blockIdx.x;
+  const Dequantization<T>& x = parts.Find(&unit);
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t first = (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpPacks;
+  const uint32_t lead = x.source.lead / 8, last = x.total - 1;
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(x.source.packed) + lead;
+  uint32_t loaded[kPacks];
 #pragma unroll
-    for (uint32_t u = 0; u < kPacks; ++u) {
-      const uint32_t i = first_of(unit) + lane + 32 * u, bytes = now.bytes[u];
-      const float absmax =
-          __shfl_sync(0xffffffffu, own, (x.source.lead / 8 + lane + 32 * u) / kBlockPacks);
-      const auto value = [&](uint32_t places) {  // of a nibble, times 4
-        const char* at = reinterpret_cast<const char*>(shared.nf4) + (places & 0x3c);
-        return __fmul_rn(*reinterpret_cast<const float*>(at), absmax);
-      };
-      Words<T, 8> y;
+  for (uint32_t u = 0; u < kPacks; ++u) {
+    loaded[u] = __ldg(packed + min(first + lane + 32 * u, last));
+  }
+  const Maximum maximum =
+      x.source.Load(min(first / kBlockPacks + lane, (lead + last) / kBlockPacks));
+  const float own = maximum.Value(shared.map);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {  // the upper nibble of a byte is the first
-        const uint32_t low = j == 0 ? bytes << 2 : bytes >> (8 * j - 2);
-        y.SetPair(j, {value(bytes >> (8 * j + 2)), value(low)});
-      }
-      const uint32_t row = x.by_packs.Quotient(i);
-      if (i < x.total)
-        y.Store(x.out + row * x.stride + 8 * static_cast<int64_t>(i - row * x.packs));
+  for (uint32_t u = 0; u < kPacks; ++u) {
+    const uint32_t i = first + lane + 32 * u, bytes = loaded[u];
+    const float absmax = __shfl_sync(0xffffffffu, own, (lead + lane + 32 * u) / kBlockPacks);
+    const auto value = [&](uint32_t places) {  // of a nibble, times 4
+      const char* at = reinterpret_cast<const char*>(shared.nf4) + (places & 0x3c);
+      return __fmul_rn(*reinterpret_cast<const float*>(at), absmax);
+    };
+    Words<T, 8> y;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // the upper nibble of a byte is the first
+      const uint32_t low = j == 0 ? bytes << 2 : bytes >> (8 * j - 2);
+      y.SetPair(j, {value(bytes >> (8 * j + 2)), value(low)});
     }
-    now = next;
+    const uint32_t row = x.by_packs.Quotient(i);
+    if (i < x.total) y.Store(x.out + row * x.stride + 8 * static_cast<int64_t>(i - row * x.packs));
   }
 }
 
@@ -241,18 +253,12 @@ bool Aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-uint32_t GridOf(uint32_t units, uint32_t blocks_per_multiprocessor) {
-  return std::min(units, blocks_per_multiprocessor * MultiprocessorCount());
-}
-
 template <typename T>
 void Dequantize(const Exec& exec, std::span<const Nf4DequantizeArgs> all) {
   Parts<Dequantization<T>> parts;
   const auto launch = [&] {
     if (parts.count == 0) return;
-    DequantizeKernel<T>
-        <<<GridOf(parts.units(), 8), kThreads, 0, StreamOf(exec.stream)>>>(MakeTables(), parts);
-    CUDA_CHECK(cudaGetLastError());
+    Launch(exec, DequantizeKernel<T>, parts.units(), MakeTables(), parts);
     parts = {};
   };
   for (const Nf4DequantizeArgs& a : all) {
@@ -321,59 +327,45 @@ struct CodeTable {
 };
 
 // Four lanes have a block of 64, 16 elements each, so what a warp writes at once lies together. A
-// warp has kSteps times 8 blocks of a unit, and decodes their maxima at once.
-constexpr uint32_t kSteps = 2;
+// warp has kSteps times 8 blocks, and decodes their maxima at once; a unit is a block of threads.
+constexpr uint32_t kSteps = 4;
 constexpr uint32_t kWarpBlocks = 8 * kSteps;
 constexpr int64_t kUnitBlocks = kThreads / 32 * kWarpBlocks;
 
 __global__ __launch_bounds__(kThreads) void ToFp8Kernel(
     const __grid_constant__ Tables tables, const __grid_constant__ Parts<ToFp8> parts) {
   __shared__ SharedTables shared;
-  struct Loaded {
-    uint2 bytes[kSteps];
-    Maximum maximum;
-  };
-  const uint32_t lane = threadIdx.x % 32, quarter = lane % 4;
-  const auto first_of = [](uint32_t unit) {
-    return (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpBlocks;
-  };
-  const auto load = [&](uint32_t unit) {
-    const ToFp8& x = parts.Find(&unit);
-    const uint32_t first = first_of(unit), last = x.blocks - 1;
-    const uint2* packed = reinterpret_cast<const uint2*>(x.source.packed) + quarter;
-    Loaded out;
-#pragma unroll
-    for (uint32_t u = 0; u < kSteps; ++u) {
-      out.bytes[u] = __ldg(packed + 4 * static_cast<int64_t>(min(first + 8 * u + lane / 4, last)));
-    }
-    out.maximum = x.source.Load(min(first + lane % kWarpBlocks, last));
-    return out;
-  };
-  Loaded now = load(blockIdx.x);
-  const float inverse = __frcp_rn(*parts.part[0].scale);
+  Begin();
   shared.Fill(tables);
+  const uint32_t lane = threadIdx.x % 32, quarter = lane % 4;
   float values[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) values[i] = shared.nf4[4 * quarter + i];
-  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
-    Loaded next = now;
-    if (turn + gridDim.x < parts.units()) next = load(turn + gridDim.x);
-    uint32_t unit = turn;
-    const ToFp8& x = parts.Find(&unit);
-    const float own = now.maximum.Value(shared.map);
+  AwaitEarlier();
+  uint32_t unit = blockIdx.x;
+  const ToFp8& x = parts.Find(&unit);
+  const uint32_t first = (unit * (kThreads / 32) + threadIdx.x / 32) * kWarpBlocks;
+  const uint32_t last = x.blocks - 1;
+  const uint2* packed = reinterpret_cast<const uint2*>(x.source.packed) + quarter;
+  uint2 bytes[kSteps];
 #pragma unroll
-    for (uint32_t u = 0; u < kSteps; ++u) {
-      const float absmax = __shfl_sync(0xffffffffu, own, 8 * u + lane / 4);
-      const uint32_t codes = CodesOf(values, absmax, inverse);
-      CodeTable table;
+  for (uint32_t u = 0; u < kSteps; ++u) {
+    bytes[u] = __ldg(packed + 4 * static_cast<int64_t>(min(first + 8 * u + lane / 4, last)));
+  }
+  const Maximum maximum = x.source.Load(min(first + lane % kWarpBlocks, last));
+  const float inverse = __frcp_rn(*parts.part[0].scale);
+  const float own = maximum.Value(shared.map);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) table.words[w] = __shfl_sync(0xffffffffu, codes, w, 4);
-      const uint32_t i = first_of(unit) + 8 * u + lane / 4, row = x.by_across.Quotient(i);
-      const uint2 a = table.Eight(now.bytes[u].x), b = table.Eight(now.bytes[u].y);
-      uint8_t* to = x.q + row * x.stride + (i - row * x.across) * kNf4Block + 16 * quarter;
-      if (i < x.blocks) *reinterpret_cast<uint4*>(to) = {a.x, a.y, b.x, b.y};
-    }
-    now = next;
+  for (uint32_t u = 0; u < kSteps; ++u) {
+    const float absmax = __shfl_sync(0xffffffffu, own, 8 * u + lane / 4);
+    const uint32_t codes = CodesOf(values, absmax, inverse);
+    CodeTable table;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) table.words[w] = __shfl_sync(0xffffffffu, codes, w, 4);
+    const uint32_t i = first + 8 * u + lane / 4, row = x.by_across.Quotient(i);
+    const uint2 a = table.Eight(bytes[u].x), b = table.Eight(bytes[u].y);
+    uint8_t* to = x.q + row * x.stride + (i - row * x.across) * kNf4Block + 16 * quarter;
+    if (i < x.blocks) *reinterpret_cast<uint4*>(to) = {a.x, a.y, b.x, b.y};
   }
 }
 
@@ -421,9 +413,9 @@ __global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(
         reinterpret_cast<const uint4*>(x.source.packed) + 2 * static_cast<int64_t>(block);
     return Loaded{{__ldg(packed), __ldg(packed + 1)}, x.source.Load(block)};
   };
+  shared.Fill(tables);
   Loaded now = load(blockIdx.x);
   const float inverse = __frcp_rn(*parts.part[0].scale);
-  shared.Fill(tables);
   for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
     {
       const float absmax = now.maximum.Value(shared.map);
@@ -495,58 +487,178 @@ struct ToFp8Element {
   }
 };
 
-// ---- Quantise: a warp per block of 64, two elements per lane ----
+// ---- Quantise ----
 
-// How many borders lie below `scaled`: they ascend.
-__device__ int Nf4Code(const float* borders, float scaled) {
-  int code = 0;
+// The code of x: how many of the 15 borders lie below it. These are 0.08 apart or more, so of 31
+// buckets, 1/15 wide around the multiples of 1/15 from -1 to 1, none has two of them. Each lane
+// keeps one bucket for its warp, so that nothing is looked up in memory; the last one is for NaN.
+class Coder {
+ public:
+  __device__ explicit Coder(const float* borders) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const float begin = static_cast<float>(2 * lane - 31) / 30.0f;
 #pragma unroll
-  for (int step = 8; step > 0; step /= 2) {
-    if (scaled > borders[code + step - 1]) code += step;
+    for (int i = 14; i >= 0; --i) {
+      if (borders[i] < begin && lane < 31) continue;
+      border_ = borders[i];
+      below_ = i;
+    }
+    if (lane == 31) border_ = kInfinity;
   }
-  return code;
-}
+  // Puts the code of x behind those in `codes`. By whole warps.
+  __device__ void Append(float x, uint32_t* codes) const {
+    // Added to 1.5 * 2^23, a number is rounded to an integer, which are the lowest bits then.
+    const int bucket = __float_as_int(__fmaf_rn(x, 15.0f, 12582912.0f + 15.0f));
+    // Of the lane that is named, 5 bits are looked at.
+    *codes = *codes * 16 + __shfl_sync(0xffffffffu, below_, bucket);
+    if (x > __shfl_sync(0xffffffffu, border_, bucket)) ++*codes;
+  }
+
+ private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  float border_ = kInfinity;  // the first that is not below the bucket
+  uint32_t below_ = 15;       // borders below the bucket
+};
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void QuantizeKernel(const __grid_constant__ Tables tables,
-                                                           const T* w, uint8_t* packed,
-                                                           float* absmax_out, int64_t size,
-                                                           int64_t blocks) {
-  __shared__ float borders[16];
-  if (threadIdx.x < 16) borders[threadIdx.x] = tables.borders[threadIdx.x];
-  __syncthreads();
-  const int64_t block = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
-  if (block >= blocks) return;
-  const int64_t e = block * kNf4Block + 2 * (threadIdx.x % 32);
-  const float first = e < size ? ToFloat(w[e]) : 0.0f;
-  const float second = e + 1 < size ? ToFloat(w[e + 1]) : 0.0f;
-  float absmax = WarpMax(fmaxf(fabsf(first), fabsf(second)));
-  // A short last block keeps the raised maximum and is divided; a whole one is multiplied by the
-  // reciprocal. The bits of bitsandbytes hang on it.
-  const bool tail = (block + 1) * kNf4Block > size;
-  if (tail) absmax = fmaxf(absmax, kMinAbsMax);
-  const float reciprocal = __frcp_rn(fmaxf(absmax, kMinAbsMax));
-  const auto scaled = [&](float value) {
-    const float ratio = tail ? __fdiv_rn(value, absmax) : __fmul_rn(value, reciprocal);
-    return fminf(fmaxf(ratio, -1.0f), 1.0f);
+struct Quantization {
+  const T* w;
+  uint8_t* packed;
+  float* absmax;
+  int64_t size, blocks;
+};
+
+// Eight lanes have a block of 64, so a warp has four at once, and kSteps times four to a unit. The
+// next unit is read before this one is written. Whole blocks only; read in packs if kPacked.
+template <typename T, bool kPacked>
+struct QuantizeWarp {
+  static constexpr int kLanes = 8, kElements = kNf4Block / kLanes;
+  static constexpr int kSteps = 8 / sizeof(T);
+  static constexpr int64_t kBlocks = 32 / kLanes * kSteps;
+  using Elements = Words<T, kElements>;
+  struct Unit {
+    Elements steps[kSteps];
   };
-  if (threadIdx.x % 32 == 0) absmax_out[block] = absmax;
-  if (e < size) {
-    const int high = Nf4Code(borders, scaled(first)), low = Nf4Code(borders, scaled(second));
-    packed[e / 2] = static_cast<uint8_t>(high << 4 | low);
+
+  const Quantization<T>& a;
+  const Coder& coder;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+
+  __device__ int64_t BlockOf(int64_t unit, int step) const {
+    return unit * kBlocks + step * (32 / kLanes) + lane / kLanes;
   }
+  __device__ Unit Load(int64_t unit) const {
+    Unit out;
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      const int64_t block = min(BlockOf(unit, u), a.blocks - 1);
+      const T* from = a.w + block * kNf4Block + lane % kLanes * kElements;
+      if constexpr (kPacked) {
+        out.steps[u] = Elements::Load(from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < Elements::kPairs; ++i) {
+          out.steps[u].SetPair(i, {ToFloat(from[2 * i]), ToFloat(from[2 * i + 1])});
+        }
+      }
+    }
+    return out;
+  }
+  __device__ void Store(int64_t unit, const Unit& in) const {
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      float absmax = in.steps[u].Largest();
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        absmax = fmaxf(absmax, __shfl_xor_sync(0xffffffffu, absmax, offset));
+      }
+      const float reciprocal = __frcp_rn(fmaxf(absmax, kMinAbsMax));
+      uint32_t codes = 0;
+#pragma unroll
+      for (int i = Elements::kPairs - 1; i >= 0; --i) {  // the upper nibble of a byte is the first
+        const float2 pair = in.steps[u].Pair(i);
+        coder.Append(__fmul_rn(pair.x, reciprocal), &codes);
+        coder.Append(__fmul_rn(pair.y, reciprocal), &codes);
+      }
+      const int64_t block = BlockOf(unit, u);
+      if (block >= a.blocks) continue;
+      if (lane % kLanes == 0) a.absmax[block] = absmax;
+      StoreWord(a.packed + block * (kNf4Block / 2) + lane % kLanes * 4, codes);
+    }
+  }
+  __device__ static void StoreWord(uint8_t* to, uint32_t word) {
+    if constexpr (kPacked) {
+      *reinterpret_cast<uint32_t*>(to) = word;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
+    }
+  }
+};
+
+template <typename T, bool kPacked>
+__global__ __launch_bounds__(kThreads) void QuantizeKernel(
+    const __grid_constant__ Tables tables, const __grid_constant__ Quantization<T> a,
+    int64_t units) {
+  Begin();
+  const Coder coder(tables.borders);
+  const QuantizeWarp<T, kPacked> warp{a, coder};
+  AwaitEarlier();
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
+  int64_t unit = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (unit >= units) return;
+  auto now = warp.Load(unit);
+  for (; unit < units; unit += warps) {
+    auto next = now;
+    if (unit + warps < units) next = warp.Load(unit + warps);
+    warp.Store(unit, now);
+    now = next;
+  }
+}
+
+// The short block at the end, which keeps the raised maximum and is divided, while whole ones are
+// multiplied by the reciprocal: the bits of bitsandbytes hang on it. One warp, two elements a lane.
+template <typename T>
+__global__ void QuantizeRestKernel(const __grid_constant__ Tables tables,
+                                   const __grid_constant__ Quantization<T> a) {
+  const Coder coder(tables.borders);
+  const int64_t e = a.blocks * kNf4Block + 2 * static_cast<int64_t>(threadIdx.x);
+  const float first = e < a.size ? ToFloat(a.w[e]) : 0.0f;
+  const float second = e + 1 < a.size ? ToFloat(a.w[e + 1]) : 0.0f;
+  const float absmax = fmaxf(WarpMax(fmaxf(fabsf(first), fabsf(second))), kMinAbsMax);
+  if (threadIdx.x == 0) a.absmax[a.blocks] = absmax;
+  uint32_t codes = 0;
+  coder.Append(__fdiv_rn(first, absmax), &codes);
+  coder.Append(__fdiv_rn(second, absmax), &codes);
+  if (e < a.size) a.packed[e / 2] = static_cast<uint8_t>(codes);
 }
 
 // ---- Quantise the block maxima ----
 
+constexpr unsigned kMeanShares = 8;  // what every device with clusters has
+
+// One cluster. What its blocks have is added up in their order.
 __global__ __launch_bounds__(1024) void MeanKernel(const float* absmax, int64_t blocks,
                                                    float* offset) {
+  __shared__ double of_block;
+  const auto cluster = ThisCluster();
+  const int64_t step = static_cast<int64_t>(cluster.num_blocks()) * 1024;
   double sum = 0.0;
-  for (int64_t b = threadIdx.x; b < blocks; b += 1024) sum += static_cast<double>(absmax[b]);
+#pragma unroll 8
+  for (int64_t b = cluster.block_rank() * 1024 + threadIdx.x; b < blocks; b += step) {
+    sum += static_cast<double>(absmax[b]);
+  }
   sum = BlockSum<1024>(sum);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) of_block = sum;
+  cluster.sync();
+  if (cluster.block_rank() == 0 && threadIdx.x == 0) {
+    sum = 0.0;
+    for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
+      sum += *cluster.map_shared_rank(&of_block, rank);
+    }
     *offset = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;
   }
+  cluster.sync();  // until all has been read
 }
 
 // A block of threads per group.
@@ -571,23 +683,43 @@ __global__ __launch_bounds__(kNf4Group) void DoubleQuantizeKernel(
 }  // namespace
 
 void Nf4QuantizeCuda(const Exec& exec, const Nf4QuantizeArgs& a) {
-  const int64_t size = a.w.size(), blocks = Nf4Blocks(size);
-  if (size == 0) return;
-  const unsigned grid = static_cast<unsigned>((blocks + kThreads / 32 - 1) / (kThreads / 32));
   DispatchCudaFloat(a.w.dtype, [&]<typename T>() {
-    QuantizeKernel<T><<<grid, kThreads, 0, StreamOf(exec.stream)>>>(
-        MakeTables(), Data<const T>(a.w), Data<uint8_t>(a.packed), Data<float>(a.absmax), size,
-        blocks);
+    const int64_t size = a.w.size();
+    const Quantization<T> x{Data<const T>(a.w), Data<uint8_t>(a.packed), Data<float>(a.absmax),
+                            size, size / kNf4Block};
+    const auto run = [&]<bool kPacked>() {
+      constexpr int64_t kBlocks = QuantizeWarp<T, kPacked>::kBlocks;
+      const auto kernel = QuantizeKernel<T, kPacked>;
+      const int64_t units = (x.blocks + kBlocks - 1) / kBlocks;
+      const uint32_t grid = GridOf(kernel, (units + kThreads / 32 - 1) / (kThreads / 32));
+      Launch(exec, kernel, grid, MakeTables(), x, units);
+    };
+    if (x.blocks > 0) {
+      const bool packed = Aligned(x.w, 16) && Aligned(x.packed, 4);
+      packed ? run.template operator()<true>() : run.template operator()<false>();
+    }
+    if (size % kNf4Block == 0) return;
+    QuantizeRestKernel<T><<<1, 32, 0, StreamOf(exec.stream)>>>(MakeTables(), x);
+    CUDA_CHECK(cudaGetLastError());
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 void Nf4DoubleQuantizeCuda(const Exec& exec, const Nf4DoubleQuantizeArgs& a) {
   const int64_t blocks = a.absmax.dim(0);
   const cudaStream_t stream = StreamOf(exec.stream);
   if (!a.offset_given) {
-    MeanKernel<<<1, 1024, 0, stream>>>(Data<const float>(a.absmax), blocks, Data<float>(a.offset));
-    CUDA_CHECK(cudaGetLastError());
+    const unsigned shares = HasSm90() ? kMeanShares : 1;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shares, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(shares);
+    config.blockDim = dim3(1024);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = HasSm90() ? 1 : 0;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, MeanKernel, Data<const float>(a.absmax), blocks,
+                                  Data<float>(a.offset)));
   }
   if (blocks == 0) return;
   DoubleQuantizeKernel<<<static_cast<unsigned>(Nf4Groups(blocks)), kNf4Group, 0, stream>>>(
@@ -601,15 +733,17 @@ void Nf4DequantizeCuda(const Exec& exec, std::span<const Nf4DequantizeArgs> part
 }
 
 void Nf4ToFp8Cuda(const Exec& exec, std::span<const Nf4ToFp8Args> all) {
-  const cudaStream_t stream = StreamOf(exec.stream);
   const bool turned = all[0].transposed;
   Parts<ToFp8> parts;
   const auto launch = [&] {
     if (parts.count == 0) return;
-    const uint32_t grid = GridOf(parts.units(), turned ? 4 : 8);
-    turned ? ToFp8TurnedKernel<<<grid, kThreads, 0, stream>>>(MakeTables(), parts)
-           : ToFp8Kernel<<<grid, kThreads, 0, stream>>>(MakeTables(), parts);
-    CUDA_CHECK(cudaGetLastError());
+    if (turned) {
+      ToFp8TurnedKernel<<<GridOf(ToFp8TurnedKernel, parts.units()), kThreads, 0,
+                          StreamOf(exec.stream)>>>(MakeTables(), parts);
+      CUDA_CHECK(cudaGetLastError());
+    } else {
+      Launch(exec, ToFp8Kernel, parts.units(), MakeTables(), parts);
+    }
     parts = {};
   };
   for (const Nf4ToFp8Args& a : all) {

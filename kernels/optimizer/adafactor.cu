@@ -17,11 +17,11 @@ namespace attune {
 namespace {
 
 constexpr int kThreads = kOptimizerThreads, kWarps = kThreads / 32;
-constexpr int kBatch = 43;  // what 4 KiB of parameters hold
+constexpr int kBatch = 350;  // what 32 KiB of parameters hold
 // A lane has columns 32 apart.
 constexpr int kPerLane = AdafactorTiles::kColumns / 32;
 constexpr int kRows = 4;  // that are loaded at once, before any is stored
-static_assert(AdafactorTiles::kLines == 32);
+static_assert(AdafactorTiles::kLines == 32 && AdafactorTiles::kShares == kWarps);
 
 // A vector is one row here, whose v is v_column; its v_row is null.
 struct AdafactorBatch {
@@ -35,14 +35,14 @@ struct AdafactorBatch {
   double weight_decay[kBatch];
   AdafactorTiles tiles[kBatch];
   int32_t first_piece[kBatch];  // of the tiles
-  int32_t first_line[kBatch];   // of the pieces of averages
+  int32_t first_line[kBatch];   // of the blocks that make averages
   int count = 0;
   // Common to all; rounded from f64 once.
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, clip_threshold;
   bool scale_parameter;
   DeviceScalar grad_scale;
 };
-static_assert(sizeof(AdafactorBatch) <= 4096);
+static_assert(sizeof(AdafactorBatch) <= 32764);
 
 // The tile of a warp of a tensor's `block`, and the columns of its thread. Without rows, if it is
 // none of the tensor's.
@@ -125,30 +125,33 @@ __global__ __launch_bounds__(kThreads) void SumSquares(const __grid_constant__ A
   }
 }
 
-// A block of threads takes 32 rows, or columns: each of its warps a share of their sums.
+// A warp makes the averages of 32 rows, or columns. Where many tiles have them, several warps of a
+// block of threads share the sums.
 __global__ __launch_bounds__(kThreads) void AverageLines(const __grid_constant__ AdafactorBatch b) {
   __shared__ double partial[kWarps][32];
   const int t = TensorOf(b.first_line, b.count, blockIdx.x);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const AdafactorTiles tiles = b.tiles[t];
-  const int64_t piece = blockIdx.x - b.first_line[t];
-  const bool of_rows = piece < tiles.row_pieces();
+  int64_t block = blockIdx.x - b.first_line[t];
+  const bool of_rows = block < tiles.row_blocks();
   if (of_rows && b.v_row[t] == nullptr) return;
+  if (!of_rows) block -= tiles.row_blocks();
+  const int parts = of_rows ? tiles.across : tiles.down;
+  const int shares = static_cast<int>(AdafactorTiles::Shares(parts)), share = warp % shares;
   const int64_t lines = of_rows ? tiles.rows : tiles.columns;
   const int64_t of_line = of_rows ? tiles.columns : tiles.rows;
-  const int64_t line = (of_rows ? piece : piece - tiles.row_pieces()) * 32 + lane;
+  const int64_t piece = block * (kWarps / shares) + warp / shares;
+  const int64_t line = piece * AdafactorTiles::kLines + lane;
   const double* const sums = b.sums[t] + (of_rows ? 0 : tiles.column_sums()) + line;
-  const int parts = of_rows ? tiles.across : tiles.down;
   double sum = 0.0;
   if (line < lines) {
 #pragma unroll 8
-    for (int i = warp; i < parts; i += kWarps) sum += sums[i * lines];
+    for (int i = share; i < parts; i += shares) sum += sums[i * lines];
   }
   partial[warp][lane] = sum;
   __syncthreads();
-  if (warp > 0) return;
-  sum = 0.0;
-  for (int w = 0; w < kWarps; ++w) sum += partial[w][lane];
+  if (share > 0 || piece * AdafactorTiles::kLines >= lines) return;
+  for (int w = 1; w < shares; ++w) sum += partial[warp + w][lane];
   float average = 0.0f;
   if (line < lines) {
     float* const v = (of_rows ? b.v_row[t] : b.v_column[t]) + line;
@@ -222,7 +225,9 @@ __global__ __launch_bounds__(kThreads) void SumDirections(
   b.sums[t][tiles.param_sums() + tile.index] = params;
 }
 
-__global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ AdafactorBatch b) {
+template <bool kMoment>
+__global__ __launch_bounds__(kThreads, kMoment ? 2 : 3) void UpdateTiles(
+    const __grid_constant__ AdafactorBatch b) {
   const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const AdafactorTiles tiles = b.tiles[t];
   const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
@@ -241,7 +246,7 @@ __global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ 
   for (int64_t row = tile.row; row < tile.end; row += kRows) {
     const Elements grad = Load(b.grad[t], tiles, tile, row);
     const Elements param = Load(b.param[t], tiles, tile, row);
-    const Elements moment = m != nullptr ? Load(m, tiles, tile, row) : Elements{};
+    const Elements moment = kMoment ? Load(m, tiles, tile, row) : Elements{};
     float factor[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -255,7 +260,7 @@ __global__ __launch_bounds__(kThreads) void UpdateTiles(const __grid_constant__ 
         const int64_t i = (row + r) * tiles.columns + tile.column[k];
         const float p = param.v[r][k];
         float u = __fmul_rn(__fdiv_rn(direction.Of(grad.v[r][k], factor[r], k), clip), step);
-        if (m != nullptr) {
+        if constexpr (kMoment) {
           u = __fadd_rn(__fmul_rn(moment.v[r][k], b.beta1), __fmul_rn(b.one_minus_beta1, u));
           m[i] = u;
         }
@@ -300,7 +305,7 @@ void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
     b.tiles[i] = tiles;
     b.first_line[i] = static_cast<int32_t>(lines);
     sums += tiles.sums();
-    lines += tiles.row_pieces() + tiles.column_pieces();
+    lines += tiles.row_blocks() + tiles.column_blocks();
     return AdafactorTiles::Ceil(tiles.count(), kWarps);
   };
   InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
@@ -308,7 +313,8 @@ void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
     SumSquares<<<grid, kThreads, 0, stream>>>(b);
     AverageLines<<<static_cast<unsigned>(std::exchange(lines, 0)), kThreads, 0, stream>>>(b);
     SumDirections<<<grid, kThreads, 0, stream>>>(b);
-    UpdateTiles<<<grid, kThreads, 0, stream>>>(b);
+    const auto update = a.beta1 > 0 ? UpdateTiles<true> : UpdateTiles<false>;
+    update<<<grid, kThreads, 0, stream>>>(b);
   });
 }
 

@@ -114,9 +114,15 @@ struct Bench {
   bool Wanted(std::string_view op) const {
     return op.starts_with("roof:") || op.find(only) != op.npos;
   }
-  void Bytes(const char* op, double bytes, const std::function<void()>& f) {
+  // Without the time of `before`, which brings back what f has written over.
+  void Bytes(const char* op, double bytes, const std::function<void()>& f,
+             const std::function<void()>& before = nullptr) {
     if (!Wanted(op)) return;
-    const double s = MedianSeconds(f);
+    const auto both = [&] {
+      before();
+      f();
+    };
+    const double s = before ? MedianSeconds(both) - MedianSeconds(before) : MedianSeconds(f);
     std::printf("{\"op\": \"%s\", \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.3f}\n", op,
                 s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
   }
@@ -137,6 +143,10 @@ void MeasureRoofs(Bench* b) {
   b->Bytes("roof: copy 1 GiB", 2.0 * (1 << 30), copy);
   b->copy_rate = 2.0 * (1 << 30) / MedianSeconds(copy);
   b->Bytes("Copy 1 GiB", 2.0 * (1 << 30), [&] { Copy(b->exec, {.x = x, .y = y}); });
+  // What is left of it at the sizes of one matrix or pack.
+  const TensorView from = x.Slice(0, 0, 64 << 20), to = y.Slice(0, 0, 64 << 20);
+  b->Bytes("Copy 64 MiB", 2.0 * (64 << 20), [&] { Copy(b->exec, {.x = from, .y = to}); });
+  b->Bytes("Fill 64 MiB", 64 << 20, [&] { Fill(b->exec, {.x = to, .value = 1.0}); });
   CUDA_CHECK(cudaFree(x.data));
   CUDA_CHECK(cudaFree(y.data));
   constexpr int64_t n = 8192;
@@ -296,6 +306,10 @@ void BenchNf4(Bench* b) {
   }
   b->Bytes("Nf4Quantize 14336x4096", size * 2.5 + blocks * 4.0,
            [&] { Nf4Quantize(b->exec, {.w = w, .packed = packed, .absmax = absmax}); });
+  b->Bytes("Nf4DoubleQuantize 14336x4096", blocks * 9.0, [&] {
+    Nf4DoubleQuantize(b->exec,
+                      {.absmax = absmax, .codes = codes, .absmax2 = absmax2, .offset = offset});
+  });
 }
 
 // In 8 bits: weights both ways, and rows by themselves and beside the ops that make them.
@@ -447,12 +461,23 @@ void BenchMlpAndLoss(Bench* b) {
   b->Bytes("GatedActivationBackward silu 8192x14336", 5 * pass, [&] {
     GatedActivationBackward(b->exec, {.dh = h, .gate = gate, .up = up, .dgate = gate, .dup = up});
   });
-  const TensorView logits = Device(DType::kBF16, {2048, kV}), targets = Device(DType::kI32, {2048});
+  const TensorView targets = Device(DType::kI32, {2048});
   const TensorView loss = Device(DType::kF32, {2048}), scale = Device(DType::kF32, {1});
-  b->Bytes("CrossEntropy 2048x128256", 2.0 * logits.bytes(), [&] {
-    CrossEntropy(b->exec,
-                 {.logits = logits, .targets = targets, .loss = loss, .grad_scale = scale});
-  });
+  for (const int64_t V : {kV, int64_t{151936}}) {
+    // Of its own gradients it would find the maximum in thousands of places.
+    const TensorView fresh = Device(DType::kBF16, {2048, V});
+    const TensorView logits = Device(DType::kBF16, {2048, V});
+    const std::string name = "CrossEntropy 2048x" + std::to_string(V);
+    b->Bytes(
+        name.c_str(), 2.0 * logits.bytes(),
+        [&] {
+          CrossEntropy(b->exec,
+                       {.logits = logits, .targets = targets, .loss = loss, .grad_scale = scale});
+        },
+        [&] { Copy(b->exec, {.x = fresh, .y = logits}); });
+    CUDA_CHECK(cudaFree(fresh.data));
+    CUDA_CHECK(cudaFree(logits.data));
+  }
 }
 
 // On the tensors of AdamW: three passes over the gradients, one that changes the parameters.
