@@ -35,6 +35,7 @@ class PackBuffers {
 
   const std::vector<RotaryEmbedding>& ropes_;
   PackBatch batch_;
+  TensorView numbers_;  // i32: all that comes from the host, which goes in one copy
 };
 
 }  // namespace attune

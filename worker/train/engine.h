@@ -45,8 +45,7 @@ struct EngineOptions {
 struct StepInput {
   int64_t step = 0;  // from 0
   double learning_rate = 0;
-  int64_t trained_tokens = 0;   // of the step, over all ranks
-  bool stop_requested = false;  // by this rank's agent
+  int64_t trained_tokens = 0;  // of the step, over all ranks
 };
 
 struct StepResult {
@@ -81,10 +80,21 @@ class Engine {
   // Whether all ranks call it with the same number (below 2^16).
   absl::StatusOr<bool> RanksAgree(uint16_t number, Communicator* comm);
 
-  // One optimiser step over this rank's packs and, through `comm`, those of the others. Ranks that
-  // share weights need each other in every pass: as many packs each.
+  // One optimiser step over this rank's packs and, through `comm`, those of the others: Begin, a
+  // pass for each pack, End. Ranks that share weights need each other in every pass: as many packs
+  // each. On a GPU all three return before anything has run. Nothing but End changes what is
+  // trained, so a step that has begun may be left for another, and evaluations and checkpoints
+  // may come between its passes.
+  void BeginStep(const StepInput& input);
+  void TrainPass(const PackRef& pack, Communicator* comm);
+  absl::Status EndStep(bool stop_requested, Communicator* comm);  // asked for by this rank's agent
+  // Waits for the results of the last step that has ended, not for what came after it.
+  StepResult ReadStep();
+  // The same in one call.
   absl::StatusOr<StepResult> TrainStep(const StepInput& input, absl::Span<const PackRef> packs,
                                        Communicator* comm, const std::function<void()>& progress);
+  // Whether the host can be ahead of what it has called for.
+  bool runs_ahead() const { return options_.device == DeviceKind::kCuda; }
 
   // Mean loss and accuracy over this rank's packs and those of the others.
   absl::StatusOr<EvaluationResult> Evaluate(absl::Span<const PackRef> packs, int64_t trained_tokens,
@@ -97,12 +107,14 @@ class Engine {
   const LayerContext& context() const { return ctx_; }
   // Times every op from now on; null ends it.
   void SetTrace(OpTrace* trace) { ctx_.exec.trace = trace; }
+  // See Model::SetReplay.
+  void SetReplay(bool on) { model_->SetReplay(on); }
   int64_t peak_bytes() const { return arena_.peak().total; }
 
  private:
   Engine(const EngineOptions& options, Arena arena, bool plan);
   absl::Status Load(const WeightSource& weights, const std::function<void()>& progress);
-  void OptimizerStep(const StepInput& input);
+  void OptimizerStep();
 
   EngineOptions options_;
   Arena arena_;
@@ -118,6 +130,11 @@ class Engine {
   TensorView clip_scale_;  // (1) f32 (f64)
   TensorView norm_;        // (1) f32 (f64)
   TensorView evaluation_;  // (2) f32 (f64): loss, correct
+  StepInput step_;         // that has begun
+  // Of the last step that has ended: tail and norm in host memory, and its trained tokens.
+  PinnedMemory results_;
+  StreamEvent results_copied_;
+  int64_t results_tokens_ = 0;
 };
 
 }  // namespace attune
