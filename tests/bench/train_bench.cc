@@ -45,7 +45,8 @@ struct Flags {
   int device = 0, rank = 0, ranks = 1;
   std::string rendezvous;
   bool share_weights = false;
-  bool launches = false, wait = false, compare = false;
+  bool launches = false, wait = false;
+  int compare = 0;
   std::string json, label;
 };
 
@@ -374,10 +375,9 @@ class StepLoop {
 
 // The modes in turn, several times over, so that all see the same clocks.
 absl::Status Compare(const Flags& flags, StepLoop* loop) {
-  constexpr int kRounds = 4;
   constexpr Mode kModes[] = {{false, false}, {true, false}, {false, true}, {true, true}};
   std::vector<double> step_s[std::size(kModes)], host_s[std::size(kModes)];
-  for (int round = 0; round < kRounds; ++round) {
+  for (int round = 0; round < flags.compare; ++round) {
     for (size_t i = 0; i < std::size(kModes); ++i) {
       loop->SetMode(kModes[i]);
       if (absl::Status s = loop->Steps(2); !s.ok()) return s;  // recorded by then
@@ -420,7 +420,7 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
     if (absl::Status s = loop.Steps(1); !s.ok()) return s;
     if (i == 0) out.first_step_s = Seconds(start);
   }
-  if (flags.compare) {
+  if (flags.compare > 0) {
     if (absl::Status s = Compare(flags, &loop); !s.ok()) return s;
   }
   loop.Forget();
@@ -638,8 +638,8 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
       static_cast<long long>(flags.policy.layers_rebuilt),
       static_cast<long long>(flags.policy.mlp_tile), t.tokens_per_s, t.median_s * 1e3, t.peak_gib,
       t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
-  std::printf(", predicted %.0f tok/s, %.1f TFLOP/s, host %.2f ms a pass",
-              t.predicted_tokens_per_s, t.tflops, t.pass_host_s * 1e3);
+  std::printf(", predicted %.0f tok/s, %.1f TFLOP/s, host %.2f ms a pass", t.predicted_tokens_per_s,
+              t.tflops, t.pass_host_s * 1e3);
   if (flags.log_normal) std::printf(", log-normal lengths");
   if (flags.ranks > 1) {
     std::printf(", each of %d ranks%s", flags.ranks,
@@ -727,7 +727,7 @@ int Main(int argc, char** argv) {
   app.add_flag("--share-weights", flags.share_weights, "Each has its share of the NF4 weights");
   app.add_flag("--launches", flags.launches, "No CUDA graphs");
   app.add_flag("--wait", flags.wait, "Read each step's loss before the next one begins");
-  app.add_flag("--compare", flags.compare, "With and without these two, in turn");
+  app.add_option("--compare", flags.compare, "With and without these two, so often in turn");
   app.add_flag("--profile", flags.profile, "Time every op of one more step");
   app.add_option("--json", flags.json, "Append a row to this file");
   app.add_option("--label", flags.label, "Of the row");

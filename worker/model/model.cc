@@ -642,9 +642,8 @@ void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorV
 
 Model::ReplayedPass* Model::PassOf(const StreamGraph::Key& key) const {
   constexpr size_t kMost = 4;
-  auto found = std::find_if(passes_.begin(), passes_.end(), [&](const ReplayedPass& pass) {
-    return pass.forward.key() == key;
-  });
+  auto found = std::find_if(passes_.begin(), passes_.end(),
+                            [&](const ReplayedPass& pass) { return pass.forward.key() == key; });
   if (found != passes_.end()) {
     passes_.splice(passes_.begin(), passes_, found);
   } else if (passes_.size() < kMost) {
@@ -662,9 +661,8 @@ Hidden Model::Forward(const LayerContext& ctx, const PackBatch& batch, SavedMode
   const StreamGraph::Key key = KeyOf(ctx, batch);
   pass_ = PassOf(key);
   const TensorView begin = Bottom(ctx);
-  if (pass_->forward.Run(ctx.exec, key, [&] {
-        pass_->hidden = EnqueueForward(ctx, batch, &pass_->saved);
-      })) {
+  if (pass_->forward.Run(ctx.exec, key,
+                         [&] { pass_->hidden = EnqueueForward(ctx, batch, &pass_->saved); })) {
     pass_->kept_bytes = AddressOf(Bottom(ctx)) - AddressOf(begin);
   } else {
     ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, pass_->kept_bytes);
@@ -749,7 +747,9 @@ void Model::Backward(const LayerContext& ctx, const PackBatch& batch, const Save
   AddView(dx, &key);
   // The last block's views stand for all: they are those of Forward, at its key.
   AddView(saved.blocks.back().x2, &key);
-  pass_->backward.Run(ctx.exec, key, [&] { EnqueueBackward(ctx, batch, saved, dx); });
+  const bool ran =
+      pass_->backward.Run(ctx.exec, key, [&] { EnqueueBackward(ctx, batch, saved, dx); });
+  if (!ran) ++passes_replayed_;
 }
 
 void Model::EnqueueBackward(const LayerContext& outer, const PackBatch& batch,

@@ -111,6 +111,8 @@ class Model {
   // a pack: from the start they are, if no second stream takes part (prefetch, activations on the
   // host) and no other rank (shards). Off, every op is launched. The bits are the same.
   void SetReplay(bool on) { replay_ = on && can_replay_; }
+  // Training passes that were replayed so far, from end to end.
+  int64_t passes_replayed() const { return passes_replayed_; }
 
   const ModelConfig& config() const { return config_; }
   const LmHead& head() const { return head_; }
@@ -195,6 +197,7 @@ class Model {
   mutable StreamGraph refresh_;
   // The last used first: packs have few capacities (PackBuffers), so few keys.
   mutable std::list<ReplayedPass> passes_;
+  mutable int64_t passes_replayed_ = 0;
   mutable ReplayedPass* pass_ = nullptr;  // that Forward began, if it is one of them
 };
 

@@ -80,8 +80,7 @@ absl::Status Engine::Load(const WeightSource& weights, const std::function<void(
   const int64_t tokens = options_.spec.batch().micro_batch_tokens();
   if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
   if (!ctx_.exec.plan) {
-    absl::Status s =
-        results_.Allocate(options_.device, adapters_->tail().bytes() + norm_.bytes());
+    absl::Status s = results_.Allocate(options_.device, adapters_->tail().bytes() + norm_.bytes());
     if (!s.ok()) return s;
   }
   adapters_->Initialise(ctx_, options_.spec.seed());
@@ -155,9 +154,9 @@ void Engine::TrainPass(const PackRef& ref, Communicator* comm) {
   const int32_t step_pack[] = {static_cast<int32_t>(step_.step), static_cast<int32_t>(ref.index)};
   CopyToDevice(ctx_.exec, step_pack, step_pack_);
   const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
-  method_->Train(train, *model_, batch,
-                 {.grad_scale = grad_scale_,
-                  .loss = adapters_->tail().Slice(0, kTailLoss, kTailLoss + 1)});
+  method_->Train(
+      train, *model_, batch,
+      {.grad_scale = grad_scale_, .loss = adapters_->tail().Slice(0, kTailLoss, kTailLoss + 1)});
 }
 
 absl::Status Engine::EndStep(bool stop_requested, Communicator* comm) {

@@ -32,6 +32,9 @@ struct EngineOptions {
   int shards = 1;         // ranks that share the NF4 weights, and which of them this is
   int shard = 0;
   bool embedding_on_host = false;
+  // A trainer reads a step's results when the next one's first pass is on its way. For GPUs, which
+  // need not wait then; of a CPU's it would only hear later.
+  bool run_ahead = false;
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
   ModelConfig model;
@@ -88,13 +91,12 @@ class Engine {
   void BeginStep(const StepInput& input);
   void TrainPass(const PackRef& pack, Communicator* comm);
   absl::Status EndStep(bool stop_requested, Communicator* comm);  // asked for by this rank's agent
-  // Waits for the results of the last step that has ended, not for what came after it.
+  // Waits for the results of the last step that has ended, not for what came after it. Before the
+  // next one ends.
   StepResult ReadStep();
   // The same in one call.
   absl::StatusOr<StepResult> TrainStep(const StepInput& input, absl::Span<const PackRef> packs,
                                        Communicator* comm, const std::function<void()>& progress);
-  // Whether the host can be ahead of what it has called for.
-  bool runs_ahead() const { return options_.device == DeviceKind::kCuda; }
 
   // Mean loss and accuracy over this rank's packs and those of the others.
   absl::StatusOr<EvaluationResult> Evaluate(absl::Span<const PackRef> packs, int64_t trained_tokens,

@@ -681,6 +681,7 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   job->run_digest = *digest;
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
   job->engine.device = KindOf(assignment.device());
+  job->engine.run_ahead = job->engine.device == DeviceKind::kCuda;
   job->engine.spec = *spec;
   if (spec->parallelism().shard_weights()) {
     const bool plans_only = assignment.kind() == v1::LEASE_KIND_VALIDATE;

@@ -141,16 +141,15 @@ class TrainingRun {
     return spec().parallelism().shard_weights() ? (packs + ranks - 1) / ranks : 0;
   }
 
-  // Puts the next step on its way. Where the host can be ahead of the device, the step before is
-  // read only when the first pass of this one is there to go on with, so the device does not wait
-  // for the host. If the run ends with the step before, this one is left: nothing of it shows.
+  // Puts the next step on its way. With run_ahead the step before is read only when the device has
+  // the first pass of this one to go on with, so it does not wait for the host. If the run ends
+  // with the step before, this one is left: nothing of it shows.
   TrainerOutcome Step() {
     StepOnItsWay step{.begin = absl::Now()};
     step.input.step = state_.step + (unread_.has_value() ? 1 : 0);
     if (step.input.step == job_->total_steps) return ReadStep();
-    step.input.learning_rate =
-        LearningRate(spec().schedule(), spec().optimizer().learning_rate(), step.input.step,
-                     job_->total_steps);
+    step.input.learning_rate = LearningRate(spec().schedule(), spec().optimizer().learning_rate(),
+                                            step.input.step, job_->total_steps);
     std::vector<Pack> packs;
     std::vector<PackRef> mine;
     if (absl::Status s = BuildPacks(&packs, &mine, &step.input, &step.metrics); !s.ok()) {
@@ -169,7 +168,7 @@ class TrainingRun {
       return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
     }
     unread_ = std::move(step);
-    const bool wait = !engine_->runs_ahead() || IsEvaluated(unread_->input.step + 1) ||
+    const bool wait = !job_->engine.run_ahead || IsEvaluated(unread_->input.step + 1) ||
                       IsSaved(unread_->input.step + 1);
     return wait ? ReadStep() : TrainerOutcome();
   }
