@@ -269,7 +269,7 @@ class TrainingRun {
   // The packs of this step that are this rank's, and what the whole step counts.
   absl::Status BuildPacks(std::vector<Pack>* packs, std::vector<PackRef>* mine, StepInput* input,
                           v1::StepMetrics* metrics) {
-    const PreparedJob::Range range = job_->PacksOfStep(state_.step);
+    const PreparedJob::Range range = job_->PacksOfStep(input->step);
     packs->reserve(range.count + 1);
     int64_t tokens = 0;
     for (int64_t i = 0; i < range.count; ++i) {
