@@ -192,7 +192,7 @@ __device__ void CopyRows(const Heads<const Bf16>& from, int begin, int real, int
   if (packed) {
 #pragma unroll 8
     for (int row = thread / kPacks; row < kRows; row += kRowsAtOnce) {
-      CopyOrZero<16>(PackAddress(to, kRows, row, pack), source, row < real && columns > 0);
+      CopyOrZero(PackAddress(to, kRows, row, pack), source, row < real && columns > 0);
       source += kRowsAtOnce * from.token;
     }
     return;
@@ -204,7 +204,8 @@ __device__ void CopyRows(const Heads<const Bf16>& from, int begin, int real, int
   }
 }
 
-// Barriers of a ring of slots, in shared memory: matrix n of a sequence is in slot n % kSlots.
+// Barriers of a ring of slots, in shared memory: matrix n of a sequence is in slot n % kSlots. The
+// copying warpgroup's side of it is a Copier.
 template <int kSlots>
 struct Ring {
   uint64_t full[kSlots], empty[kSlots];
@@ -216,21 +217,51 @@ struct Ring {
       InitBarrier(&empty[i], kComputingWarps);
     }
   }
-  // For the copying warpgroup.
-  __device__ void WaitEmpty(int n) { WaitFor(&empty[n % kSlots], ((n / kSlots) & 1) ^ 1); }
-  __device__ void Fill(int n, bool packed) {
-    uint64_t* barrier = &full[n % kSlots];
-    packed ? ArriveWithCopies(barrier) : Arrive(barrier);
-  }
-  // For those that compute. Release: the warp has read it.
-  __device__ void WaitFull(int n) {
-    WaitFor(&full[n % kSlots], (n / kSlots) & 1);
-    FenceBulkCopies();
-  }
+  __device__ void WaitFull(int n) { WaitFor(&full[n % kSlots], (n / kSlots) & 1); }
+  // For those that compute: the warp has read it.
   __device__ void Release(int n) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) Arrive(&empty[n % kSlots]);
   }
+};
+
+// A thread of the copying warpgroup. That a matrix is there is told when the next one has been
+// started, or before this thread waits for room: so up to two are on their way, and what is told of
+// is there for every proxy.
+class Copier {
+ public:
+  template <int kSlots>
+  __device__ void WaitEmpty(Ring<kSlots>& ring, int n) {
+    uint64_t* barrier = &ring.empty[n % kSlots];
+    const int parity = ((n / kSlots) & 1) ^ 1;
+    if (HasPassed(barrier, parity)) return;
+    Settle();
+    WaitFor(barrier, parity);
+  }
+  // All copies of this thread to matrix n are started.
+  template <int kSlots>
+  __device__ void Fill(Ring<kSlots>& ring, int n) {
+    CommitCopies();
+    if (started_ != nullptr) {
+      WaitForCopies<1>();
+      Tell();
+    }
+    started_ = &ring.full[n % kSlots];
+  }
+  __device__ void Settle() {
+    if (started_ == nullptr) return;
+    WaitForCopies<0>();
+    Tell();
+    started_ = nullptr;
+  }
+
+ private:
+  __device__ void Tell() {
+    FenceBulkCopies();
+    Arrive(started_);
+  }
+
+  uint64_t* started_ = nullptr;  // whom to tell
 };
 
 // Matrices of kRows rows, in shared memory.
@@ -248,13 +279,13 @@ struct Queue {
 
   // The number of turn i, for the copying warpgroup. `taken`: in global memory, 0 at first; counts
   // what is taken beyond the first of each block.
-  __device__ int Take(int i, int* taken) {
-    ring.WaitEmpty(i);
+  __device__ int Take(int i, int* taken, Copier& copier) {
+    copier.WaitEmpty(ring, i);
     if (threadIdx.x % kWarpgroup == 0) {
       numbers[i % 2] =
           i == 0 ? static_cast<int>(blockIdx.x) : static_cast<int>(gridDim.x) + atomicAdd(taken, 1);
     }
-    ring.Fill(i, /*packed=*/false);
+    Arrive(&ring.full[i % 2]);
     ring.WaitFull(i);
     return numbers[i % 2];
   }

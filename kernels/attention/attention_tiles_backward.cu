@@ -83,32 +83,32 @@ template <int kSteps>
 __device__ void CopyForQueries(const Backward& a, QueryShared<kSteps>& shared) {
   using S = QueryShared<kSteps>;
   const Shape& shape = a.shape;
+  Copier copier;
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = shared.queue.Take(turn, &a.taken[0]);
+    const int number = shared.queue.Take(turn, &a.taken[0], copier);
     if (number >= QueryUnit::Count(shape)) break;
     const QueryUnit unit(shape, number);
     const int real = static_cast<int>(min(int64_t{kQueryRows}, shape.tq - unit.first));
-    shared.own_ring.WaitEmpty(turn);
+    copier.WaitEmpty(shared.own_ring, turn);
     CopyRows<kQueryRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed,
                                  shared.q(0));
     CopyRows<kQueryRows, kSteps>(a.d_o, unit.first, real, unit.head, shape.dv, shape.packed,
                                  shared.d_o(0));
-    shared.own_ring.Fill(turn, shape.packed);
+    copier.Fill(shared.own_ring, turn);
     Walk<false, S::kColumns> walk(shape, a.segments, unit.first, kQueryRows);
     for (; walk.Next(); ++n) {
-      shared.k_ring.WaitEmpty(n);
+      copier.WaitEmpty(shared.k_ring, n);
       CopyRows<S::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
                                     shape.dqk, shape.packed, shared.k(n));
-      shared.k_ring.Fill(n, shape.packed);
-      shared.v_ring.WaitEmpty(n);
+      copier.Fill(shared.k_ring, n);
+      copier.WaitEmpty(shared.v_ring, n);
       CopyRows<S::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
                                     shape.dv, shape.packed, shared.v(n));
-      shared.v_ring.Fill(n, shape.packed);
+      copier.Fill(shared.v_ring, n);
     }
   }
-  CommitCopies();
-  WaitForCopies<0>();
+  copier.Settle();
 }
 
 // The thread's two rows: s of a block of keys becomes p times the slope of the cap.
@@ -258,53 +258,49 @@ struct KeyUnit {
   }
 };
 
-// lse and delta of the queries, zeros behind the last.
+// This thread's share of lse and delta of the queries: a number of `sums`, zero behind the last.
 template <int kColumns>
-__device__ void CopySums(const Backward& a, int begin, int real, int head,
-                         float (&to)[2][kColumns]) {
-  const int which = threadIdx.x % kWarpgroup / kColumns, column = threadIdx.x % kColumns;
+__device__ float SumOfQuery(const Backward& a, int begin, int real, int head) {
   static_assert(2 * kColumns == kWarpgroup);
-  const float* from = which == 0 ? a.lse : a.delta;
-  const bool is_real = column < real;
-  if (is_real) from += static_cast<int64_t>(begin + column) * a.shape.hq + head;
-  float* at = &to[which][column];
-  if (a.shape.packed) return CopyOrZero<4>(SharedAddress(at), from, is_real);
-  *at = is_real ? *from : 0.0f;
+  const int thread = threadIdx.x % kWarpgroup, column = thread % kColumns;
+  const float* from = thread < kColumns ? a.lse : a.delta;
+  return column < real ? from[static_cast<int64_t>(begin + column) * a.shape.hq + head] : 0.0f;
 }
 
 template <int kSteps>
 __device__ void CopyForKeys(const Backward& a, KeyShared<kSteps>& shared) {
   using S = KeyShared<kSteps>;
   const Shape& shape = a.shape;
-  const int group = shape.hq / shape.hk;
+  const int group = shape.hq / shape.hk, thread = threadIdx.x % kWarpgroup;
+  Copier copier;
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = shared.queue.Take(turn, &a.taken[1]);
+    const int number = shared.queue.Take(turn, &a.taken[1], copier);
     if (number >= KeyUnit<S::kRows>::Count(shape)) break;
     const KeyUnit<S::kRows> unit(shape, number);
     const int real = static_cast<int>(min(int64_t{S::kRows}, shape.tk - unit.first));
-    shared.own_ring.WaitEmpty(turn);
+    copier.WaitEmpty(shared.own_ring, turn);
     CopyRows<S::kRows, kSteps>(a.k, unit.first, real, unit.key_head, shape.dqk, shape.packed,
                                shared.k(0));
     CopyRows<S::kRows, kSteps>(a.v, unit.first, real, unit.key_head, shape.dv, shape.packed,
                                shared.v(0));
-    shared.own_ring.Fill(turn, shape.packed);
+    copier.Fill(shared.own_ring, turn);
     Walk<true, S::kColumns> walk(shape, a.segments, unit.first, S::kRows);
     while (walk.Next()) {
       const int begin = walk.ColumnBegin(), columns = walk.Columns();
       for (int head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head, ++n) {
-        shared.ring.WaitEmpty(n);
+        const float sum = SumOfQuery<S::kColumns>(a, begin, columns, head);  // on its way meanwhile
+        copier.WaitEmpty(shared.ring, n);
+        shared.sums[n % S::kSlots][thread / S::kColumns][thread % S::kColumns] = sum;
         CopyRows<S::kColumns, kSteps>(a.q, begin, columns, head, shape.dqk, shape.packed,
                                       shared.q(n));
         CopyRows<S::kColumns, kSteps>(a.d_o, begin, columns, head, shape.dv, shape.packed,
                                       shared.d_o(n));
-        CopySums<S::kColumns>(a, begin, columns, head, shared.sums[n % S::kSlots]);
-        shared.ring.Fill(n, shape.packed);
+        copier.Fill(shared.ring, n);
       }
     }
   }
-  CommitCopies();
-  WaitForCopies<0>();
+  copier.Settle();
 }
 
 // The thread's two rows: s of a block of queries becomes p; of capped scores, the tanh.

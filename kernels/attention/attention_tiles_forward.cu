@@ -41,29 +41,29 @@ template <int kSteps>
 __device__ void CopyAll(const Forward& a, ForwardShared<kSteps>& shared) {
   using S = ForwardShared<kSteps>;
   const Shape& shape = a.shape;
+  Copier copier;
   int n = 0;
   for (int turn = 0;; ++turn) {
-    const int number = shared.queue.Take(turn, a.taken);
+    const int number = shared.queue.Take(turn, a.taken, copier);
     if (number >= QueryUnit::Count(shape)) break;
     const QueryUnit unit(shape, number);
     const int real = static_cast<int>(min(int64_t{kRows}, shape.tq - unit.first));
-    shared.q_ring.WaitEmpty(turn);
+    copier.WaitEmpty(shared.q_ring, turn);
     CopyRows<kRows, kSteps>(a.q, unit.first, real, unit.head, shape.dqk, shape.packed, shared.q(0));
-    shared.q_ring.Fill(turn, shape.packed);
+    copier.Fill(shared.q_ring, turn);
     Walk<false, S::kColumns> walk(shape, a.segments, unit.first, kRows);
     for (; walk.Next(); ++n) {
-      shared.k_ring.WaitEmpty(n);
+      copier.WaitEmpty(shared.k_ring, n);
       CopyRows<S::kColumns, kSteps>(a.k, walk.ColumnBegin(), walk.Columns(), unit.key_head,
                                     shape.dqk, shape.packed, shared.k(n));
-      shared.k_ring.Fill(n, shape.packed);
-      shared.v_ring.WaitEmpty(n);
+      copier.Fill(shared.k_ring, n);
+      copier.WaitEmpty(shared.v_ring, n);
       CopyRows<S::kColumns, kSteps>(a.v, walk.ColumnBegin(), walk.Columns(), unit.key_head,
                                     shape.dv, shape.packed, shared.v(n));
-      shared.v_ring.Fill(n, shape.packed);
+      copier.Fill(shared.v_ring, n);
     }
   }
-  CommitCopies();
-  WaitForCopies<0>();
+  copier.Settle();
 }
 
 // A thread's two rows: products become weights, not yet divided by their sum.

@@ -44,26 +44,25 @@ __device__ inline uint32_t PackAddress(uint32_t matrix, int rows, int row, int p
 
 // ---- Copies to shared memory, and barriers ----
 
-// kBytes (4 or 16), zeros if not `real`: then nothing is read.
-template <int kBytes>
-__device__ void CopyOrZero(uint32_t to, const void* from, bool real) {
-  const int bytes = real ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
-                 "r"(bytes)
-                 : "memory");
-  }
+// 16 bytes, zeros if not `real`: then nothing is read.
+__device__ inline void CopyOrZero(uint32_t to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(real ? 16 : 0)
+               : "memory");
 }
 __device__ inline void Arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
-// Arrives when the copies that this thread has started are done.
-__device__ inline void ArriveWithCopies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
-               : "memory");
+// Whether WaitFor would return at once.
+__device__ inline bool HasPassed(uint64_t* barrier, int parity) {
+  int passed;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; "
+      "selp.b32 %0, 1, 0, p; }"
+      : "=r"(passed)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return passed != 0;
 }
 // Two warpgroups, 0 and 1, that take turns; 0 begins, once 1 has passed.
 __device__ inline void AwaitTurn(int warpgroup) {

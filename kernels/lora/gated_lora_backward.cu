@@ -6,7 +6,7 @@
 // B_gate, B_up and A_down (as columns x ranks) stay in registers to the end; its share of ds of a
 // tile goes through shared memory, where the block adds up those of its warps. The sums of a strip
 // and tile (ds) and of a block (the others) go to the workspace; a second, small kernel adds them
-// up in the order of strips and runs.
+// up in the order of strips and blocks.
 #include "kernels/fp8/fp8.cuh"
 #include "kernels/gated_activation/activate.cuh"
 #include "kernels/lora/gated_lora_backward.h"
@@ -35,7 +35,6 @@ struct Shape : GatedPassShape<kGroups> {
 
 struct Params {
   int r, rows, columns;  // F columns
-  int tiles;
   PassGrid grid;
   Bf16* gate;  // of [gate | up]
   const Bf16* dh;
@@ -50,7 +49,7 @@ struct Params {
   int64_t ds_stride;
   int ds_columns;
   float* ds_sums;      // (strips, rows, 2 kRank)
-  float* matrix_sums;  // (runs, strips, kMatrices, kColumns, kRank)
+  float* matrix_sums;  // (slots, kMatrices, kColumns, kRank)
   float scale, db_scale, down_da_scale;
 };
 
@@ -126,9 +125,9 @@ struct Block {
     }
   }
 
-  __device__ void StoreGradients() const {
+  __device__ void StoreGradients(int slot) const {
     const int lane = threadIdx.x % 32;
-    float* to = x.matrix_sums + int64_t{blockIdx.x} * S::kMatrices * S::kColumns * S::kRank;
+    float* to = x.matrix_sums + int64_t{slot} * S::kMatrices * S::kColumns * S::kRank;
     to += (Column() + lane / 4) * S::kRank + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < S::kMatrices; ++m) {
@@ -208,28 +207,26 @@ struct Block {
     FenceBulkCopies();
   }
 
-  __device__ void Run() {
-    const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
-    strip_begin = run.strip * S::kColumns;
-    pipe.rows = x.rows;
+  // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
+  __device__ void Run(int strip, int first, int behind, int slot) {
+    strip_begin = strip * S::kColumns;
     pipe.row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
     pipe.Aim(kGateTile, x.gate + strip_begin, x.row_stride);
     pipe.Aim(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
     pipe.Aim(kDhTile, x.dh + strip_begin, x.dh_stride);
     pipe.AimBack(kGateTile, x.gate + strip_begin, x.row_stride);
     pipe.AimBack(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
-    float* ds_sums = x.ds_sums + static_cast<int64_t>(run.strip) * x.rows * 2 * S::kRank;
-    pipe.Prepare();
-    Load(run.begin, 0);
+    float* ds_sums = x.ds_sums + static_cast<int64_t>(strip) * x.rows * 2 * S::kRank;
+    Load(first, pipe.stage);
     LoadParameters();
-    for (int tile = run.begin; tile < run.end; ++tile) {
+    for (int tile = first; tile < behind; ++tile) {
       // Behind the barrier the tile before is done: its rows go back and its sums are read while
       // this one is worked on.
       WaitForCopies<0>();
       pipe.Wait();
       __syncthreads();
-      if (tile + 1 < run.end) Load(tile + 1, pipe.Next());
-      if (tile > run.begin) {
+      if (tile + 1 < behind) Load(tile + 1, pipe.Next());
+      if (tile > first) {
         pipe.Store(tile - 1, pipe.Before());
         SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, ds_sums);
       }
@@ -237,9 +234,17 @@ struct Block {
       pipe.Advance();
     }
     __syncthreads();
-    pipe.Store(run.end - 1, pipe.Before());
-    SumsOf(run.end - 1).Store((run.end - 1) * kPassRows, x.rows, ds_sums);
-    StoreGradients();
+    pipe.Store(behind - 1, pipe.Before());
+    SumsOf(behind - 1).Store((behind - 1) * kPassRows, x.rows, ds_sums);
+    StoreGradients(slot);
+  }
+
+  __device__ void RunAll() {
+    pipe.rows = x.rows;
+    pipe.Prepare();
+    ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
+      Run(strip, first, behind, slot);
+    });
     WaitForBulkStores();
   }
 };
@@ -252,7 +257,7 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
     extern __shared__ __align__(128) unsigned char memory[];
     Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::Pipe::kStages * S::kSElements);
-    Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.Run();
+    Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.RunAll();
   }
 }
 
@@ -281,11 +286,9 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   const int n = at % x.columns, rest = at / x.columns, c = rest % rank_packs * 4;
   const int matrix = rest / rank_packs;
   if (matrix >= S::kMatrices) return;
-  const int strip_sums = S::kMatrices * S::kColumns * S::kRank;
-  const int strip = n / S::kColumns;
-  const float* from = x.matrix_sums + int64_t{strip} * strip_sums +
-                      (matrix * S::kColumns + n % S::kColumns) * S::kRank + c;
-  const Pack<float, 4> sum = SumOf(from, int64_t{x.grid.strips} * strip_sums, x.grid.runs);
+  const float* from = x.matrix_sums + (matrix * S::kColumns + n % S::kColumns) * S::kRank + c;
+  const Pack<float, 4> sum =
+      SumOfStrip(x.grid, n / S::kColumns, from, S::kMatrices * S::kColumns * S::kRank);
   if (matrix == kDown) {
     float* to = x.down_da + c * x.down_da_stride + n;
     for (int k = 0; k < 4; ++k) to[k * x.down_da_stride] += x.down_da_scale * sum.v[k];
@@ -302,7 +305,6 @@ Params ParamsOf(const GatedLoraBackwardArgs& a) {
   x.r = static_cast<int>(a.down_da.dim(0));
   x.rows = static_cast<int>(a.dh.dim(0));
   x.columns = static_cast<int>(a.dh.dim(1));
-  x.tiles = DivideUp(x.rows, kPassRows);
   x.grid = S::GridOf(x.rows, x.columns);
   x.gate = Data<Bf16>(a.lora.dy);
   x.dh = Data<const Bf16>(a.dh);
@@ -338,7 +340,7 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
   const Params x = ParamsOf<kGroups>(a);
   constexpr int kBytes = Shape<kGroups>::kBytes;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass<<<x.grid.strips * x.grid.runs, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
+  pass<<<x.grid.blocks, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
   CUDA_CHECK(cudaGetLastError());
   const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
                         int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4);

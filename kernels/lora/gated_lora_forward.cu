@@ -26,7 +26,6 @@ struct Shape : GatedForwardShape<kGroups> {
 
 struct Params {
   int r, rows, columns;  // F columns
-  int tiles;
   PassGrid grid;
   const Bf16* gate;  // of [gate | up]
   const Bf16* a;     // (r, F)
@@ -100,25 +99,23 @@ struct Block {
     FenceBulkCopies();
   }
 
-  __device__ void Run() {
-    const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
-    strip_begin = run.strip * S::kColumns;
-    pipe.rows = x.rows;
+  // Tiles [first, behind) of a strip.
+  __device__ void Run(int strip, int first, int behind) {
+    strip_begin = strip * S::kColumns;
     pipe.row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
     pipe.Aim(kGateTile, x.gate + strip_begin, x.row_stride);
     pipe.Aim(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
     pipe.AimBack(kGateTile, x.h + strip_begin, x.h_stride);
-    float* strip_sums = x.sums + static_cast<int64_t>(run.strip) * x.rows * S::kRank;
-    pipe.Prepare();
-    pipe.Load(run.begin, 0);
+    float* strip_sums = x.sums + static_cast<int64_t>(strip) * x.rows * S::kRank;
+    pipe.Load(first, pipe.stage);
     LoadParameters();
-    for (int tile = run.begin; tile < run.end; ++tile) {
+    for (int tile = first; tile < behind; ++tile) {
       // Behind the barrier the tile before is done: its rows go back and its sums are read while
       // this one is worked on.
       pipe.Wait();
       __syncthreads();
-      if (tile + 1 < run.end) pipe.Load(tile + 1, pipe.Next());
-      if (tile > run.begin) {
+      if (tile + 1 < behind) pipe.Load(tile + 1, pipe.Next());
+      if (tile > first) {
         pipe.Store(tile - 1, pipe.Before());
         SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, strip_sums);
       }
@@ -126,8 +123,14 @@ struct Block {
       pipe.Advance();
     }
     __syncthreads();
-    pipe.Store(run.end - 1, pipe.Before());
-    SumsOf(run.end - 1).Store((run.end - 1) * kPassRows, x.rows, strip_sums);
+    pipe.Store(behind - 1, pipe.Before());
+    SumsOf(behind - 1).Store((behind - 1) * kPassRows, x.rows, strip_sums);
+  }
+
+  __device__ void RunAll() {
+    pipe.rows = x.rows;
+    pipe.Prepare();
+    ForEachRun(x.grid, [&](int strip, int first, int behind, int) { Run(strip, first, behind); });
     WaitForBulkStores();
   }
 };
@@ -139,7 +142,7 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(128) unsigned char memory[];
     float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
-    Block<kGroups, kActivation>{x, {memory}, sums}.Run();
+    Block<kGroups, kActivation>{x, {memory}, sums}.RunAll();
   }
 }
 
@@ -168,7 +171,6 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
   x.r = static_cast<int>(a.a.dim(0));
   x.rows = static_cast<int>(a.h.dim(0));
   x.columns = static_cast<int>(a.h.dim(1));
-  x.tiles = DivideUp(x.rows, kPassRows);
   x.grid = S::GridOf(x.rows, x.columns);
   x.gate = Data<const Bf16>(a.rows);
   x.a = Data<const Bf16>(a.a);
@@ -182,7 +184,7 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
   const auto pass = PassKernel<kGroups, kActivation>;
   constexpr int kBytes = S::kBytes;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass<<<x.grid.strips * x.grid.runs, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
+  pass<<<x.grid.blocks, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
   CUDA_CHECK(cudaGetLastError());
   LaunchBehind(exec, AddUpKernel<kGroups>, x, static_cast<int64_t>(x.rows) * (x.s_columns / 4));
 }

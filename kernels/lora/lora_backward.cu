@@ -4,8 +4,8 @@
 // ahead, by bulk copies. A warp has 64 columns and 16 ranks: its share of db stays in registers to
 // the end, its share of ds of a tile goes through shared memory, where the block adds up those of
 // its warps. The sums of a strip and tile (ds) and of a block (db) go to the workspace; a second,
-// small kernel adds them up in the order of strips and runs. So the order of every sum hangs on T,
-// N_p and r alone.
+// small kernel adds them up in the order of strips and blocks. So the order of every sum hangs on
+// T, N_p and r alone.
 //
 // Partial sums: r / kColumns of the bytes of dy twice (written and read), and 64 KiB per block.
 #include "kernels/lora/lora_backward.h"
@@ -52,7 +52,6 @@ struct Params {
   Part part[kMaxLoraParts];
   int parts, r;
   int rows;  // of dy, s and ds
-  int tiles;
   PassGrid grid;
   const Bf16* dy;
   const Bf16* s;
@@ -61,7 +60,7 @@ struct Params {
   int ds_columns;
   bool ragged;     // some tiles are not full
   float* ds_sums;  // (strips, rows, kRank)
-  float* db_sums;  // (runs, strips, kColumns, kRank)
+  float* db_sums;  // (slots, kColumns, kRank)
   float scale, db_scale;
 };
 
@@ -89,6 +88,7 @@ struct Block {
   // twice 8 ranks; and B, whose rows are columns of dy.
   float db[4][2][4];
   uint32_t b[4][2][2];
+  int stage = 0, turn = 0;  // of the tile that is worked on; the turn's parity
 
   __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
   __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
@@ -155,9 +155,9 @@ struct Block {
     }
   }
 
-  __device__ void StoreGradients() const {
+  __device__ void StoreGradients(int slot) const {
     const int lane = threadIdx.x % 32;
-    float* to = x.db_sums + int64_t{blockIdx.x} * S::kColumns * S::kRank;
+    float* to = x.db_sums + int64_t{slot} * S::kColumns * S::kRank;
     to += (Column() + lane / 4) * S::kRank + Rank() + lane % 4 * 2;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -214,30 +214,36 @@ struct Block {
     }
   }
 
-  __device__ void Run() {
-    const PassRun run = RunOf(x.grid, x.tiles, blockIdx.x);
-    int ahead = run.begin, stage = 0, turn = 0;  // the turn's parity
-    Prepare();
-    AimAt(run.strip);
+  // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
+  __device__ void Run(int strip, int first, int behind, int slot) {
+    int ahead = first;
+    AimAt(strip);
     const auto load = [&](int to) {
-      if (ahead < run.end) LoadTile(ahead++, to);
+      if (ahead < behind) LoadTile(ahead++, to);
       CommitCopies();
     };
-    for (int i = 0; i < S::kStages - 1; ++i) load(i);
-    LoadParameters(run.strip);
-    for (int tile = run.begin; tile < run.end; ++tile) {
+    for (int i = 0; i < S::kStages - 1; ++i) load((stage + i) % S::kStages);
+    LoadParameters(strip);
+    for (int tile = first; tile < behind; ++tile) {
       // Even and odd tiles have sums of their own, so one barrier per tile is enough.
       WaitForCopies<S::kStages - 2>();
       WaitFor(barriers + stage, turn);
       __syncthreads();
       load(stage == 0 ? S::kStages - 1 : stage - 1);
-      if (tile > run.begin) StoreDs(run.strip, tile - 1, (tile - 1) % 2);
+      if (tile > first) StoreDs(strip, tile - 1, (tile - 1) % 2);
       Multiply(stage, tile % 2);
       if (++stage == S::kStages) stage = 0, turn ^= 1;
     }
     __syncthreads();
-    StoreDs(run.strip, run.end - 1, (run.end - 1) % 2);
-    StoreGradients();
+    StoreDs(strip, behind - 1, (behind - 1) % 2);
+    StoreGradients(slot);
+  }
+
+  __device__ void RunAll() {
+    Prepare();
+    ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
+      Run(strip, first, behind, slot);
+    });
   }
 };
 
@@ -251,7 +257,7 @@ __global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_const
     Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
     Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.Run();
+    Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.RunAll();
   }
 }
 
@@ -284,9 +290,8 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   const Part& part = x.part[PartOf(x, strip)];
   const int n = (strip - part.first_strip) * S::kColumns + column;
   if (n >= part.columns) return;
-  const int64_t strip_sums = int64_t{S::kColumns} * S::kRank;
-  const float* from = x.db_sums + strip * strip_sums + column * S::kRank + c;
-  const Pack<float, 4> sum = SumOf(from, x.grid.strips * strip_sums, x.grid.runs);
+  const Pack<float, 4> sum =
+      SumOfStrip(x.grid, strip, x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
   float* to = part.db + n * part.db_stride + c;
   Pack<float, 4> db = Pack<float, 4>::Load(to);
   for (int k = 0; k < 4; ++k) db.v[k] += x.db_scale * sum.v[k];
@@ -294,24 +299,24 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
 }
 
 template <int kGroups>
-PassGrid GridOf(const LoraBackwardArgs& a, int64_t tiles) {
+PassGrid GridOf(const LoraBackwardArgs& a, int64_t rows) {
   int strips = 0;
   for (const LoraBackwardPart& part : a.parts) {
     strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
   }
-  return PassGridOf(strips, 1, tiles);  // the workspace is small
+  return PassGridOf(strips, rows);
 }
 
 template <int kGroups>
 int64_t DbSums(const PassGrid& grid) {
-  return int64_t{grid.strips} * grid.runs * Shape<kGroups>::kColumns * Shape<kGroups>::kRank;
+  return int64_t{grid.slots()} * Shape<kGroups>::kColumns * Shape<kGroups>::kRank;
 }
 
 // How many rows' partial sums fit into the workspace; in whole tiles, and in equal shares of T.
 template <int kGroups>
 int64_t RowsAtOnce(const LoraBackwardArgs& a) {
   const int64_t T = a.dy.dim(0);
-  const PassGrid grid = GridOf<kGroups>(a, DivideUp(T, kPassRows));
+  const PassGrid grid = GridOf<kGroups>(a, T);
   const int64_t left = a.workspace.bytes() - 4 * DbSums<kGroups>(grid);
   const int64_t most = left / (4 * grid.strips * Shape<kGroups>::kRank) / kPassRows * kPassRows;
   if (most <= 0) return 0;
@@ -323,8 +328,7 @@ Params ParamsOf(const LoraBackwardArgs& a, int64_t rows) {
   Params x{};
   x.parts = static_cast<int>(a.parts.size());
   x.r = static_cast<int>(a.parts[0].b.dim(1));
-  x.tiles = DivideUp(rows, kPassRows);
-  x.grid = GridOf<kGroups>(a, x.tiles);
+  x.grid = GridOf<kGroups>(a, rows);
   int strips = 0;
   for (int p = 0; p < x.parts; ++p) {
     const LoraBackwardPart& part = a.parts[p];
@@ -367,8 +371,7 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
     x.dy += begin * x.dy_stride;
     x.s += begin * x.s_stride;
     x.ds += begin * x.ds_stride;
-    PassKernel<kGroups>
-        <<<x.grid.strips * x.grid.runs, kPassThreads, S::kBytes, StreamOf(exec.stream)>>>(x);
+    PassKernel<kGroups><<<x.grid.blocks, kPassThreads, S::kBytes, StreamOf(exec.stream)>>>(x);
     CUDA_CHECK(cudaGetLastError());
     const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
                           int64_t{x.grid.strips} * S::kColumns * (x.r / 4);

@@ -6,14 +6,27 @@
 
 namespace attune {
 
-// The tiles of a block, and its strip.
-struct PassRun {
-  int strip, begin, end;
-};
-__device__ inline PassRun RunOf(const PassGrid& grid, int tiles, int block) {
-  const int run = block / grid.strips;
-  return {block % grid.strips, static_cast<int>(int64_t{run} * tiles / grid.runs),
-          static_cast<int>(int64_t{run + 1} * tiles / grid.runs)};
+__device__ inline int FirstTile(const PassGrid& grid, int block) {
+  return static_cast<int>(int64_t{block} * grid.strips * grid.tiles / grid.blocks);
+}
+__device__ inline int BlockOf(const PassGrid& grid, int tile) {
+  return static_cast<int>(((tile + int64_t{1}) * grid.blocks - 1) / (grid.strips * grid.tiles));
+}
+__device__ inline int SlotOf(int strip, int block) {
+  return strip + block;
+}
+
+// Calls f(strip, first tile, tile behind the last, slot) for each strip of which this block has
+// tiles.
+template <typename F>
+__device__ void ForEachRun(const PassGrid& grid, F&& f) {
+  const int block = static_cast<int>(blockIdx.x), end = FirstTile(grid, block + 1);
+  for (int at = FirstTile(grid, block); at < end;) {
+    const int strip = at / grid.tiles, first = at % grid.tiles;
+    const int behind = min(grid.tiles, first + end - at);
+    f(strip, first, behind, SlotOf(strip, block));
+    at += behind - first;
+  }
 }
 
 // Tiles of kColumns columns on their way through shared memory, of kLoads matrices whose rows are
@@ -149,6 +162,15 @@ __device__ inline Pack<float, 4> SumOf(const float* from, int64_t stride, int co
     for (int k = 0; k < 4; ++k) sum.v[k] += next.v[k];
   }
   return sum;
+}
+
+// The same of what the blocks have left of a strip in their slots of `slot_size`; of the first
+// slot.
+__device__ inline Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, const float* from,
+                                            int64_t slot_size) {
+  const int first = BlockOf(grid, strip * grid.tiles);
+  const int last = BlockOf(grid, (strip + 1) * grid.tiles - 1);
+  return SumOf(from + SlotOf(strip, first) * slot_size, slot_size, last - first + 1);
 }
 
 // A thread per pack, 256 to a block. The blocks may start while the last of the kernel before still

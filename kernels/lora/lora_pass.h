@@ -1,8 +1,7 @@
 // How the passes over the gradients of rows are shared out to blocks; a plan asks for it on any
 // machine.
 //
-// Columns are cut into strips, one of each for `runs` blocks, which share out the strip's tiles of
-// kPassRows rows.
+// Columns are cut into strips, and those into tiles of kPassRows rows.
 #pragma once
 
 #include <algorithm>
@@ -35,24 +34,22 @@ inline bool GatedPassTakes(const Exec& exec, int64_t F, int64_t r,
   return true;
 }
 
+// The tiles of all strips in a row, of which each block takes an equal share: some of a strip, or
+// of several. What it adds up of a strip goes into a slot of its own.
 struct PassGrid {
   int strips = 0;  // of all parts
-  int runs = 0;    // of tiles
+  int tiles = 0;   // of a strip
+  int blocks = 0;
+
+  // From one pair of strip and block that exists to the next one, one of them grows by one, or
+  // both.
+  int slots() const { return strips + blocks - 1; }
 };
-// As few runs as keep most of the multiprocessors of an H100 busy; others take as many. More than
-// `most` only where strips alone leave room for them.
-inline PassGrid PassGridOf(int strips, int most, int64_t tiles) {
-  constexpr int kProcessors = 132;
-  const int least = std::max(kProcessors / strips, 1);
-  PassGrid best;
-  double best_share = 0;
-  for (int runs = least; runs <= std::max(least, most); ++runs) {
-    const int blocks = strips * runs, turns = DivideUp(blocks, kProcessors);
-    const double share = static_cast<double>(blocks) / (turns * kProcessors);
-    if (share > best_share + 0.1) best = {strips, runs}, best_share = share;
-  }
-  best.runs = static_cast<int>(std::min<int64_t>(best.runs, std::max<int64_t>(tiles, 1)));
-  return best;
+// A block for each multiprocessor of an H100; others take as many, so that sums are the same.
+inline PassGrid PassGridOf(int strips, int64_t rows) {
+  constexpr int64_t kProcessors = 132;
+  const int tiles = DivideUp(rows, kPassRows);
+  return {strips, tiles, static_cast<int>(std::min(kProcessors, int64_t{strips} * tiles))};
 }
 
 // GatedLoraForward's, with kGroups times 16 ranks; a warp has 32 columns of a strip.
@@ -62,9 +59,7 @@ struct GatedForwardShape {
   static constexpr int kWarpColumns = 32;
   static constexpr int kColumns = kPassWarps * kWarpColumns;  // of a strip
 
-  static PassGrid GridOf(int64_t T, int64_t F) {
-    return PassGridOf(DivideUp(F, kColumns), 8, DivideUp(T, kPassRows));
-  }
+  static PassGrid GridOf(int64_t T, int64_t F) { return PassGridOf(DivideUp(F, kColumns), T); }
   // The partial sums of s, for each strip and row.
   static int64_t Bytes(int64_t T, int64_t F) {
     return 4 * int64_t{DivideUp(F, kColumns)} * T * kRank;
@@ -81,12 +76,10 @@ struct GatedPassShape {
   static constexpr int kColumns = kPassWarps * kWarpColumns;  // of a strip
   static constexpr int kMatrices = 3;  // whose gradients are summed: B_gate, B_up, A_down
 
-  static PassGrid GridOf(int64_t T, int64_t F) {
-    return PassGridOf(DivideUp(F, kColumns), 8, DivideUp(T, kPassRows));
-  }
-  // The partial sums: of the matrices for each block, of ds for each strip and row.
+  static PassGrid GridOf(int64_t T, int64_t F) { return PassGridOf(DivideUp(F, kColumns), T); }
+  // The partial sums: of the matrices for each slot, of ds for each strip and row.
   static int64_t MatrixSums(const PassGrid& grid) {
-    return int64_t{grid.strips} * grid.runs * kMatrices * kColumns * kRank;
+    return int64_t{grid.slots()} * kMatrices * kColumns * kRank;
   }
   static int64_t Bytes(int64_t T, int64_t F) {
     const PassGrid grid = GridOf(T, F);

@@ -31,7 +31,7 @@ double Seconds(Clock::time_point from) {
 }
 
 struct Flags {
-  std::string model = "8b";
+  std::string model = "8b", target = "all-linear";
   int64_t batch = 8, sequence = 2048, micro_tokens = 0;
   int64_t r = 16;
   int64_t steps = 6, warm_up = 2;
@@ -203,7 +203,7 @@ EngineOptions OptionsOf(const Flags& flags) {
   options.adapters =
       SelectAdapters(
           options.model, options.names,
-          {.r = flags.r, .alpha = static_cast<double>(flags.r), .target_modules = {"all-linear"}})
+          {.r = flags.r, .alpha = static_cast<double>(flags.r), .target_modules = {flags.target}})
           .value();
   return options;
 }
@@ -656,6 +656,7 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
                     {"model", flags.model},
                     {"weights", WeightsName(flags)},
                     {"r", flags.r},
+                    {"target", flags.target},
                     {"batch", flags.batch},
                     {"sequence", flags.sequence},
                     {"micro_batch_tokens", flags.micro_tokens},
@@ -697,7 +698,10 @@ int Main(int argc, char** argv) {
   app.add_option("--sequence", flags.sequence, "Tokens of each");
   app.add_flag("--log-normal", flags.log_normal, "Documents of log-normal lengths, packed");
   app.add_option("--micro-tokens", flags.micro_tokens, "Tokens per pack [batch x sequence]");
-  app.add_option("--rank", flags.r, "LoRA rank, on all linear layers");
+  app.add_option("--rank", flags.r, "LoRA rank");
+  app.add_option("--target", flags.target,
+                 "Its layers [all-linear]; that of layers.0.self_attn.q_proj alone is the frozen "
+                 "model's own forward and backward pass");
   app.add_option("--steps", flags.steps, "Timed");
   app.add_option("--warm-up", flags.warm_up, "Steps before them");
   app.add_flag("--dense", flags.dense, "bf16 base instead of NF4");
