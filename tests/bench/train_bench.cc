@@ -341,7 +341,7 @@ class StepLoop {
     for (int64_t k = 0; k < micro; ++k) {
       const Clock::time_point pass = Clock::now();
       engine_->TrainPass({&packs[k], k}, comm_);
-      host_.push_back(Seconds(pass));
+      if (k == 0) host_.push_back(Seconds(pass));
       if (absl::Status s = Read(); !s.ok()) return s;
     }
     if (absl::Status s = engine_->EndStep(/*stop_requested=*/false, comm_); !s.ok()) return s;

@@ -147,6 +147,8 @@ void Engine::BeginStep(const StepInput& input) {
 }
 
 void Engine::TrainPass(const PackRef& ref, Communicator* comm) {
+  StreamEvent& passed = passed_[passes_++ % 2];
+  passed.Wait();
   arena_.BeginPhase("train");
   LayerContext train = ctx_;
   train.weight_ranks = comm;

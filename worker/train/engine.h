@@ -85,9 +85,10 @@ class Engine {
 
   // One optimiser step over this rank's packs and, through `comm`, those of the others: Begin, a
   // pass for each pack, End. Ranks that share weights need each other in every pass: as many packs
-  // each. On a GPU all three return before anything has run. Nothing but End changes what is
-  // trained, so a step that has begun may be left for another, and evaluations and checkpoints
-  // may come between its passes.
+  // each. On a GPU they return before anything has run, but TrainPass waits until it is at most
+  // two passes ahead: so who calls it learns that the device gets on. Nothing but End changes what
+  // is trained: a step that has begun may be left for another, and evaluations and checkpoints may
+  // come between its passes.
   void BeginStep(const StepInput& input);
   void TrainPass(const PackRef& pack, Communicator* comm);
   absl::Status EndStep(bool stop_requested, Communicator* comm);  // asked for by this rank's agent
@@ -133,6 +134,8 @@ class Engine {
   TensorView norm_;        // (1) f32 (f64)
   TensorView evaluation_;  // (2) f32 (f64): loss, correct
   StepInput step_;         // that has begun
+  StreamEvent passed_[2];  // the last two passes
+  int64_t passes_ = 0;
   // Of the last step that has ended: tail and norm in host memory, and its trained tokens.
   PinnedMemory results_;
   StreamEvent results_copied_;
