@@ -328,6 +328,7 @@ class StepLoop {
 
  private:
   absl::Status Step() {
+    const Clock::time_point begin = Clock::now();
     std::vector<Pack> packs;
     StepInput input{.step = step_++, .learning_rate = 1e-4};
     const int64_t micro = flags_.batch * flags_.sequence / flags_.micro_tokens;
@@ -336,7 +337,6 @@ class StepLoop {
       input.trained_tokens += flags_.ranks * packs.back().trained_tokens;
     }
     flops_ += StepFlops(engine_->model().config(), packs);
-    const Clock::time_point begin = Clock::now();
     engine_->BeginStep(input);
     for (int64_t k = 0; k < micro; ++k) {
       const Clock::time_point pass = Clock::now();

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/elementwise/elementwise.h"
 #include "kernels/rope/rope.h"
 
 namespace attune {
@@ -50,6 +51,9 @@ PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens,
   numbers_ = room(DType::kI32, {end});
   for (const auto& [view, begin] : places) {
     *view = numbers_.Slice(0, begin, begin + view->dim(0));
+  }
+  for (Slot& slot : slots_) {
+    if (!ctx.exec.plan) CHECK(slot.memory.Allocate(ctx.exec.device, numbers_.bytes()).ok());
   }
   for (size_t i = 0; i < ropes.size(); ++i) {
     const int64_t half = ropes[i].inverse_frequencies.size();
@@ -111,9 +115,11 @@ PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack) const {
   batch.segments = SegmentsFor(S);
   CHECK(static_cast<int64_t>(pack.ids.size()) == batch.tokens);
   CHECK(S <= MaxSegments(batch.tokens));
-  std::vector<int32_t> numbers(numbers_.size());
+  Slot& slot = slots_[uploads_++ % 2];
+  slot.fetched.Wait();
+  const TensorView numbers(slot.memory.data(), DType::kI32, {numbers_.dim(0)});
   const auto at = [&](const TensorView& view) {
-    return numbers.data() + (view.As<int32_t>() - numbers_.As<int32_t>());
+    return numbers.As<int32_t>() + (view.As<int32_t>() - numbers_.As<int32_t>());
   };
   std::copy(pack.ids.begin(), pack.ids.end(), at(batch.ids));
   std::copy(pack.positions.begin(), pack.positions.end(), at(batch.positions));
@@ -123,6 +129,7 @@ PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack) const {
   for (int32_t s = 0; s < S; ++s) {
     at(batch.segments.k_length)[s] = pack.q_begin[s + 1] - pack.q_begin[s];
   }
+  std::fill_n(at(batch.segments.q_offset), S, 0);
   int32_t *const rows = at(batch.label_rows), *const labels = at(batch.labels);
   std::fill_n(rows, batch.tokens, -1);
   std::fill_n(labels, batch.tokens, -1);
@@ -132,7 +139,8 @@ PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack) const {
     rows[batch.num_labels] = static_cast<int32_t>(t);
     labels[batch.num_labels++] = pack.targets[t];
   }
-  CopyToDevice(ctx.exec, numbers.data(), numbers_);
+  Copy(ctx.exec, {.x = numbers, .y = numbers_});
+  slot.fetched.Record(ctx.exec);
   RopeOfDocuments(ctx, batch, pack);
   return batch;
 }

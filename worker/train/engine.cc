@@ -143,7 +143,8 @@ void Engine::BeginStep(const StepInput& input) {
   arena_.BeginPhase("train");
   step_ = input;
   Fill(ctx_.exec, {.x = adapters_->grad_with_tail(), .value = 0});
-  Upload(ctx_.exec, {1.0 / static_cast<double>(input.trained_tokens)}, grad_scale_);
+  Fill(ctx_.exec, {.x = grad_scale_, .value = 1.0 / static_cast<double>(input.trained_tokens)});
+  Fill(ctx_.exec, {.x = step_pack_.Slice(0, 0, 1), .value = static_cast<double>(input.step)});
 }
 
 void Engine::TrainPass(const PackRef& ref, Communicator* comm) {
@@ -153,34 +154,38 @@ void Engine::TrainPass(const PackRef& ref, Communicator* comm) {
   LayerContext train = ctx_;
   train.weight_ranks = comm;
   train.dropout.p = options_.spec.lora().dropout();
-  const int32_t step_pack[] = {static_cast<int32_t>(step_.step), static_cast<int32_t>(ref.index)};
-  CopyToDevice(ctx_.exec, step_pack, step_pack_);
+  Fill(ctx_.exec, {.x = step_pack_.Slice(0, 1, 2), .value = static_cast<double>(ref.index)});
   const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
   method_->Train(
       train, *model_, batch,
       {.grad_scale = grad_scale_, .loss = adapters_->tail().Slice(0, kTailLoss, kTailLoss + 1)});
+  passed.Record(ctx_.exec);
 }
 
 absl::Status Engine::EndStep(bool stop_requested, Communicator* comm) {
   const TensorView tail = adapters_->tail();
-  if (stop_requested) Upload(ctx_.exec, {1}, tail.Slice(0, kTailStop, kTailStop + 1));
+  if (stop_requested) {
+    Fill(ctx_.exec, {.x = tail.Slice(0, kTailStop, kTailStop + 1), .value = 1});
+  }
   if (absl::Status s = comm->AllReduceSum(ctx_.exec, adapters_->grad_with_tail()); !s.ok()) {
     return s;
   }
   OptimizerStep();
-  CopyToPinned(ctx_.exec, tail, results_.data());
-  CopyToPinned(ctx_.exec, norm_, results_.data() + tail.bytes());
-  results_copied_.Record(ctx_.exec);
+  // By kernels: copies would take turns with those of activations (see PackBuffers).
+  const TensorView results = Results();
+  Copy(ctx_.exec, {.x = tail, .y = results.Slice(0, 0, tail.size())});
+  Copy(ctx_.exec, {.x = norm_, .y = results.Slice(0, tail.size(), tail.size() + 1)});
+  results_there_.Record(ctx_.exec);
   results_tokens_ = step_.trained_tokens;
   return absl::OkStatus();
 }
 
 StepResult Engine::ReadStep() {
-  results_copied_.Wait();
+  results_there_.Wait();
+  const TensorView results = Results();
   const auto number = [&](int64_t i) -> double {
     if (ctx_.exec.plan) return 0;
-    if (norm_.dtype == DType::kF64) return reinterpret_cast<const double*>(results_.data())[i];
-    return reinterpret_cast<const float*>(results_.data())[i];
+    return results.dtype == DType::kF64 ? results.As<double>()[i] : results.As<float>()[i];
   };
   return {.loss = number(kTailLoss) / static_cast<double>(results_tokens_),
           .grad_norm = number(adapters_->tail().size()),

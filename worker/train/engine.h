@@ -118,6 +118,9 @@ class Engine {
   Engine(const EngineOptions& options, Arena arena, bool plan);
   absl::Status Load(const WeightSource& weights, const std::function<void()>& progress);
   void OptimizerStep();
+  TensorView Results() const {
+    return {results_.data(), norm_.dtype, {adapters_->tail().size() + 1}};
+  }
 
   EngineOptions options_;
   Arena arena_;
@@ -138,7 +141,7 @@ class Engine {
   int64_t passes_ = 0;
   // Of the last step that has ended: tail and norm in host memory, and its trained tokens.
   PinnedMemory results_;
-  StreamEvent results_copied_;
+  StreamEvent results_there_;
   int64_t results_tokens_ = 0;
 };
 
