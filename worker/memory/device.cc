@@ -265,9 +265,9 @@ absl::Status PinnedMemory::Allocate(DeviceKind kind, int64_t bytes) {
   if (kind == DeviceKind::kCuda) {
     const cudaError_t error = cudaMallocHost(&data, bytes);
     if (error != cudaSuccess) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the job sends ", bytes, " bytes of activations to host memory, and the ",
-                       "host refused to pin them: ", cudaGetErrorString(error)));
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "the job wants ", bytes, " bytes of host memory beside the device's, and the ",
+          "host refused to pin them: ", cudaGetErrorString(error)));
     }
   }
 #endif
