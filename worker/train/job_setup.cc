@@ -550,6 +550,9 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   absl::StatusOr<v1::MemoryEstimate> memory =
       ChoosePlacement(limits, RatesOf(DeviceName()), MeanContext(job->train), &engine);
   if (!memory.ok()) return memory.status();
+  // Activations that travel were seen to be held up by what of the next step is on its way.
+  const ActivationPolicy& activations = engine.activations;
+  engine.run_ahead = activations.streams_on_host + activations.gate_ups_on_host == 0;
   const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(engine, *job->weights);
   if (!read.ok()) return read.status();
   memory->set_peak_bytes(std::max(memory->peak_bytes(), read->peak_bytes()));
@@ -681,7 +684,6 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   job->run_digest = *digest;
   job->engine.dtype = spec->precision() == v1::PRECISION_BF16 ? DType::kBF16 : DType::kF32;
   job->engine.device = KindOf(assignment.device());
-  job->engine.run_ahead = job->engine.device == DeviceKind::kCuda;
   job->engine.spec = *spec;
   if (spec->parallelism().shard_weights()) {
     const bool plans_only = assignment.kind() == v1::LEASE_KIND_VALIDATE;
