@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <string_view>
@@ -40,34 +41,45 @@ namespace {
 
 constexpr int64_t kT = 8192, kC = 4096, kF = 14336, kV = 128256;
 
-// Device memory for the life of the process, filled with small random values of its dtype.
+// 64 MiB of random bytes, or of a dtype's small random values.
+const std::vector<uint8_t>& Values(DType dtype) {
+  static std::map<DType, std::vector<uint8_t>> all;
+  std::vector<uint8_t>& values = all[dtype];
+  if (!values.empty()) return values;
+  // A few thousand draws, at a stride that no power of two divides.
+  static const std::vector<float> draws = [] {
+    std::mt19937_64 rng(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> d(65537);
+    for (float& x : d) x = normal(rng);
+    return d;
+  }();
+  values.resize(64 << 20);
+  const size_t n = values.size() / static_cast<size_t>(DTypeBytes(dtype));
+  for (size_t i = 0; i < n; ++i) {
+    const float x = draws[i % draws.size()];
+    if (dtype == DType::kBF16) reinterpret_cast<BFloat16*>(values.data())[i] = BFloat16(x);
+    if (dtype == DType::kF32) reinterpret_cast<float*>(values.data())[i] = x;
+    if (dtype == DType::kU8 || dtype == DType::kF8E4M3)
+      values[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    if (dtype == DType::kI32)
+      reinterpret_cast<int32_t*>(values.data())[i] = static_cast<int>(i % 1000);
+  }
+  return values;
+}
+
+// Device memory for the life of the process, filled with such values.
 TensorView Device(DType dtype, std::initializer_list<int64_t> shape) {
   TensorView out(nullptr, dtype, shape);
   CUDA_CHECK(cudaMalloc(&out.data, static_cast<size_t>(out.bytes())));
-  std::vector<uint8_t> host(static_cast<size_t>(std::min<int64_t>(out.bytes(), 64 << 20)));
-  static std::mt19937_64 rng(1);
-  std::normal_distribution<float> normal;
-  const size_t n = host.size() / static_cast<size_t>(DTypeBytes(dtype));
-  for (size_t i = 0; i < n; ++i) {
-    // A few thousand draws, at a stride that no power of two divides.
-    static const std::vector<float> draws = [&] {
-      std::vector<float> d(65537);
-      for (float& x : d) x = normal(rng);
-      return d;
-    }();
-    const float x = draws[i % draws.size()];
-    if (dtype == DType::kBF16) reinterpret_cast<BFloat16*>(host.data())[i] = BFloat16(x);
-    if (dtype == DType::kF32) reinterpret_cast<float*>(host.data())[i] = x;
-    if (dtype == DType::kU8 || dtype == DType::kF8E4M3)
-      host[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
-    if (dtype == DType::kI32)
-      reinterpret_cast<int32_t*>(host.data())[i] = static_cast<int>(i % 1000);
-  }
-  for (int64_t at = 0; at < out.bytes(); at += static_cast<int64_t>(host.size())) {
-    const size_t bytes =
-        static_cast<size_t>(std::min<int64_t>(out.bytes() - at, static_cast<int64_t>(host.size())));
-    CUDA_CHECK(
-        cudaMemcpy(static_cast<char*>(out.data) + at, host.data(), bytes, cudaMemcpyHostToDevice));
+  char* to = static_cast<char*>(out.data);
+  const std::vector<uint8_t>& values = Values(dtype);
+  const int64_t size = static_cast<int64_t>(values.size());
+  CUDA_CHECK(cudaMemcpy(to, values.data(), static_cast<size_t>(std::min(size, out.bytes())),
+                        cudaMemcpyHostToDevice));
+  for (int64_t at = size; at < out.bytes(); at += size) {
+    const int64_t bytes = std::min(size, out.bytes() - at);
+    CUDA_CHECK(cudaMemcpy(to + at, to, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice));
   }
   return out;
 }
@@ -635,6 +647,7 @@ void BenchAttention(Bench* b) {
 }  // namespace attune
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   using namespace attune;  // NOLINT: a program of one file
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {

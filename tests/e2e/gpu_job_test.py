@@ -2,22 +2,24 @@
 """A job on two GPUs through the whole service, on a GPU machine: coordinator, agent and one trainer
 a GPU, over NCCL. One trainer is killed; the job recovers and ends with the losses of the
 undisturbed run, bit for bit, as does one whose trainers share the weights; its adapter is downloaded
-and loads.
+and loads, by PEFT too, where torch, transformers and peft are: with our logits.
 
     ATTUNE_BIN_DIR=/path/to/bin python3 tests/e2e/gpu_job_test.py
 
-With one GPU both trainers share it (--trainers-per-gpu). Needs nothing but the programs, the
-repository and the CUDA libraries; ATTUNE_CUDA_LIBRARY_DIRS says where those are, if not where the
+With one GPU both trainers share it (--trainers-per-gpu). Needs nothing but the programs (and, for
+PEFT, logits_tool), the repository and the CUDA libraries; ATTUNE_CUDA_LIBRARY_DIRS says where those are, if not where the
 system looks. Skipped where nvidia-smi shows no GPU."""
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import struct
 import subprocess
+import sys
 import unittest
 
-from service import BIN, Service, check_stream, last_losses, wait_until
+from service import BIN, ROOT, Service, check_stream, last_losses, wait_until
 
 STEPS = 40
 
@@ -121,6 +123,14 @@ class GpuJob(unittest.TestCase):
                 answers[device, with_adapter] = done.stdout
         self.assertNotEqual(answers["cuda", True], answers["cuda", False])
         self.assertEqual(answers["cuda", True], answers["cpu", True])
+        if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "peft")):
+            return print("PEFT was not asked: not installed")
+        check = ROOT / "tests/parity/engine/check_peft.py"
+        done = subprocess.run(
+            [sys.executable, check, BIN, service.root / "model", adapter, "cuda"],
+            capture_output=True, text=True, timeout=300)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        print("PEFT on the GPU,", done.stdout.splitlines()[-1])
 
     def test_metrics_and_inventory(self):
         with GpuService() as service:
