@@ -79,6 +79,7 @@ class Engine {
                                                         const WeightSource& weights,
                                                         int64_t arena_bytes,
                                                         const std::function<void()>& progress);
+  ~Engine() { Synchronize(ctx_.exec); }  // a step may have been left
 
   // Whether all ranks call it with the same number (below 2^16).
   absl::StatusOr<bool> RanksAgree(uint16_t number, Communicator* comm);
