@@ -19,7 +19,6 @@
 namespace attune::attention_cuda {
 
 constexpr int kTileThreads = 3 * kWarpgroup;
-constexpr int kComputingWarps = 8;
 // Registers per thread; 65536 in all.
 constexpr int kCopyingRegisters = 40, kComputingRegisters = 232;
 constexpr int kSharedLimit = 227 << 10;
@@ -214,15 +213,13 @@ struct Ring {
   __device__ void Init() {
     for (int i = 0; i < kSlots; ++i) {
       InitBarrier(&full[i], kWarpgroup);
-      InitBarrier(&empty[i], kComputingWarps);
+      InitBarrier(&empty[i], 2 * kWarpgroup);
     }
   }
   __device__ void WaitFull(int n) { WaitFor(&full[n % kSlots], (n / kSlots) & 1); }
-  // For those that compute: the warp has read it.
-  __device__ void Release(int n) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) Arrive(&empty[n % kSlots]);
-  }
+  // For those that compute: this thread has read it. (One thread for each warp would do; but what a
+  // warp's other threads have read, racecheck does not count then.)
+  __device__ void Release(int n) { Arrive(&empty[n % kSlots]); }
 };
 
 // A thread of the copying warpgroup. That a matrix is there is told when the next one has been

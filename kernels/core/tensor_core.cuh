@@ -48,6 +48,9 @@ __device__ inline void InitBarrier(uint64_t* barrier, int arrivals) {
                "r"(arrivals)
                : "memory");
 }
+__device__ inline void Arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
 __device__ inline void ExpectBytes(uint64_t* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),

@@ -50,9 +50,6 @@ __device__ inline void CopyOrZero(uint32_t to, const void* from, bool real) {
                "r"(real ? 16 : 0)
                : "memory");
 }
-__device__ inline void Arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
-}
 // Whether WaitFor would return at once.
 __device__ inline bool HasPassed(uint64_t* barrier, int parity) {
   int passed;

@@ -24,23 +24,22 @@ enum { kGateTile, kUpTile, kDhTile, kTiles };
 template <int kGroups>
 struct Shape : GatedPassShape<kGroups> {
   using Pass = GatedPassShape<kGroups>;
-  using Pipe = TilePipe<kTiles, 2, Pass::kColumns>;
+  static constexpr int kStages = 3;
+  using Pipe = TilePipe<kTiles, 2, Pass::kColumns, kStages>;
   using Sums = WarpSums<2 * Pass::kRank>;
   static constexpr int kSPitch = Pass::kMatrices * Pass::kRank + 8;
   static constexpr int kSElements = kPassRows * kSPitch;
-  static constexpr int kBytes =
-      Pipe::kBytes + 2 * Pipe::kStages * kSElements + 4 * 2 * Sums::kElements;
+  static constexpr int kBytes = Pipe::kBytes + 2 * kStages * kSElements + 4 * 2 * Sums::kElements;
   static_assert(kBytes <= 227 << 10);
 };
 
 struct Params {
   int r, rows, columns;  // F columns
   PassGrid grid;
-  Bf16* gate;  // of [gate | up]
-  const Bf16* dh;
+  CUtensorMap gate_boxes, up_boxes, dh_boxes;
   const Bf16* s;
   const Bf16* down_ds;
-  int64_t row_stride, dh_stride, s_stride, down_ds_stride;
+  int64_t s_stride, down_ds_stride;
   const Bf16* b[2];
   float* db[2];
   float* down_da;
@@ -75,9 +74,10 @@ struct Block {
     return {sums + tile % 2 * S::Sums::kElements};
   }
   __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
+  // Whether the warp's block k of 16 columns is behind the last one.
+  __device__ bool Beyond(int k) const { return strip_begin + Column() + k * 16 >= x.columns; }
 
-  __device__ void Load(int tile, int stage) const {
-    pipe.Load(tile, stage);
+  __device__ void LoadS(int tile, int stage) const {
     const int row_begin = tile * kPassRows, thread = threadIdx.x;
     if (thread < kPassRows * kSCopies) {
       const int row = thread / kSCopies, c = thread % kSCopies * 8;
@@ -144,38 +144,45 @@ struct Block {
     }
   }
 
-  // += v^T s of 16 rows and of 16 columns, where `v_tile` has them.
+  // += v^T s of 16 rows and of the warp's columns, where `v_tile` has them.
   template <int kMatrix>
-  __device__ void AddGradient(int k, const Bf16* v_tile, const Bf16* s_tile) {
+  __device__ void AddGradient(const Bf16* v_tile, const Bf16* s_tile) {
     const int lane = threadIdx.x % 32;
-    uint32_t v[4];
-    LoadTransposed(
-        v, v_tile + (lane / 16 * 8 + lane % 8) * S::Pipe::kPitch + k * 16 + lane / 8 % 2 * 8);
+    uint32_t s[kGroups][4];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      uint32_t s[4];
-      LoadTransposed(
-          s, s_tile + lane % 16 * S::kSPitch + kMatrix * S::kRank + group * 16 + lane / 16 * 8);
-      MultiplyAdd(gradient[kMatrix][k][2 * group], v, s[0], s[1]);
-      MultiplyAdd(gradient[kMatrix][k][2 * group + 1], v, s[2], s[3]);
+      LoadTransposed(s[group], s_tile + lane % 16 * S::kSPitch + kMatrix * S::kRank + group * 16 +
+                                   lane / 16 * 8);
+    }
+#pragma unroll
+    for (int k = 0; k < S::kWarpBlocks; ++k) {
+      if (Beyond(k)) break;
+      uint32_t v[4];
+      LoadTransposed(v, v_tile + S::Pipe::Place(lane / 16 * 8 + lane % 8,
+                                                Column() + k * 16 + lane / 8 % 2 * 8));
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        MultiplyAdd(gradient[kMatrix][k][2 * group], v, s[group][0], s[group][1]);
+        MultiplyAdd(gradient[kMatrix][k][2 * group + 1], v, s[group][2], s[group][3]);
+      }
     }
   }
 
   __device__ void Multiply(const typename S::Sums& to) {
     const int lane = threadIdx.x % 32;
-    const int at = lane % 16 * S::Pipe::kPitch + lane / 16 * 8;
     const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
-    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile) + Column();
-    Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile) + Column();
-    Bf16* dh_tile = pipe.Tile(pipe.stage, kDhTile) + Column();
+    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile);
+    Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile);
+    Bf16* dh_tile = pipe.Tile(pipe.stage, kDhTile);
     float ds[2][kHalves][4] = {};
 #pragma unroll
     for (int k = 0; k < S::kWarpBlocks; ++k) {
-      if (strip_begin + Column() + k * 16 >= x.columns) break;
+      if (Beyond(k)) break;
+      const int at = S::Pipe::Place(lane % 16, Column() + k * 16 + lane / 16 * 8);
       uint32_t gate[4], up[4], dh[4];
-      LoadMatrices(gate, gate_tile + at + k * 16);
-      LoadMatrices(up, up_tile + at + k * 16);
-      LoadMatrices(dh, dh_tile + at + k * 16);
+      LoadMatrices(gate, gate_tile + at);
+      LoadMatrices(up, up_tile + at);
+      LoadMatrices(dh, dh_tile + at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 g = PairAsFloats(gate[i]), u = PairAsFloats(up[i]), d = PairAsFloats(dh[i]);
@@ -186,19 +193,19 @@ struct Block {
         up[i] = RoundedPair({d.x * act.x, d.y * act.y});
         dh[i] = RoundedPair({act.x * u.x, act.y * u.y});
       }
-      StoreMatrices(gate_tile + at + k * 16, gate);
-      StoreMatrices(up_tile + at + k * 16, up);
-      StoreMatrices(dh_tile + at + k * 16, dh);  // h
+      StoreMatrices(gate_tile + at, gate);
+      StoreMatrices(up_tile + at, up);
+      StoreMatrices(dh_tile + at, dh);  // h
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         MultiplyAdd(ds[kGate][half], gate, b[kGate][k][half][0], b[kGate][k][half][1]);
         MultiplyAdd(ds[kUp][half], up, b[kUp][k][half][0], b[kUp][k][half][1]);
       }
-      __syncwarp();
-      AddGradient<kGate>(k, gate_tile, s_tile);
-      AddGradient<kUp>(k, up_tile, s_tile);
-      AddGradient<kDown>(k, dh_tile, s_tile);
     }
+    __syncwarp();
+    AddGradient<kGate>(gate_tile, s_tile);
+    AddGradient<kUp>(up_tile, s_tile);
+    AddGradient<kDown>(dh_tile, s_tile);
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
 #pragma unroll
@@ -210,53 +217,56 @@ struct Block {
   // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
   __device__ void Run(int strip, int first, int behind, int slot) {
     strip_begin = strip * S::kColumns;
-    pipe.row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
-    pipe.Aim(kGateTile, x.gate + strip_begin, x.row_stride);
-    pipe.Aim(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
-    pipe.Aim(kDhTile, x.dh + strip_begin, x.dh_stride);
-    pipe.AimBack(kGateTile, x.gate + strip_begin, x.row_stride);
-    pipe.AimBack(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
     float* ds_sums = x.ds_sums + static_cast<int64_t>(strip) * x.rows * 2 * S::kRank;
-    Load(first, pipe.stage);
+    LoadS(first, pipe.stage);
     LoadParameters();
     for (int tile = first; tile < behind; ++tile) {
       // Behind the barrier the tile before is done: its rows go back and its sums are read while
       // this one is worked on.
       WaitForCopies<0>();
       pipe.Wait();
-      __syncthreads();
-      if (tile + 1 < behind) Load(tile + 1, pipe.Next());
+      SyncPass();
+      if (tile + 1 < behind) LoadS(tile + 1, pipe.Next());
       if (tile > first) {
-        pipe.Store(tile - 1, pipe.Before());
+        pipe.GiveBack(pipe.Before());
         SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, ds_sums);
       }
       Multiply(SumsOf(tile));
       pipe.Advance();
     }
-    __syncthreads();
-    pipe.Store(behind - 1, pipe.Before());
+    SyncPass();
+    pipe.GiveBack(pipe.Before());
     SumsOf(behind - 1).Store((behind - 1) * kPassRows, x.rows, ds_sums);
     StoreGradients(slot);
   }
 
   __device__ void RunAll() {
-    pipe.rows = x.rows;
     pipe.Prepare();
+    if (IsCopying()) {
+      return pipe.Copy(x.grid, [&](int strip) {
+        const int column = strip * S::kColumns;
+        const int columns = min(x.columns - column, S::kColumns);
+        return StripBoxes<kTiles, 2>{{&x.gate_boxes, &x.up_boxes, &x.dh_boxes},
+                                     {&x.gate_boxes, &x.up_boxes},
+                                     column,
+                                     BoxesIn(columns)};
+      });
+    }
+    TakePassRegisters();
     ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
       Run(strip, first, behind, slot);
     });
-    WaitForBulkStores();
   }
 };
 
 template <int kGroups, Activation kActivation>
-__global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+__global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
-    float* sums = reinterpret_cast<float*>(s_tiles + S::Pipe::kStages * S::kSElements);
+    float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
     Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.RunAll();
   }
 }
@@ -306,12 +316,12 @@ Params ParamsOf(const GatedLoraBackwardArgs& a) {
   x.rows = static_cast<int>(a.dh.dim(0));
   x.columns = static_cast<int>(a.dh.dim(1));
   x.grid = S::GridOf(x.rows, x.columns);
-  x.gate = Data<Bf16>(a.lora.dy);
-  x.dh = Data<const Bf16>(a.dh);
+  const Bf16* gate = Data<const Bf16>(a.lora.dy);
+  x.gate_boxes = BoxesOf(gate, x.rows, x.columns, a.lora.dy.stride(0), kPassRows);
+  x.up_boxes = BoxesOf(gate + x.columns, x.rows, x.columns, a.lora.dy.stride(0), kPassRows);
+  x.dh_boxes = BoxesOf(Data<const Bf16>(a.dh), x.rows, x.columns, a.dh.stride(0), kPassRows);
   x.s = Data<const Bf16>(a.lora.s);
   x.down_ds = Data<const Bf16>(a.down_ds);
-  x.row_stride = a.lora.dy.stride(0);
-  x.dh_stride = a.dh.stride(0);
   x.s_stride = a.lora.s.stride(0);
   x.down_ds_stride = a.down_ds.stride(0);
   for (int p = 0; p < 2; ++p) {
@@ -340,7 +350,7 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
   const Params x = ParamsOf<kGroups>(a);
   constexpr int kBytes = Shape<kGroups>::kBytes;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass<<<x.grid.blocks, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
+  pass<<<x.grid.blocks, kPassBlock, kBytes, StreamOf(exec.stream)>>>(x);
   CUDA_CHECK(cudaGetLastError());
   const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
                         int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4);

@@ -18,7 +18,7 @@ enum { kGateTile, kUpTile, kTiles };
 template <int kGroups>
 struct Shape : GatedForwardShape<kGroups> {
   using Pass = GatedForwardShape<kGroups>;
-  using Pipe = TilePipe<kTiles, 1, Pass::kColumns>;
+  using Pipe = TilePipe<kTiles, 1, Pass::kColumns, 5>;
   using Sums = WarpSums<Pass::kRank>;
   static constexpr int kBytes = Pipe::kBytes + 4 * 2 * Sums::kElements;
   static_assert(kBytes <= 227 << 10);
@@ -27,11 +27,10 @@ struct Shape : GatedForwardShape<kGroups> {
 struct Params {
   int r, rows, columns;  // F columns
   PassGrid grid;
-  const Bf16* gate;  // of [gate | up]
-  const Bf16* a;     // (r, F)
-  Bf16* h;
+  CUtensorMap gate_boxes, up_boxes, h_boxes;
+  const Bf16* a;  // (r, F)
   Bf16* s;
-  int64_t row_stride, h_stride, s_stride;
+  int64_t s_stride;
   int s_columns;
   float* sums;  // (strips, rows, kRank)
 };
@@ -71,16 +70,16 @@ struct Block {
 
   __device__ void Multiply(const typename S::Sums& to) {
     const int lane = threadIdx.x % 32;
-    const int at = Column() + lane % 16 * S::Pipe::kPitch + lane / 16 * 8;
-    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile) + at;
-    const Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile) + at;
+    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile);
+    const Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile);
     float s[kHalves][4] = {};
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
       if (strip_begin + Column() + k * 16 >= x.columns) break;
+      const int at = S::Pipe::Place(lane % 16, Column() + k * 16 + lane / 16 * 8);
       uint32_t h[4], up[4];
-      LoadMatrices(h, gate_tile + k * 16);
-      LoadMatrices(up, up_tile + k * 16);
+      LoadMatrices(h, gate_tile + at);
+      LoadMatrices(up, up_tile + at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 g = PairAsFloats(h[i]), u = PairAsFloats(up[i]);
@@ -88,7 +87,7 @@ struct Block {
         h[i] = RoundedPair(
             {Activate<kActivation>(g.x, &slope) * u.x, Activate<kActivation>(g.y, &slope) * u.y});
       }
-      StoreMatrices(gate_tile + k * 16, h);
+      StoreMatrices(gate_tile + at, h);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         MultiplyAdd(s[half], h, a[k][half][0], a[k][half][1]);
@@ -102,45 +101,46 @@ struct Block {
   // Tiles [first, behind) of a strip.
   __device__ void Run(int strip, int first, int behind) {
     strip_begin = strip * S::kColumns;
-    pipe.row_bytes = 2 * min(x.columns - strip_begin, S::kColumns);
-    pipe.Aim(kGateTile, x.gate + strip_begin, x.row_stride);
-    pipe.Aim(kUpTile, x.gate + x.columns + strip_begin, x.row_stride);
-    pipe.AimBack(kGateTile, x.h + strip_begin, x.h_stride);
     float* strip_sums = x.sums + static_cast<int64_t>(strip) * x.rows * S::kRank;
-    pipe.Load(first, pipe.stage);
     LoadParameters();
     for (int tile = first; tile < behind; ++tile) {
       // Behind the barrier the tile before is done: its rows go back and its sums are read while
       // this one is worked on.
       pipe.Wait();
-      __syncthreads();
-      if (tile + 1 < behind) pipe.Load(tile + 1, pipe.Next());
+      SyncPass();
       if (tile > first) {
-        pipe.Store(tile - 1, pipe.Before());
+        pipe.GiveBack(pipe.Before());
         SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, strip_sums);
       }
       Multiply(SumsOf(tile));
       pipe.Advance();
     }
-    __syncthreads();
-    pipe.Store(behind - 1, pipe.Before());
+    SyncPass();
+    pipe.GiveBack(pipe.Before());
     SumsOf(behind - 1).Store((behind - 1) * kPassRows, x.rows, strip_sums);
   }
 
   __device__ void RunAll() {
-    pipe.rows = x.rows;
     pipe.Prepare();
+    if (IsCopying()) {
+      return pipe.Copy(x.grid, [&](int strip) {
+        const int column = strip * S::kColumns;
+        const int columns = min(x.columns - column, S::kColumns);
+        return StripBoxes<kTiles, 1>{
+            {&x.gate_boxes, &x.up_boxes}, {&x.h_boxes}, column, BoxesIn(columns)};
+      });
+    }
+    TakePassRegisters();
     ForEachRun(x.grid, [&](int strip, int first, int behind, int) { Run(strip, first, behind); });
-    WaitForBulkStores();
   }
 };
 
 template <int kGroups, Activation kActivation>
-__global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+__global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
     Block<kGroups, kActivation>{x, {memory}, sums}.RunAll();
   }
@@ -172,19 +172,19 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
   x.rows = static_cast<int>(a.h.dim(0));
   x.columns = static_cast<int>(a.h.dim(1));
   x.grid = S::GridOf(x.rows, x.columns);
-  x.gate = Data<const Bf16>(a.rows);
+  const Bf16* gate = Data<const Bf16>(a.rows);
+  x.gate_boxes = BoxesOf(gate, x.rows, x.columns, a.rows.stride(0), kPassRows);
+  x.up_boxes = BoxesOf(gate + x.columns, x.rows, x.columns, a.rows.stride(0), kPassRows);
+  x.h_boxes = BoxesOf(Data<const Bf16>(a.h), x.rows, x.columns, a.h.stride(0), kPassRows);
   x.a = Data<const Bf16>(a.a);
-  x.h = Data<Bf16>(a.h);
   x.s = Data<Bf16>(a.s);
-  x.row_stride = a.rows.stride(0);
-  x.h_stride = a.h.stride(0);
   x.s_stride = a.s.stride(0);
   x.s_columns = static_cast<int>(a.s.dim(1));
   x.sums = Data<float>(a.workspace);
   const auto pass = PassKernel<kGroups, kActivation>;
   constexpr int kBytes = S::kBytes;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass<<<x.grid.blocks, kPassThreads, kBytes, StreamOf(exec.stream)>>>(x);
+  pass<<<x.grid.blocks, kPassBlock, kBytes, StreamOf(exec.stream)>>>(x);
   CUDA_CHECK(cudaGetLastError());
   LaunchBehind(exec, AddUpKernel<kGroups>, x, static_cast<int64_t>(x.rows) * (x.s_columns / 4));
 }

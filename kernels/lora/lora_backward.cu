@@ -1,11 +1,10 @@
 // LoraBackward in one pass over dy, on the tensor cores.
 //
-// dy_p is cut into strips of columns (PassGrid), whose tiles come through shared memory, several
-// ahead, by bulk copies. A warp has 64 columns and 16 ranks: its share of db stays in registers to
-// the end, its share of ds of a tile goes through shared memory, where the block adds up those of
-// its warps. The sums of a strip and tile (ds) and of a block (db) go to the workspace; a second,
-// small kernel adds them up in the order of strips and blocks. So the order of every sum hangs on
-// T, N_p and r alone.
+// dy_p is cut into strips of columns (PassGrid), whose tiles come through shared memory (TilePipe).
+// A warp has 64 columns and 16 ranks: its share of db stays in registers to the end, its share of
+// ds of a tile goes through shared memory, where the block adds up those of its warps. The sums of
+// a strip and tile (ds) and of a block (db) go to the workspace; a second, small kernel adds them
+// up in the order of strips and blocks. So the order of every sum hangs on T, N_p and r alone.
 //
 // Partial sums: r / kColumns of the bytes of dy twice (written and read), and 64 KiB per block.
 #include "kernels/lora/lora_backward.h"
@@ -28,24 +27,22 @@ struct Shape {
   static constexpr int kColumnGroups = kPassWarps / kGroups;
   static constexpr int kColumns = kColumnGroups * kWarpColumns;
   static constexpr int kStages = 4 * kGroups;
+  using Pipe = TilePipe<1, 0, kColumns, kStages>;
   // Rows in shared memory lie apart so that no two of eight share a bank.
-  static constexpr int kPitch = kColumns + 8;
   static constexpr int kRankPitch = kRank + 8;
-  static constexpr int kTileElements = kPassRows * kPitch;
   static constexpr int kSElements = kPassRows * kRankPitch;
   static constexpr int kSumElements = kColumnGroups * kPassRows * kRankPitch;
-  static constexpr int kBarrierBytes = 128;
-  static_assert(8 * kStages <= kBarrierBytes);
-  static constexpr int kBytes =
-      kBarrierBytes + 2 * kStages * (kTileElements + kSElements) + 4 * 2 * kSumElements;
+  static constexpr int kBytes = Pipe::kBytes + 2 * kStages * kSElements + 4 * 2 * kSumElements;
   static_assert(kBytes <= 227 << 10);
 };
+static_assert(kWarpColumns == kBoxColumns);  // what is not loaded is nobody's
 
 struct Part {
+  CUtensorMap dy;
   const Bf16* b;
   float* db;
   int64_t b_stride, db_stride;
-  int column_begin, columns;
+  int columns;
   int first_strip;
 };
 struct Params {
@@ -53,12 +50,10 @@ struct Params {
   int parts, r;
   int rows;  // of dy, s and ds
   PassGrid grid;
-  const Bf16* dy;
   const Bf16* s;
   Bf16* ds;
-  int64_t dy_stride, s_stride, ds_stride;
+  int64_t s_stride, ds_stride;
   int ds_columns;
-  bool ragged;     // some tiles are not full
   float* ds_sums;  // (strips, rows, kRank)
   float* db_sums;  // (slots, kColumns, kRank)
   float scale, db_scale;
@@ -76,60 +71,25 @@ struct Block {
   static_assert(kPassRows * kRankCopies <= kPassThreads);
 
   const Params& x;
-  uint64_t* barriers;  // one per stage
-  Bf16* tiles;         // kStages of them
-  Bf16* s_tiles;       // likewise
-  float* sums;         // two
-  // Of the first row of the strip: where it is in dy, its bytes, and what the thread copies of s.
-  const Bf16* dy_from;
-  int row_bytes;
-  const Bf16* s_from;
+  typename S::Pipe pipe;
+  Bf16* s_tiles;                 // kStages
+  float* sums;                   // two
+  const Bf16* s_from = nullptr;  // what the thread copies of s's first row
   // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
   // twice 8 ranks; and B, whose rows are columns of dy.
   float db[4][2][4];
   uint32_t b[4][2][2];
-  int stage = 0, turn = 0;  // of the tile that is worked on; the turn's parity
 
   __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
   __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
 
-  __device__ void AimAt(int strip) {
-    const int p = PartOf(x, strip), thread = threadIdx.x;
-    const Part& part = x.part[p];
-    const int column = (strip - part.first_strip) * S::kColumns;
-    row_bytes = 2 * min(part.columns - column, S::kColumns);
-    dy_from = x.dy + part.column_begin + column;
-    s_from = x.s + thread / kRankCopies * x.s_stride + p * x.r + thread % kRankCopies * 8;
-  }
-
-  // Every warp copies a row: one warp would be busy with all as long as the others multiply.
-  __device__ void LoadTile(int tile, int stage) const {
+  __device__ void LoadS(int tile, int stage) const {
     const int row_begin = tile * kPassRows, thread = threadIdx.x;
-    if (thread % 32 == 0) {
-      const int row = thread / 32, bytes = row_begin + row < x.rows ? row_bytes : 0;
-      ExpectBytes(barriers + stage, bytes);
-      if (bytes > 0) {
-        BulkCopy(tiles + stage * S::kTileElements + row * S::kPitch,
-                 dy_from + (row_begin + row) * x.dy_stride, bytes, barriers + stage);
-      }
-    }
     if (thread >= kPassRows * kRankCopies) return;
     const int row = thread / kRankCopies, c = thread % kRankCopies * 8;
     const bool any = row_begin + row < x.rows && c < x.r;
     CopyAsync(s_tiles + stage * S::kSElements + row * S::kRankPitch + c,
               any ? s_from + row_begin * x.s_stride : x.s, any ? 16 : 0);
-  }
-
-  // What no copy writes must be a number: it is multiplied with zeros.
-  __device__ void Prepare() const {
-    if (threadIdx.x < S::kStages) InitBarrier(barriers + threadIdx.x, kPassRows);
-    if (x.ragged) {
-      for (int i = threadIdx.x * 8; i < S::kStages * S::kTileElements; i += kPassThreads * 8) {
-        *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
-      }
-    }
-    FenceBarriers();
-    __syncthreads();
   }
 
   __device__ void LoadParameters(int strip) {
@@ -171,20 +131,22 @@ struct Block {
     }
   }
 
-  __device__ void Multiply(int stage, int buffer) {
+  __device__ void Multiply(int buffer, bool any) {
     const int lane = threadIdx.x % 32;
-    const Bf16* tile = tiles + stage * S::kTileElements + Column();
+    const Bf16* tile = pipe.Tile(pipe.stage, 0);
+    const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
     // Rows 0-7, 8-15, 0-7, 8-15 of columns 0-7, 0-7, 8-15, 8-15; and across.
     const int down = lane % 16, right = lane / 16 * 8;
     const int across_down = lane / 16 * 8 + lane % 8, across_right = lane / 8 % 2 * 8;
     uint32_t s[4];
-    LoadTransposed(s, s_tiles + stage * S::kSElements + down * S::kRankPitch + Rank() + right);
+    LoadTransposed(s, s_tile + down * S::kRankPitch + Rank() + right);
     float ds[2][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      if (!any) break;
       uint32_t rows[4], columns[4];
-      LoadMatrices(rows, tile + down * S::kPitch + k * 16 + right);
-      LoadTransposed(columns, tile + across_down * S::kPitch + k * 16 + across_right);
+      LoadMatrices(rows, tile + S::Pipe::Place(down, Column() + k * 16 + right));
+      LoadTransposed(columns, tile + S::Pipe::Place(across_down, Column() + k * 16 + across_right));
       MultiplyAdd(ds[0], rows, b[k][0][0], b[k][0][1]);
       MultiplyAdd(ds[1], rows, b[k][1][0], b[k][1][1]);
       MultiplyAdd(db[k][0], columns, s[0], s[1]);
@@ -214,33 +176,53 @@ struct Block {
     }
   }
 
+  __device__ int Columns(int strip) const {
+    const Part& part = x.part[PartOf(x, strip)];
+    return min(part.columns - (strip - part.first_strip) * S::kColumns, S::kColumns);
+  }
+
   // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
   __device__ void Run(int strip, int first, int behind, int slot) {
+    const int thread = threadIdx.x;
+    const bool any = Column() < Columns(strip);
     int ahead = first;
-    AimAt(strip);
-    const auto load = [&](int to) {
-      if (ahead < behind) LoadTile(ahead++, to);
+    s_from =
+        x.s + thread / kRankCopies * x.s_stride + PartOf(x, strip) * x.r + thread % kRankCopies * 8;
+    const auto load_s = [&](int to) {
+      if (ahead < behind) LoadS(ahead++, to);
       CommitCopies();
     };
-    for (int i = 0; i < S::kStages - 1; ++i) load((stage + i) % S::kStages);
+    for (int i = 0; i < S::kStages - 1; ++i) load_s((pipe.stage + i) % S::kStages);
     LoadParameters(strip);
     for (int tile = first; tile < behind; ++tile) {
       // Even and odd tiles have sums of their own, so one barrier per tile is enough.
       WaitForCopies<S::kStages - 2>();
-      WaitFor(barriers + stage, turn);
-      __syncthreads();
-      load(stage == 0 ? S::kStages - 1 : stage - 1);
-      if (tile > first) StoreDs(strip, tile - 1, (tile - 1) % 2);
-      Multiply(stage, tile % 2);
-      if (++stage == S::kStages) stage = 0, turn ^= 1;
+      pipe.Wait();
+      SyncPass();
+      load_s(pipe.Before());
+      if (tile > first) {
+        pipe.GiveBack(pipe.Before());
+        StoreDs(strip, tile - 1, (tile - 1) % 2);
+      }
+      Multiply(tile % 2, any);
+      pipe.Advance();
     }
-    __syncthreads();
+    SyncPass();
+    pipe.GiveBack(pipe.Before());
     StoreDs(strip, behind - 1, (behind - 1) % 2);
     StoreGradients(slot);
   }
 
   __device__ void RunAll() {
-    Prepare();
+    pipe.Prepare();
+    if (IsCopying()) {
+      return pipe.Copy(x.grid, [&](int strip) {
+        const Part& part = x.part[PartOf(x, strip)];
+        return StripBoxes<1, 0>{
+            {&part.dy}, {}, (strip - part.first_strip) * S::kColumns, BoxesIn(Columns(strip))};
+      });
+    }
+    TakePassRegisters();
     ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
       Run(strip, first, behind, slot);
     });
@@ -248,16 +230,14 @@ struct Block {
 };
 
 template <int kGroups>
-__global__ __launch_bounds__(kPassThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+__global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
-    extern __shared__ __align__(128) unsigned char memory[];
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-    Bf16* tiles = reinterpret_cast<Bf16*>(memory + S::kBarrierBytes);
-    Bf16* s_tiles = tiles + S::kStages * S::kTileElements;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups>{x, barriers, tiles, s_tiles, sums, nullptr, 0, nullptr, {}, {}}.RunAll();
+    Block<kGroups>{x, {memory}, s_tiles, sums}.RunAll();
   }
 }
 
@@ -324,7 +304,7 @@ int64_t RowsAtOnce(const LoraBackwardArgs& a) {
 }
 
 template <int kGroups>
-Params ParamsOf(const LoraBackwardArgs& a, int64_t rows) {
+Params ParamsOf(const LoraBackwardArgs& a, int64_t begin, int64_t rows) {
   Params x{};
   x.parts = static_cast<int>(a.parts.size());
   x.r = static_cast<int>(a.parts[0].b.dim(1));
@@ -332,24 +312,21 @@ Params ParamsOf(const LoraBackwardArgs& a, int64_t rows) {
   int strips = 0;
   for (int p = 0; p < x.parts; ++p) {
     const LoraBackwardPart& part = a.parts[p];
-    x.part[p] = {Data<const Bf16>(part.b),
+    const Bf16* dy = Data<const Bf16>(a.dy) + begin * a.dy.stride(0) + part.column_begin;
+    x.part[p] = {BoxesOf(dy, rows, part.b.dim(0), a.dy.stride(0), kPassRows),
+                 Data<const Bf16>(part.b),
                  Data<float>(part.db),
                  part.b.stride(0),
                  part.db.stride(0),
-                 static_cast<int>(part.column_begin),
                  static_cast<int>(part.b.dim(0)),
                  strips};
     strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
-    x.ragged = x.ragged || part.b.dim(0) % Shape<kGroups>::kColumns != 0;
   }
-  x.ragged = x.ragged || a.dy.dim(0) % kPassRows != 0;
   x.rows = static_cast<int>(rows);
-  x.dy = Data<const Bf16>(a.dy);
-  x.s = Data<const Bf16>(a.s);
-  x.ds = Data<Bf16>(a.ds);
-  x.dy_stride = a.dy.stride(0);
   x.s_stride = a.s.stride(0);
   x.ds_stride = a.ds.stride(0);
+  x.s = Data<const Bf16>(a.s) + begin * x.s_stride;
+  x.ds = Data<Bf16>(a.ds) + begin * x.ds_stride;
   x.ds_columns = static_cast<int>(a.ds.dim(1));
   x.db_sums = Data<float>(a.workspace);
   x.ds_sums = x.db_sums + DbSums<kGroups>(x.grid);
@@ -367,11 +344,8 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
   CUDA_CHECK(cudaFuncSetAttribute(PassKernel<kGroups>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   S::kBytes));
   for (int64_t begin = 0; begin < T; begin += step) {
-    Params x = ParamsOf<kGroups>(a, std::min(step, T - begin));
-    x.dy += begin * x.dy_stride;
-    x.s += begin * x.s_stride;
-    x.ds += begin * x.ds_stride;
-    PassKernel<kGroups><<<x.grid.blocks, kPassThreads, S::kBytes, StreamOf(exec.stream)>>>(x);
+    const Params x = ParamsOf<kGroups>(a, begin, std::min(step, T - begin));
+    PassKernel<kGroups><<<x.grid.blocks, kPassBlock, S::kBytes, StreamOf(exec.stream)>>>(x);
     CUDA_CHECK(cudaGetLastError());
     const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
                           int64_t{x.grid.strips} * S::kColumns * (x.r / 4);

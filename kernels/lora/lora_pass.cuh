@@ -1,7 +1,8 @@
 // What the passes over the gradients of rows share on the device.
 #pragma once
 
-#include "kernels/core/tensor_core.cuh"
+#include "kernels/core/tensor_map.cuh"
+#include "kernels/core/warpgroup.cuh"
 #include "kernels/lora/lora_pass.h"
 
 namespace attune {
@@ -29,33 +30,57 @@ __device__ void ForEachRun(const PassGrid& grid, F&& f) {
   }
 }
 
-// Tiles of kColumns columns on their way through shared memory, of kLoads matrices whose rows are
-// copied there; what is left in the places of the first kStores goes back to memory. One tile is
-// worked on while the next one is copied and the one before goes back: three stages.
-//
-// Every warp copies a row, a lane for each matrix: one warp would be busy with all rows as long as
-// the others multiply.
-template <int kLoads, int kStores, int kColumns>
-struct TilePipe {
-  static constexpr int kStages = 3;
-  // Rows lie apart so that no two of eight share a bank.
-  static constexpr int kPitch = kColumns + 8;
-  static constexpr int kTileElements = kPassRows * kPitch;
-  static constexpr int kBarrierBytes = 128;
-  static constexpr int kBytes = kBarrierBytes + 2 * kStages * kLoads * kTileElements;
-  static_assert(8 * kStages <= kBarrierBytes && kStores <= kLoads);
+// One more warpgroup copies, so that those which compute do not wait for it; it leaves them most of
+// its registers. A block begins with 96 for each thread and can only share those out anew.
+constexpr int kPassBlock = kPassThreads + kWarpgroup;
+constexpr int kPassCopyingRegisters = 24, kPassComputingRegisters = 112;
+static_assert(kPassThreads * kPassComputingRegisters + kWarpgroup * kPassCopyingRegisters <=
+              kPassBlock * 96);
+__device__ inline bool IsCopying() {
+  return threadIdx.x >= kPassThreads;
+}
+__device__ inline void TakePassRegisters() {
+  if constexpr (kWarpgroupProducts) TakeRegisters<kPassComputingRegisters>();
+}
+// Of those that compute.
+__device__ inline void SyncPass() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kPassThreads) : "memory");
+}
 
-  unsigned char* memory;  // kBytes, at a multiple of 128
-  int rows, row_bytes;    // of a matrix; of a tile's row
-  // The strip's first row, of the matrix that this lane copies, if any; and where it goes back to.
-  const Bf16* from = nullptr;
-  Bf16* back = nullptr;
-  int64_t stride = 0, back_stride = 0;
+// A strip of some matrices: boxes of kBoxColumns columns, from one on.
+template <int kLoads, int kStores>
+struct StripBoxes {
+  const CUtensorMap* load[kLoads];
+  const CUtensorMap* store[kStores == 0 ? 1 : kStores];
+  int column, boxes;
+};
+
+__device__ inline int BoxesIn(int columns) {
+  return (columns + kBoxColumns - 1) / kBoxColumns;
+}
+
+// Tiles of kColumns columns on their way through shared memory, of kLoads matrices; what is left in
+// the places of the first kStores goes back to memory. A stage is worked on while others are copied
+// to, or back.
+template <int kLoads, int kStores, int kColumns, int kStages>
+struct TilePipe {
+  static constexpr int kBoxElements = kPassRows * kBoxColumns;
+  static constexpr int kTileElements = kPassRows * kColumns;
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kBytes = kBarrierBytes + 2 * kStages * kLoads * kTileElements;
+  static_assert(16 * kStages <= kBarrierBytes && kStores <= kLoads);
+
+  unsigned char* memory;    // kBytes, at a multiple of 1024
   int stage = 0, turn = 0;  // of the tile that is worked on; the turn's parity
 
-  __device__ uint64_t* Barriers() const { return reinterpret_cast<uint64_t*>(memory); }
+  __device__ uint64_t* Full(int at) const { return reinterpret_cast<uint64_t*>(memory) + at; }
+  __device__ uint64_t* Done(int at) const { return Full(kStages + at); }
   __device__ Bf16* Tile(int at, int which) const {
     return reinterpret_cast<Bf16*>(memory + kBarrierBytes) + (at * kLoads + which) * kTileElements;
+  }
+  // Of a tile; columns in multiples of 8.
+  __device__ static int Place(int row, int column) {
+    return column / kBoxColumns * kBoxElements + BoxPlace(row, column % kBoxColumns);
   }
   __device__ int Next() const { return stage == kStages - 1 ? 0 : stage + 1; }
   __device__ int Before() const { return stage == 0 ? kStages - 1 : stage - 1; }
@@ -64,44 +89,61 @@ struct TilePipe {
     turn ^= stage == 0;
   }
 
-  // Lane `which` copies this one.
-  __device__ void Aim(int which, const Bf16* first_row, int64_t row_stride) {
-    if (threadIdx.x % 32 == which) from = first_row, stride = row_stride;
-  }
-  __device__ void AimBack(int which, Bf16* first_row, int64_t row_stride) {
-    if (threadIdx.x % 32 == which) back = first_row, back_stride = row_stride;
-  }
-  // By all threads, before the first Load. What no copy writes must be a number: it is multiplied
-  // with zeros.
+  // By all threads, first of all.
   __device__ void Prepare() const {
-    if (threadIdx.x < kStages) InitBarrier(Barriers() + threadIdx.x, kLoads * kPassRows);
-    if (rows % kPassRows != 0) {
-      for (int i = threadIdx.x * 8; i < kStages * kLoads * kTileElements; i += kPassThreads * 8) {
-        *reinterpret_cast<uint4*>(Tile(0, 0) + i) = make_uint4(0, 0, 0, 0);
-      }
-    }
+    if (threadIdx.x < 2 * kStages) InitBarrier(Full(static_cast<int>(threadIdx.x)), 1);
     FenceBarriers();
     __syncthreads();
   }
-  // Into a stage whose last tile is on its way back.
-  __device__ void Load(int tile, int to) const {
-    const int lane_row = threadIdx.x / 32, which = threadIdx.x % 32;
-    if (which >= kLoads) return;
-    const int64_t row = tile * kPassRows + lane_row;
-    const int bytes = row < rows ? row_bytes : 0;
-    WaitForBulkReads();
-    ExpectBytes(Barriers() + to, bytes);
-    if (bytes == 0) return;
-    BulkCopy(Tile(to, which) + lane_row * kPitch, from + row * stride, bytes, Barriers() + to);
+  // All of the copying warpgroup's work. boxes_of(strip) is a StripBoxes.
+  template <typename F>
+  __device__ void Copy(const PassGrid& grid, F&& boxes_of) const {
+    if constexpr (kWarpgroupProducts) GiveRegisters<kPassCopyingRegisters>();
+    if (threadIdx.x != kPassThreads) return;
+    const int block = static_cast<int>(blockIdx.x), begin = FirstTile(grid, block);
+    const int count = FirstTile(grid, block + 1) - begin;
+    const auto load = [&](int i) {
+      const int strip = (begin + i) / grid.tiles, row = (begin + i) % grid.tiles * kPassRows;
+      const StripBoxes<kLoads, kStores> from = boxes_of(strip);
+      const int at = i % kStages;
+      ExpectBytes(Full(at), 2 * kLoads * from.boxes * kBoxElements);
+#pragma unroll
+      for (int which = 0; which < kLoads; ++which) {
+        for (int box = 0; box < from.boxes; ++box) {
+          LoadBox(Tile(at, which) + box * kBoxElements, *from.load[which], row,
+                  from.column + box * kBoxColumns, Full(at));
+        }
+      }
+    };
+    const auto store = [&](int i) {
+      const int strip = (begin + i) / grid.tiles, row = (begin + i) % grid.tiles * kPassRows;
+      const StripBoxes<kLoads, kStores> to = boxes_of(strip);
+#pragma unroll
+      for (int which = 0; which < kStores; ++which) {
+        for (int box = 0; box < to.boxes; ++box) {
+          StoreBox(*to.store[which], row, to.column + box * kBoxColumns,
+                   Tile(i % kStages, which) + box * kBoxElements);
+        }
+      }
+      CommitBulkStores();
+    };
+    for (int i = 0; i < min(count, kStages); ++i) load(i);
+    for (int i = 0; i < count; ++i) {
+      WaitFor(Done(i % kStages), i / kStages & 1);
+      if constexpr (kStores > 0) store(i);
+      if (i + kStages >= count) continue;
+      if constexpr (kStores > 0) WaitForBulkReads();
+      load(i + kStages);
+    }
+    if constexpr (kStores > 0) WaitForBulkStores();
   }
-  __device__ void Wait() const { WaitFor(Barriers() + stage, turn); }
-  // Behind a barrier behind FenceBulkCopies by those who wrote.
-  __device__ void Store(int tile, int at) const {
-    const int lane_row = threadIdx.x / 32, which = threadIdx.x % 32;
-    const int64_t row = tile * kPassRows + lane_row;
-    if (which >= kStores || row >= rows) return;
-    BulkStore(back + row * back_stride, Tile(at, which) + lane_row * kPitch, row_bytes);
-    CommitBulkStores();
+  // For those that compute.
+  __device__ void Wait() const {
+    WaitFor(Full(stage), turn);
+  }
+  // Behind SyncPass behind FenceBulkCopies by those who wrote.
+  __device__ void GiveBack(int at) const {
+    if (threadIdx.x == 0) Arrive(Done(at));
   }
 };
 

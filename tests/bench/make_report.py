@@ -36,7 +36,25 @@ def work_of(row):
     if row.get("ranks", 1) > 1:
         text += f" on each of {row['ranks']} ranks"
         text += " that share the weights" if row["share_weights"] else ""
+    if frozen(row):
+        text += " (an adapter on one layer alone)"
     return text + (f" ({row['label']})" if row.get("label") else "")
+
+
+def frozen(row):
+    return row.get("target", "all-linear") == "layers.0.q"
+
+
+def adapter_rows(session):
+    """What adapters on all linear layers cost beyond the frozen model's own passes."""
+    for f in filter(frozen, session["steps"]):
+        for r in session["steps"]:
+            same = ("model", "weights", "batch", "sequence", "micro_batch_tokens", "r")
+            if not frozen(r) and not r.get("log_normal") and r.get("ranks", 1) == 1 and \
+                    all(r[k] == f[k] for k in same) and weights_of(r) == weights_of(f) and \
+                    placement_of(r) == placement_of(f):
+                yield (r["model"], work_of(r), weights_of(r), f"{1e3 * f['step_s']:.0f}",
+                       f"{1e3 * r['step_s']:.0f}", f"{100 * (r['step_s'] / f['step_s'] - 1):.1f} %")
 
 
 def rank_rows(session):
@@ -86,7 +104,7 @@ def peer_rows(session):
     for p in session["peers"]:
         for products, fp8 in (("bf16", False), ("8-bit floats", True)):
             ours = [r for r in session["steps"]
-                    if r["model"] == p["model"] and r["batch"] == p["batch"]
+                    if not frozen(r) and r["model"] == p["model"] and r["batch"] == p["batch"]
                     and r["sequence"] == p["sequence"] and r["peak_gib"] <= 1.001 * p["peak_gib"]
                     and ("fp8" in r["weights"]) == fp8]
             if not ours:
@@ -142,7 +160,7 @@ def plot(session, path):
     import math
     points = [("attune, 8-bit products" if "fp8" in r["weights"] else "attune", r["peak_gib"],
                r["tokens_per_s"]) for r in session["steps"]
-              if r["model"] == "8b" and r["sequence"] == 2048]
+              if r["model"] == "8b" and r["sequence"] == 2048 and not frozen(r)]
     points += [(p["program"], p["peak_gib"], p["tokens_per_s"]) for p in session["peers"]
                if p["model"] == "8b" and p["sequence"] == 2048]
     if len(points) < 2:
@@ -240,6 +258,12 @@ def main():
             page += table(("model", "step", "pack", "weights", "activations", "tok/s", "of roof",
                            "TFLOP/s", "GiB", "plan", "model", "host GiB", "loss", "grad norm", "load s",
                            "first step s"), step_rows(session))
+        costs = list(adapter_rows(session)) if session.get("steps") else []
+        if costs:
+            page += ["", "### What adapters cost", "",
+                     "A step beside one whose only adapter is that of the first layer's q: the frozen "
+                     "model's own forward and backward pass.", ""]
+            page += table(("model", "step", "weights", "frozen, ms", "with adapters, ms", "cost"), costs)
         ranks = list(rank_rows(session)) if session.get("steps") else []
         if ranks:
             page += ["", "### Several GPUs", ""]

@@ -699,9 +699,10 @@ int Main(int argc, char** argv) {
   app.add_flag("--log-normal", flags.log_normal, "Documents of log-normal lengths, packed");
   app.add_option("--micro-tokens", flags.micro_tokens, "Tokens per pack [batch x sequence]");
   app.add_option("--rank", flags.r, "LoRA rank");
-  app.add_option("--target", flags.target,
-                 "Its layers [all-linear]; that of layers.0.self_attn.q_proj alone is the frozen "
-                 "model's own forward and backward pass");
+  app.add_option(
+      "--target", flags.target,
+      "Its layers [all-linear]; layers.0.q alone leaves little but the frozen model's own "
+      "forward and backward pass");
   app.add_option("--steps", flags.steps, "Timed");
   app.add_option("--warm-up", flags.warm_up, "Steps before them");
   app.add_flag("--dense", flags.dense, "bf16 base instead of NF4");
