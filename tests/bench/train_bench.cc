@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <fstream>
 #include <random>
+#include <utility>
 
 #include "kernels/attention/attention.h"
 #include "kernels/core/op_trace.h"
@@ -44,6 +45,8 @@ struct Flags {
   int device = 0, rank = 0, ranks = 1;
   std::string rendezvous;
   bool share_weights = false;
+  bool launches = false, wait = false;
+  int compare = 0;
   std::string json, label;
 };
 
@@ -207,6 +210,7 @@ EngineOptions OptionsOf(const Flags& flags) {
 
 struct StepTimes {
   double load_s = 0, first_step_s = 0, median_s = 0;
+  double pass_host_s = 0;  // the host's, until a pass is on its way
   double loss = 0, grad_norm = 0;
   double peak_gib = 0, arena_gib = 0, host_gib = 0;
   double tokens_per_s = 0, predicted_tokens_per_s = 0;
@@ -280,6 +284,118 @@ absl::StatusOr<std::unique_ptr<Communicator>> Join(const Flags& flags) {
   return NewNcclCommunicator({.rank = flags.rank, .size = flags.ranks}, store.get());
 }
 
+// How steps are run: as a trainer does, but for what is switched off.
+struct Mode {
+  bool replay = true;  // passes as CUDA graphs
+  bool ahead = true;   // a step's loss is read when the next one's first pass is on its way
+};
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values.empty() ? 0 : values[values.size() / 2];
+}
+
+// Steps one after the other, and how long they take.
+class StepLoop {
+ public:
+  StepLoop(const Flags& flags, Engine* engine, Communicator* comm)
+      : flags_(flags), engine_(engine), comm_(comm), rng_(1 + flags.rank) {}
+
+  void SetMode(const Mode& mode) {
+    mode_ = mode;
+    engine_->SetReplay(mode.replay);
+  }
+  // All of them read at the end.
+  absl::Status Steps(int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (absl::Status s = Step(); !s.ok()) return s;
+    }
+    return Read();
+  }
+  void Forget() {
+    times_.clear();
+    host_.clear();
+    flops_ = 0;
+  }
+  const StepResult& last() const { return last_; }
+  double StepSeconds() const { return Median(times_); }
+  double PassHostSeconds() const { return Median(host_); }
+  double Tflops() const {
+    double seconds = 0;
+    for (double time : times_) seconds += time;
+    return flops_ / seconds / 1e12;
+  }
+
+ private:
+  absl::Status Step() {
+    const Clock::time_point begin = Clock::now();
+    std::vector<Pack> packs;
+    StepInput input{.step = step_++, .learning_rate = 1e-4};
+    const int64_t micro = flags_.batch * flags_.sequence / flags_.micro_tokens;
+    for (int64_t k = 0; k < micro; ++k) {
+      packs.push_back(RandomPack(flags_, engine_->model().config().vocab_size, &rng_));
+      input.trained_tokens += flags_.ranks * packs.back().trained_tokens;
+    }
+    flops_ += StepFlops(engine_->model().config(), packs);
+    engine_->BeginStep(input);
+    for (int64_t k = 0; k < micro; ++k) {
+      const Clock::time_point pass = Clock::now();
+      engine_->TrainPass({&packs[k], k}, comm_);
+      if (k == 0) host_.push_back(Seconds(pass));
+      if (absl::Status s = Read(); !s.ok()) return s;
+    }
+    if (absl::Status s = engine_->EndStep(/*stop_requested=*/false, comm_); !s.ok()) return s;
+    begin_ = begin;
+    unread_ = true;
+    return mode_.ahead ? absl::OkStatus() : Read();
+  }
+
+  absl::Status Read() {
+    if (!std::exchange(unread_, false)) return absl::OkStatus();
+    last_ = engine_->ReadStep();
+    const Clock::time_point now = Clock::now();
+    const std::chrono::duration<double> time = now - std::max(begin_, last_read_);
+    times_.push_back(time.count());
+    last_read_ = now;
+    return comm_->Wait();
+  }
+
+  const Flags& flags_;
+  Engine* engine_;
+  Communicator* comm_;
+  std::mt19937_64 rng_;
+  Mode mode_;
+  int64_t step_ = 0;
+  bool unread_ = false;
+  Clock::time_point begin_, last_read_;
+  StepResult last_;
+  std::vector<double> times_, host_;
+  double flops_ = 0;
+};
+
+// The modes in turn, several times over, so that all see the same clocks.
+absl::Status Compare(const Flags& flags, StepLoop* loop) {
+  constexpr Mode kModes[] = {{false, false}, {true, false}, {false, true}, {true, true}};
+  std::vector<double> step_s[std::size(kModes)], host_s[std::size(kModes)];
+  for (int round = 0; round < flags.compare; ++round) {
+    for (size_t i = 0; i < std::size(kModes); ++i) {
+      loop->SetMode(kModes[i]);
+      if (absl::Status s = loop->Steps(2); !s.ok()) return s;  // recorded by then
+      loop->Forget();
+      if (absl::Status s = loop->Steps(flags.steps); !s.ok()) return s;
+      step_s[i].push_back(loop->StepSeconds());
+      host_s[i].push_back(loop->PassHostSeconds());
+    }
+  }
+  for (size_t i = 0; i < std::size(kModes); ++i) {
+    std::printf("  %-8s %-5s step %9.3f ms (", kModes[i].replay ? "graphs" : "launches",
+                kModes[i].ahead ? "ahead" : "wait", Median(step_s[i]) * 1e3);
+    for (double s : step_s[i]) std::printf(" %.3f", s * 1e3);
+    std::printf(" ), host %.3f ms a pass\n", Median(host_s[i]) * 1e3);
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) {
   EngineOptions options = OptionsOf(flags);
   absl::StatusOr<v1::MemoryEstimate> plan = PlanOf(flags, weights, &options);
@@ -298,49 +414,36 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
   out.load_s = Seconds(start);
   absl::StatusOr<std::unique_ptr<Communicator>> comm = Join(flags);
   if (!comm.ok()) return comm.status();
-  std::mt19937_64 rng(1 + flags.rank);
-  std::vector<double> times, flops;
-  const auto step = [&](int64_t i) -> absl::Status {
-    std::vector<Pack> packs;
-    std::vector<PackRef> refs;
-    StepInput input{.step = i, .learning_rate = 1e-4};
-    const int64_t micro = flags.batch * flags.sequence / flags.micro_tokens;
-    for (int64_t k = 0; k < micro; ++k) {
-      packs.push_back(RandomPack(flags, options.model.vocab_size, &rng));
-      input.trained_tokens += flags.ranks * packs.back().trained_tokens;
-    }
-    for (int64_t k = 0; k < micro; ++k) refs.push_back({&packs[k], k});
-    const Clock::time_point begin = Clock::now();
-    auto result = (*engine)->TrainStep(input, refs, comm->get(), [] {});
-    if (!result.ok()) return result.status();
-    times.push_back(Seconds(begin));
-    flops.push_back(StepFlops(options.model, packs));
-    out.loss = result->loss;
-    out.grad_norm = result->grad_norm;
-    return (*comm)->Wait();
-  };
-  for (int64_t i = 0; i < flags.warm_up + flags.steps; ++i) {
-    if (absl::Status s = step(i); !s.ok()) return s;
+  StepLoop loop(flags, engine->get(), comm->get());
+  loop.SetMode({.replay = !flags.launches, .ahead = !flags.wait});
+  for (int64_t i = 0; i < flags.warm_up; ++i) {
+    if (absl::Status s = loop.Steps(1); !s.ok()) return s;
     if (i == 0) out.first_step_s = Seconds(start);
   }
+  if (flags.compare > 0) {
+    if (absl::Status s = Compare(flags, &loop); !s.ok()) return s;
+  }
+  loop.Forget();
+  if (absl::Status s = loop.Steps(flags.steps); !s.ok()) return s;
+  out.loss = loop.last().loss;
+  out.grad_norm = loop.last().grad_norm;
   out.peak_gib = static_cast<double>(UsedBytes() - before) / (1 << 30);
   out.arena_gib = static_cast<double>(plan->peak_bytes()) / (1 << 30);
   out.host_gib =
       static_cast<double>((*engine)->model().HostBytes((*engine)->context(), flags.micro_tokens)) /
       (1 << 30);
-  std::vector<double> timed(times.begin() + flags.warm_up, times.end());
-  std::sort(timed.begin(), timed.end());
-  out.median_s = timed[timed.size() / 2];
+  out.median_s = loop.StepSeconds();
+  out.pass_host_s = loop.PassHostSeconds();
   out.tokens_per_s = static_cast<double>(flags.batch * flags.sequence) / out.median_s;
-  for (size_t i = flags.warm_up; i < times.size(); ++i) {
-    out.tflops += flops[i] / times[i] / 1e12 / static_cast<double>(flags.steps);
-  }
+  out.tflops = loop.Tflops();
   if (flags.profile) {
     OpTrace trace;
+    loop.SetMode({.ahead = false});
     (*engine)->SetTrace(&trace);
-    if (absl::Status s = step(99); !s.ok()) return s;
+    loop.Forget();
+    if (absl::Status s = loop.Steps(1); !s.ok()) return s;
     (*engine)->SetTrace(nullptr);
-    PrintProfile(engine->get(), times.back(), trace);
+    PrintProfile(engine->get(), loop.StepSeconds(), trace);
   }
   return out;
 }
@@ -535,7 +638,8 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
       static_cast<long long>(flags.policy.layers_rebuilt),
       static_cast<long long>(flags.policy.mlp_tile), t.tokens_per_s, t.median_s * 1e3, t.peak_gib,
       t.arena_gib, t.host_gib, t.loss, t.grad_norm, t.load_s, t.first_step_s);
-  std::printf(", predicted %.0f tok/s, %.1f TFLOP/s", t.predicted_tokens_per_s, t.tflops);
+  std::printf(", predicted %.0f tok/s, %.1f TFLOP/s, host %.2f ms a pass", t.predicted_tokens_per_s,
+              t.tflops, t.pass_host_s * 1e3);
   if (flags.log_normal) std::printf(", log-normal lengths");
   if (flags.ranks > 1) {
     std::printf(", each of %d ranks%s", flags.ranks,
@@ -572,6 +676,9 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
                     {"tflops", t.tflops},
                     {"log_normal", flags.log_normal},
                     {"step_s", t.median_s},
+                    {"launches", flags.launches},
+                    {"wait", flags.wait},
+                    {"pass_host_s", t.pass_host_s},
                     {"peak_gib", t.peak_gib},
                     {"arena_gib", t.arena_gib},
                     {"host_gib", t.host_gib},
@@ -623,6 +730,9 @@ int Main(int argc, char** argv) {
   app.add_option("--my-rank", flags.rank, "Which of them this is; 0 prints");
   app.add_option("--rendezvous", flags.rendezvous, "A new directory that all of them see");
   app.add_flag("--share-weights", flags.share_weights, "Each has its share of the NF4 weights");
+  app.add_flag("--launches", flags.launches, "No CUDA graphs");
+  app.add_flag("--wait", flags.wait, "Read each step's loss before the next one begins");
+  app.add_option("--compare", flags.compare, "With and without these two, so often in turn");
   app.add_flag("--profile", flags.profile, "Time every op of one more step");
   app.add_option("--json", flags.json, "Append a row to this file");
   app.add_option("--label", flags.label, "Of the row");

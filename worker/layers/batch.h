@@ -22,7 +22,6 @@ struct PackBatch {
   TensorView label_rows;   // (T)      i32, rows with a label first, then -1
   TensorView labels;       // (T)      i32, next token of label_rows[i], then -1
   int64_t num_labels = 0;  // host copy: bounds the work of the head, not its memory
-  int64_t num_tokens = 0;  // host copy: tokens of documents, the rest is padding
 };
 
 }  // namespace attune

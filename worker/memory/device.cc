@@ -200,6 +200,12 @@ void StreamEvent::MakeWait(const Exec& exec) const {
 #endif
 }
 
+void StreamEvent::Wait() const {
+#ifdef ATTUNE_HAS_CUDA
+  if (event_ != nullptr) CUDA_CHECK(cudaEventSynchronize(EventOf(event_)));
+#endif
+}
+
 void CopyToDevice(const Exec& exec, const void* host, const TensorView& view) {
   if (exec.plan || view.size() == 0) return;
   CHECK(view.contiguous());

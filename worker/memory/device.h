@@ -50,6 +50,8 @@ class StreamEvent {
   // What is put into the stream from now on runs after the recorded point (nothing recorded: no
   // wait).
   void MakeWait(const Exec& exec) const;
+  // Returns when the recorded point has been reached.
+  void Wait() const;
 
  private:
   void* event_ = nullptr;

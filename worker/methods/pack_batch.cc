@@ -1,8 +1,10 @@
 #include "worker/methods/pack_batch.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
+#include "kernels/elementwise/elementwise.h"
 #include "kernels/rope/rope.h"
 
 namespace attune {
@@ -26,21 +28,38 @@ PackBuffers::PackBuffers(const LayerContext& ctx, int64_t tokens,
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWorkspace, dtype, shape);
   };
   const int64_t S = MaxSegments(tokens);
+  // Each begins where a block of the arena would.
+  constexpr int64_t kAligned = Arena::kAlignment / static_cast<int64_t>(sizeof(int32_t));
+  int64_t end = 0;
+  std::vector<std::pair<TensorView*, int64_t>> places;
+  const auto number = [&](TensorView* view, int64_t n) {
+    *view = TensorView(nullptr, DType::kI32, {n});
+    places.emplace_back(view, end);
+    end += (n + kAligned - 1) / kAligned * kAligned;
+  };
   batch_.tokens = tokens;
-  batch_.ids = room(DType::kI32, {tokens});
-  batch_.positions = room(DType::kI32, {tokens});
+  AttentionSegments& segments = batch_.segments;
+  number(&batch_.ids, tokens);
+  number(&batch_.positions, tokens);
+  number(&batch_.label_rows, tokens);
+  number(&batch_.labels, tokens);
+  number(&segments.num_segments, 1);
+  number(&segments.q_begin, S + 1);
+  number(&segments.k_begin, S);
+  number(&segments.k_length, S);
+  number(&segments.q_offset, S);
+  numbers_ = room(DType::kI32, {end});
+  for (const auto& [view, begin] : places) {
+    *view = numbers_.Slice(0, begin, begin + view->dim(0));
+  }
+  for (Slot& slot : slots_) {
+    if (!ctx.exec.plan) CHECK(slot.memory.Allocate(ctx.exec.device, numbers_.bytes()).ok());
+  }
   for (size_t i = 0; i < ropes.size(); ++i) {
     const int64_t half = ropes[i].inverse_frequencies.size();
     batch_.rotary[i] = {room(ctx.accumulator(), {tokens, half}),
                         room(ctx.accumulator(), {tokens, half})};
   }
-  batch_.segments = {.num_segments = room(DType::kI32, {1}),
-                     .q_begin = room(DType::kI32, {S + 1}),
-                     .k_begin = room(DType::kI32, {S}),
-                     .k_length = room(DType::kI32, {S}),
-                     .q_offset = room(DType::kI32, {S})};
-  batch_.label_rows = room(DType::kI32, {tokens});
-  batch_.labels = room(DType::kI32, {tokens});
 }
 
 void PackBuffers::Rope(const LayerContext& ctx, const PackBatch& batch, int64_t begin, int64_t end,
@@ -96,28 +115,32 @@ PackBatch PackBuffers::Upload(const LayerContext& ctx, const Pack& pack) const {
   batch.segments = SegmentsFor(S);
   CHECK(static_cast<int64_t>(pack.ids.size()) == batch.tokens);
   CHECK(S <= MaxSegments(batch.tokens));
-  std::vector<int32_t> k_begin(pack.q_begin.begin(), pack.q_begin.begin() + S);
-  std::vector<int32_t> k_length(S), q_offset(S, 0);
-  for (int32_t s = 0; s < S; ++s) k_length[s] = pack.q_begin[s + 1] - pack.q_begin[s];
-  std::vector<int32_t> rows, labels;
+  Slot& slot = slots_[uploads_++ % 2];
+  slot.fetched.Wait();
+  const TensorView numbers(slot.memory.data(), DType::kI32, {numbers_.dim(0)});
+  const auto at = [&](const TensorView& view) {
+    return numbers.As<int32_t>() + (view.As<int32_t>() - numbers_.As<int32_t>());
+  };
+  std::copy(pack.ids.begin(), pack.ids.end(), at(batch.ids));
+  std::copy(pack.positions.begin(), pack.positions.end(), at(batch.positions));
+  *at(batch.segments.num_segments) = S;
+  std::copy_n(pack.q_begin.begin(), S + 1, at(batch.segments.q_begin));
+  std::copy_n(pack.q_begin.begin(), S, at(batch.segments.k_begin));
+  for (int32_t s = 0; s < S; ++s) {
+    at(batch.segments.k_length)[s] = pack.q_begin[s + 1] - pack.q_begin[s];
+  }
+  std::fill_n(at(batch.segments.q_offset), S, 0);
+  int32_t *const rows = at(batch.label_rows), *const labels = at(batch.labels);
+  std::fill_n(rows, batch.tokens, -1);
+  std::fill_n(labels, batch.tokens, -1);
+  batch.num_labels = 0;
   for (int64_t t = 0; t < batch.tokens; ++t) {
     if (pack.targets[t] < 0) continue;
-    rows.push_back(static_cast<int32_t>(t));
-    labels.push_back(pack.targets[t]);
+    rows[batch.num_labels] = static_cast<int32_t>(t);
+    labels[batch.num_labels++] = pack.targets[t];
   }
-  batch.num_labels = static_cast<int64_t>(rows.size());
-  batch.num_tokens = pack.q_begin[S];
-  rows.resize(batch.tokens, -1);
-  labels.resize(batch.tokens, -1);
-  Upload32(ctx, pack.ids, batch.ids);
-  Upload32(ctx, pack.positions, batch.positions);
-  Upload32(ctx, {S}, batch.segments.num_segments);
-  Upload32(ctx, {pack.q_begin.begin(), pack.q_begin.begin() + S + 1}, batch.segments.q_begin);
-  Upload32(ctx, k_begin, batch.segments.k_begin);
-  Upload32(ctx, k_length, batch.segments.k_length);
-  Upload32(ctx, q_offset, batch.segments.q_offset);
-  Upload32(ctx, rows, batch.label_rows);
-  Upload32(ctx, labels, batch.labels);
+  Copy(ctx.exec, {.x = numbers, .y = numbers_});
+  slot.fetched.Record(ctx.exec);
   RopeOfDocuments(ctx, batch, pack);
   return batch;
 }
@@ -128,7 +151,6 @@ PackBatch PackBuffers::UploadChunk(const LayerContext& ctx, absl::Span<const int
   const int64_t n = ctx.exec.plan ? batch.tokens : static_cast<int64_t>(ids.size());
   CHECK(n <= batch.tokens);
   batch.tokens = n;
-  batch.num_tokens = n;
   batch.ids = batch.ids.Slice(0, 0, n);
   batch.positions = batch.positions.Slice(0, 0, n);
   for (size_t i = 0; i < ropes_.size(); ++i) {

@@ -4,6 +4,7 @@
 #include "worker/data/packing.h"
 #include "worker/layers/batch.h"
 #include "worker/layers/context.h"
+#include "worker/memory/device.h"
 #include "worker/model/model.h"
 
 namespace attune {
@@ -18,7 +19,8 @@ class PackBuffers {
   // the buffers.
   PackBuffers(const LayerContext& ctx, int64_t tokens, const std::vector<RotaryEmbedding>& ropes);
 
-  // Copies the pack and computes the rope tables. `pack` is not looked at on the plan device.
+  // Copies the pack and computes the rope tables. `pack` is not looked at on the plan device, and
+  // may be forgotten on return. It waits for the upload before the last.
   PackBatch Upload(const LayerContext& ctx, const Pack& pack) const;
 
   // A chunk of one sequence that continues behind `cache_begin` keys, for generation. `is_long`:
@@ -35,6 +37,15 @@ class PackBuffers {
 
   const std::vector<RotaryEmbedding>& ropes_;
   PackBatch batch_;
+  // i32: all that comes from the host. A kernel fetches it from pinned memory: a copy of its own
+  // would have to take turns with those of activations, which may wait for what comes after it.
+  TensorView numbers_;
+  struct Slot {
+    PinnedMemory memory;
+    StreamEvent fetched;
+  };
+  mutable Slot slots_[2];
+  mutable int64_t uploads_ = 0;
 };
 
 }  // namespace attune

@@ -1,6 +1,7 @@
 #include "worker/model/model.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <utility>
 
@@ -175,6 +176,55 @@ absl::Status LoadLinear(const LayerContext& ctx, const WeightSource& source,
   return absl::OkStatus();
 }
 
+// ---- Keys of what is replayed: all that a pass reads on the host and that may change ----
+
+int64_t AddressOf(const TensorView& view) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data));
+}
+// Where the arena's bottom stack ends.
+TensorView Bottom(const LayerContext& ctx) {
+  return ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, 0);
+}
+
+void AddView(const TensorView& view, StreamGraph::Key* key) {
+  key->push_back(AddressOf(view));
+  key->insert(key->end(), view.shape, view.shape + TensorView::kMaxRank);
+  key->insert(key->end(), view.strides, view.strides + TensorView::kMaxRank);
+}
+
+StreamGraph::Key KeyOf(const LayerContext& ctx) {
+  StreamGraph::Key key = {
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(ctx.exec.stream)),
+      ctx.exec.deterministic,
+      ctx.fused_lora,
+      std::bit_cast<int64_t>(ctx.dropout.p),
+      static_cast<int64_t>(ctx.dropout.seed),
+      ctx.dropout.first_row,
+      std::bit_cast<int64_t>(ctx.neftune_noise_alpha),
+  };
+  AddView(ctx.dropout.step_pack, &key);
+  AddView(Bottom(ctx), &key);
+  AddView(ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace, 0), &key);
+  return key;
+}
+
+// Not of labels: the head is not replayed.
+StreamGraph::Key KeyOf(const LayerContext& ctx, const PackBatch& batch) {
+  StreamGraph::Key key = KeyOf(ctx);
+  const AttentionSegments& s = batch.segments;
+  key.push_back(batch.tokens);
+  key.push_back(s.whole);
+  for (const TensorView* view : {&batch.ids, &batch.positions, &s.num_segments, &s.q_begin,
+                                 &s.k_begin, &s.k_length, &s.q_offset}) {
+    AddView(*view, &key);
+  }
+  for (const RotaryTable& table : batch.rotary) {
+    AddView(table.cos, &key);
+    AddView(table.sin, &key);
+  }
+  return key;
+}
+
 TensorView& NormOf(TransformerBlock* block, BlockNorm norm) {
   switch (norm) {
     case BlockNorm::kAttention:
@@ -205,7 +255,11 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     : config_(config),
       embedding_on_host_(false),
       policy_(options.activations),
-      adapters_(adapters) {
+      adapters_(adapters),
+      can_replay_(!options.prefetch && options.shards == 1 &&
+                  options.activations.streams_on_host == 0 &&
+                  options.activations.gate_ups_on_host == 0),
+      replay_(can_replay_) {
   const auto dense = [&](std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);
   };
@@ -559,15 +613,21 @@ void Model::MakeRooms(const LayerContext& ctx) const {
 
 void Model::RefreshLinears(const LayerContext& ctx) const {
   if (adapters_ == nullptr || adapters_->version() == refreshed_version_) return;
-  MakeRooms(ctx);
-  for (const TransformerBlock& block : blocks_) {
-    for (const LoraLinear* linear : block.linears()) linear->Refresh(ctx);
+  const auto enqueue = [&] {
+    MakeRooms(ctx);
+    for (const TransformerBlock& block : blocks_) {
+      for (const LoraLinear* linear : block.linears()) linear->Refresh(ctx);
+    }
+  };
+  if (replay_) {
+    refresh_.Run(ctx.exec, KeyOf(ctx), enqueue);
+  } else {
+    enqueue();
   }
   refreshed_version_ = adapters_->version();
 }
 
 LayerContext Model::BeginPass(const LayerContext& ctx) const {
-  RefreshLinears(ctx);
   LayerContext pass = ctx;
   if (prefetch_bytes_ > 0) {
     prefetcher_.BeginPass(ctx, prefetch_bytes_, gather_bytes_);
@@ -616,7 +676,39 @@ void Model::Embed(const LayerContext& ctx, const PackBatch& batch, const TensorV
                    {.ids = batch.ids, .table = embedding_, .y = x, .scale = EmbeddingScale(ctx)});
 }
 
-Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedModel* saved) const {
+Model::ReplayedPass* Model::PassOf(const StreamGraph::Key& key) const {
+  constexpr size_t kMost = 4;
+  auto found = std::find_if(passes_.begin(), passes_.end(),
+                            [&](const ReplayedPass& pass) { return pass.forward.key() == key; });
+  if (found != passes_.end()) {
+    passes_.splice(passes_.begin(), passes_, found);
+  } else if (passes_.size() < kMost) {
+    passes_.emplace_front();
+  } else {
+    passes_.splice(passes_.begin(), passes_, std::prev(passes_.end()));
+  }
+  return &passes_.front();
+}
+
+Hidden Model::Forward(const LayerContext& ctx, const PackBatch& batch, SavedModel* saved) const {
+  RefreshLinears(ctx);
+  pass_ = nullptr;
+  if (!replay_) return EnqueueForward(ctx, batch, saved);
+  const StreamGraph::Key key = KeyOf(ctx, batch);
+  pass_ = PassOf(key);
+  const TensorView begin = Bottom(ctx);
+  if (pass_->forward.Run(ctx.exec, key,
+                         [&] { pass_->hidden = EnqueueForward(ctx, batch, &pass_->saved); })) {
+    pass_->kept_bytes = AddressOf(Bottom(ctx)) - AddressOf(begin);
+  } else {
+    ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, pass_->kept_bytes);
+  }
+  *saved = pass_->saved;
+  return pass_->hidden;
+}
+
+Hidden Model::EnqueueForward(const LayerContext& outer, const PackBatch& batch,
+                             SavedModel* saved) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
   const LayerContext ctx = BeginPass(outer);
   streams_.BeginPass(ctx.arena);
@@ -655,6 +747,7 @@ Hidden Model::Forward(const LayerContext& outer, const PackBatch& batch, SavedMo
 Hidden Model::Infer(const LayerContext& outer, const PackBatch& batch,
                     const std::vector<KvCache>* caches, int64_t cache_begin) const {
   const int64_t T = batch.tokens, C = config_.hidden_size;
+  RefreshLinears(outer);
   const LayerContext ctx = BeginPass(outer);
   const TensorView delta = ctx.Saved(ctx.dtype, {T, C});
   // Every block has the same memory.
@@ -683,8 +776,20 @@ int64_t Model::dx_columns() const {
   return config_.hidden_size + room;
 }
 
-void Model::Backward(const LayerContext& outer, const PackBatch& batch, const SavedModel& saved,
+void Model::Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
                      const TensorView& dx) const {
+  if (pass_ == nullptr) return EnqueueBackward(ctx, batch, saved, dx);
+  StreamGraph::Key key = KeyOf(ctx, batch);
+  AddView(dx, &key);
+  // The last block's views stand for all: they are those of Forward, at its key.
+  AddView(saved.blocks.back().x2, &key);
+  const bool ran =
+      pass_->backward.Run(ctx.exec, key, [&] { EnqueueBackward(ctx, batch, saved, dx); });
+  if (!ran) ++passes_replayed_;
+}
+
+void Model::EnqueueBackward(const LayerContext& outer, const PackBatch& batch,
+                            const SavedModel& saved, const TensorView& dx) const {
   LayerContext ctx = outer;  // of the pass that Forward began
   if (prefetch_bytes_ > 0) ctx.prefetcher = &prefetcher_;
   for (int64_t i = config_.num_layers - 1; i >= 0; --i) {

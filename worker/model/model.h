@@ -5,6 +5,7 @@
 #pragma once
 
 #include <functional>
+#include <list>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "worker/layers/block.h"
 #include "worker/layers/lm_head.h"
 #include "worker/layers/weight_prefetcher.h"
+#include "worker/memory/stream_graph.h"
 #include "worker/memory/travel.h"
 #include "worker/model/activation_policy.h"
 #include "worker/model/adapter_set.h"
@@ -105,6 +107,13 @@ class Model {
   void Backward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
                 const TensorView& dx) const;
 
+  // Whether passes are replayed as CUDA graphs, all but the head, whose work hangs on the labels of
+  // a pack: from the start they are, if no second stream takes part (prefetch, activations on the
+  // host) and no other rank (shards). Off, every op is launched. The bits are the same.
+  void SetReplay(bool on) { replay_ = on && can_replay_; }
+  // Training passes that were replayed so far, from end to end.
+  int64_t passes_replayed() const { return passes_replayed_; }
+
   const ModelConfig& config() const { return config_; }
   const LmHead& head() const { return head_; }
   const std::vector<RotaryEmbedding>& ropes() const { return ropes_; }
@@ -128,6 +137,18 @@ class Model {
   void RefreshLinears(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;
+  Hidden EnqueueForward(const LayerContext& ctx, const PackBatch& batch, SavedModel* saved) const;
+  void EnqueueBackward(const LayerContext& ctx, const PackBatch& batch, const SavedModel& saved,
+                       const TensorView& dx) const;
+  // A training pass as it is replayed, and what its Forward gives.
+  struct ReplayedPass {
+    StreamGraph forward, backward;
+    Hidden hidden;
+    SavedModel saved;
+    int64_t kept_bytes = 0;  // on the arena's bottom
+  };
+  // Of this key, or the one that has not been used for the longest time.
+  ReplayedPass* PassOf(const StreamGraph::Key& key) const;
   LayerPlaces PlacesOf(int64_t layer) const {
     return attune::PlacesOf(policy_, config_.num_layers, layer);
   }
@@ -172,6 +193,12 @@ class Model {
   int64_t gather_bytes_ = 0;    // of a prefetch
   int64_t prefetch_bytes_ = 0;  // of a buffer; 0: weights are expanded when they are used
   mutable int64_t refreshed_version_ = -1;
+  bool can_replay_, replay_;
+  mutable StreamGraph refresh_;
+  // The last used first: packs have few capacities (PackBuffers), so few keys.
+  mutable std::list<ReplayedPass> passes_;
+  mutable int64_t passes_replayed_ = 0;
+  mutable ReplayedPass* pass_ = nullptr;  // that Forward began, if it is one of them
 };
 
 }  // namespace attune

@@ -96,6 +96,10 @@ absl::Status Engine::Load(const WeightSource& weights, const std::function<void(
   const int64_t tokens = options_.spec.batch().micro_batch_tokens();
   Lap lap;
   if (absl::Status s = model_->TakeHostMemory(ctx_, tokens); !s.ok()) return s;
+  if (!ctx_.exec.plan) {
+    absl::Status s = results_.Allocate(options_.device, adapters_->tail().bytes() + norm_.bytes());
+    if (!s.ok()) return s;
+  }
   load_times_.memory_s += lap();
   adapters_->Initialise(ctx_, options_.spec.seed());
   optimizer_->Reset(ctx_);
@@ -158,36 +162,70 @@ absl::StatusOr<bool> Engine::RanksAgree(uint16_t number, Communicator* comm) {
   return Download(ctx_.exec, evaluation_)[0] == static_cast<double>(number) * comm->size();
 }
 
-absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
-                                             absl::Span<const PackRef> packs, Communicator* comm,
-                                             const std::function<void()>& progress) {
+void Engine::BeginStep(const StepInput& input) {
   arena_.BeginPhase("train");
-  const TensorView tail = adapters_->tail();
+  step_ = input;
   Fill(ctx_.exec, {.x = adapters_->grad_with_tail(), .value = 0});
-  Upload(ctx_.exec, {1.0 / static_cast<double>(input.trained_tokens)}, grad_scale_);
+  Fill(ctx_.exec, {.x = grad_scale_, .value = 1.0 / static_cast<double>(input.trained_tokens)});
+  Fill(ctx_.exec, {.x = step_pack_.Slice(0, 0, 1), .value = static_cast<double>(input.step)});
+}
+
+void Engine::TrainPass(const PackRef& ref, Communicator* comm) {
+  StreamEvent& passed = passed_[passes_++ % 2];
+  passed.Wait();
+  arena_.BeginPhase("train");
   LayerContext train = ctx_;
   train.weight_ranks = comm;
   train.dropout.p = options_.spec.lora().dropout();
-  for (const PackRef& ref : packs) {
-    const int32_t step_pack[] = {static_cast<int32_t>(input.step), static_cast<int32_t>(ref.index)};
-    CopyToDevice(ctx_.exec, step_pack, step_pack_);
-    const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
-    method_->Train(train, *model_, batch,
-                   {.grad_scale = grad_scale_, .loss = tail.Slice(0, kTailLoss, kTailLoss + 1)});
-    progress();
+  Fill(ctx_.exec, {.x = step_pack_.Slice(0, 1, 2), .value = static_cast<double>(ref.index)});
+  const PackBatch batch = buffers_->Upload(ctx_, *ref.pack);
+  method_->Train(
+      train, *model_, batch,
+      {.grad_scale = grad_scale_, .loss = adapters_->tail().Slice(0, kTailLoss, kTailLoss + 1)});
+  passed.Record(ctx_.exec);
+}
+
+absl::Status Engine::EndStep(bool stop_requested, Communicator* comm) {
+  const TensorView tail = adapters_->tail();
+  if (stop_requested) {
+    Fill(ctx_.exec, {.x = tail.Slice(0, kTailStop, kTailStop + 1), .value = 1});
   }
-  if (input.stop_requested) Upload(ctx_.exec, {1}, tail.Slice(0, kTailStop, kTailStop + 1));
   if (absl::Status s = comm->AllReduceSum(ctx_.exec, adapters_->grad_with_tail()); !s.ok()) {
     return s;
   }
-  OptimizerStep(input);
-  const std::vector<double> scalars = Download(ctx_.exec, tail);
-  return StepResult{.loss = scalars[kTailLoss] / static_cast<double>(input.trained_tokens),
-                    .grad_norm = Download(ctx_.exec, norm_)[0],
-                    .stop = scalars[kTailStop] > 0};
+  OptimizerStep();
+  CopyToPinned(ctx_.exec, tail, results_.data());
+  CopyToPinned(ctx_.exec, norm_, results_.data() + tail.bytes());
+  results_there_.Record(ctx_.exec);
+  results_tokens_ = step_.trained_tokens;
+  return absl::OkStatus();
 }
 
-void Engine::OptimizerStep(const StepInput& input) {
+StepResult Engine::ReadStep() {
+  results_there_.Wait();
+  const TensorView results(results_.data(), norm_.dtype, {adapters_->tail().size() + 1});
+  const auto number = [&](int64_t i) -> double {
+    if (ctx_.exec.plan) return 0;
+    return results.dtype == DType::kF64 ? results.As<double>()[i] : results.As<float>()[i];
+  };
+  return {.loss = number(kTailLoss) / static_cast<double>(results_tokens_),
+          .grad_norm = number(adapters_->tail().size()),
+          .stop = number(kTailStop) > 0};
+}
+
+absl::StatusOr<StepResult> Engine::TrainStep(const StepInput& input,
+                                             absl::Span<const PackRef> packs, Communicator* comm,
+                                             const std::function<void()>& progress) {
+  BeginStep(input);
+  for (const PackRef& ref : packs) {
+    TrainPass(ref, comm);
+    progress();
+  }
+  if (absl::Status s = EndStep(/*stop_requested=*/false, comm); !s.ok()) return s;
+  return ReadStep();
+}
+
+void Engine::OptimizerStep() {
   const TensorView grad = adapters_->grad();
   ArenaScope scope(&arena_);
   GradNormArgs norm = {.grads = {&grad, 1}, .norm_sq = norm_sq_};
@@ -200,7 +238,7 @@ void Engine::OptimizerStep(const StepInput& input) {
                         .max_norm = options_.spec.optimizer().max_grad_norm()});
   optimizer_->Step(
       ctx_, *adapters_,
-      {.step = input.step + 1, .learning_rate = input.learning_rate, .grad_scale = clip_scale_});
+      {.step = step_.step + 1, .learning_rate = step_.learning_rate, .grad_scale = clip_scale_});
   adapters_->RefreshCompute(ctx_);
 }
 

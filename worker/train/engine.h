@@ -32,6 +32,9 @@ struct EngineOptions {
   int shards = 1;         // ranks that share the NF4 weights, and which of them this is
   int shard = 0;
   bool embedding_on_host = false;
+  // A trainer reads a step's results when the next one's first pass is on its way. For GPUs, which
+  // need not wait then; of a CPU's it would only hear later.
+  bool run_ahead = false;
   ActivationPolicy activations;
   int64_t logits_bytes = LmHead::kLogitsBytes;
   ModelConfig model;
@@ -45,8 +48,7 @@ struct EngineOptions {
 struct StepInput {
   int64_t step = 0;  // from 0
   double learning_rate = 0;
-  int64_t trained_tokens = 0;   // of the step, over all ranks
-  bool stop_requested = false;  // by this rank's agent
+  int64_t trained_tokens = 0;  // of the step, over all ranks
 };
 
 struct StepResult {
@@ -84,12 +86,24 @@ class Engine {
                                                         const WeightSource& weights,
                                                         int64_t arena_bytes,
                                                         const std::function<void()>& progress);
+  ~Engine() { Synchronize(ctx_.exec); }  // a step may have been left
 
   // Whether all ranks call it with the same number (below 2^16).
   absl::StatusOr<bool> RanksAgree(uint16_t number, Communicator* comm);
 
-  // One optimiser step over this rank's packs and, through `comm`, those of the others. Ranks that
-  // share weights need each other in every pass: as many packs each.
+  // One optimiser step over this rank's packs and, through `comm`, those of the others: Begin, a
+  // pass for each pack, End. Ranks that share weights need each other in every pass: as many packs
+  // each. On a GPU they return before anything has run, but TrainPass waits until it is at most
+  // two passes ahead: so who calls it learns that the device gets on. Nothing but End changes what
+  // is trained: a step that has begun may be left for another, and evaluations and checkpoints may
+  // come between its passes.
+  void BeginStep(const StepInput& input);
+  void TrainPass(const PackRef& pack, Communicator* comm);
+  absl::Status EndStep(bool stop_requested, Communicator* comm);  // asked for by this rank's agent
+  // Waits for the results of the last step that has ended, not for what came after it. Before the
+  // next one ends.
+  StepResult ReadStep();
+  // The same in one call.
   absl::StatusOr<StepResult> TrainStep(const StepInput& input, absl::Span<const PackRef> packs,
                                        Communicator* comm, const std::function<void()>& progress);
 
@@ -104,13 +118,18 @@ class Engine {
   const LayerContext& context() const { return ctx_; }
   // Times every op from now on; null ends it.
   void SetTrace(OpTrace* trace) { ctx_.exec.trace = trace; }
+  // See Model::SetReplay.
+  void SetReplay(bool on) { model_->SetReplay(on); }
   int64_t peak_bytes() const { return arena_.peak().total; }
   const LoadTimes& load_times() const { return load_times_; }
 
  private:
   Engine(const EngineOptions& options, Arena arena, bool plan);
   absl::Status Load(const WeightSource& weights, const std::function<void()>& progress);
-  void OptimizerStep(const StepInput& input);
+  void OptimizerStep();
+  TensorView Results() const {
+    return {results_.data(), norm_.dtype, {adapters_->tail().size() + 1}};
+  }
 
   EngineOptions options_;
   LoadTimes load_times_;
@@ -127,6 +146,13 @@ class Engine {
   TensorView clip_scale_;  // (1) f32 (f64)
   TensorView norm_;        // (1) f32 (f64)
   TensorView evaluation_;  // (2) f32 (f64): loss, correct
+  StepInput step_;         // that has begun
+  StreamEvent passed_[2];  // the last two passes
+  int64_t passes_ = 0;
+  // Of the last step that has ended: tail and norm in host memory, and its trained tokens.
+  PinnedMemory results_;
+  StreamEvent results_there_;
+  int64_t results_tokens_ = 0;
 };
 
 }  // namespace attune

@@ -1,6 +1,7 @@
 // Ranks that train together against one that trains alone. A program of its own: OpenMP does not
 // survive fork() once it has run in the parent.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -9,6 +10,8 @@
 
 #include "tests/parity/engine/golden_case.h"
 #include "tests/parity/engine/golden_folder.h"
+#include "worker/io/file.h"
+#include "worker/train/trainer.h"
 
 namespace attune {
 namespace {
@@ -90,6 +93,72 @@ TEST(EngineRanksTest, SharedWeightsChangeNoBit) {
   }
   EXPECT_EQ(Losses(1, 2, change(true, true, true)), Losses(1, 2, change(false, false, true)))
       << "8-bit floats";
+}
+
+class StopAt : public TrainerObserver {
+ public:
+  explicit StopAt(int stop_at) : stop_at_(stop_at) {}
+  void Progress(const char*) override {}
+  void Running(int64_t, int64_t) override {}
+  void Step(const v1::StepMetrics& metrics) override { last_step = metrics.step(); }
+  void Event(const v1::Event&) override {}
+  void CheckpointWritten(const v1::CheckpointWritten& c) override { last_checkpoint = c.step(); }
+  bool StopRequested() override { return ++asked_ == stop_at_; }
+  int64_t ReleasedStep() override { return 0; }
+  int64_t last_step = 0, last_checkpoint = 0;
+
+ private:
+  int stop_at_, asked_ = 0;
+};
+
+// Rank 1 is asked at step 3 of 8. The first pass of step 4 has begun then on both, and is left.
+void StopTogether(const std::string& directory, int rank, bool run_ahead) {
+  const std::string quickstart = std::string(ATTUNE_SOURCE_DIR) + "/examples/quickstart/";
+  v1::TrainerAssignment assignment;
+  v1::JobSpec* spec = assignment.mutable_spec();
+  spec->mutable_model()->mutable_source()->set_path("model");
+  spec->add_datasets()->mutable_source()->set_path("train");
+  spec->set_precision(v1::PRECISION_F32);
+  spec->mutable_schedule()->set_steps(8);
+  spec->mutable_batch()->set_micro_batch_tokens(128);
+  spec->mutable_batch()->set_micro_batches(2);
+  spec->mutable_resources()->set_devices(2);
+  ApplyDefaults("ranks", spec);
+  assignment.set_model_directory(quickstart + "model");
+  assignment.add_dataset_files(quickstart + "data/heldout.jsonl");
+  assignment.mutable_device()->set_type(v1::DEVICE_TYPE_CPU);
+  assignment.set_rank(rank);
+  assignment.set_world_size(2);
+  assignment.set_work_directory(directory);
+  auto job = PrepareJob(assignment);
+  ASSERT_TRUE(job.ok()) << job.status();
+  (*job)->engine.run_ahead = run_ahead;
+  auto store = NewDirectoryStore(directory + "/store");
+  auto comm = NewGlooCommunicator({.rank = rank, .size = 2}, store.get());
+  ASSERT_TRUE(comm.ok()) << comm.status();
+  StopAt observer(rank == 1 ? 3 : 0);
+  const TrainerOutcome outcome = Train(job->get(), comm->get(), &observer);
+  EXPECT_TRUE(outcome.status.ok()) << outcome.status;
+  EXPECT_EQ(observer.last_step, rank == 0 ? 3 : 0);  // who tells is rank 0
+  EXPECT_EQ(observer.last_checkpoint, rank == 0 ? 3 : 0);
+}
+
+TEST(EngineRanksTest, AStopOfOneRankEndsAllAtTheSameStep) {
+  for (const bool run_ahead : {false, true}) {
+    const std::string directory = *CreateTempDirectory(testing::TempDir(), "ranks-");
+    ASSERT_EQ(mkdir((directory + "/store").c_str(), 0700), 0);
+    for (int rank = 0; rank < 2; ++rank) {
+      if (fork() != 0) continue;
+      StopTogether(directory, rank, run_ahead);
+      _exit(testing::Test::HasFailure() ? 1 : 0);
+    }
+    for (int rank = 0; rank < 2; ++rank) {
+      int status;
+      EXPECT_GT(wait(&status), 0);
+      EXPECT_EQ(status, 0) << run_ahead;
+    }
+    RemoveTree(directory).IgnoreError();
+  }
 }
 
 // Two ranks each keep half of the nibbles.

@@ -3,8 +3,10 @@
 #include <time.h>  // NOLINT: clock_gettime
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -54,10 +56,11 @@ class TrainingRun {
     if (TrainerOutcome outcome = Start(); !outcome.status.ok()) return outcome;
     const double loaded = ProcessAge();
     observer_->Running(state_.step, job_->total_steps);
-    for (bool first = true; !Done(); first = false) {
+    for (bool told = comm_->rank() > 0; !Done();) {
       const TrainerOutcome outcome = Step();
       if (!outcome.status.ok() || stopped_) return outcome;
-      if (!first || comm_->rank() > 0) continue;
+      if (told || first_step_s_ == 0) continue;
+      told = true;
       std::fprintf(stderr,
                    "attune-trainer: prepared in %.2f s, loaded in %.2f s (%s), first step in %.2f "
                    "s; it ended %.2f s after the process began\n",
@@ -148,43 +151,77 @@ class TrainingRun {
     return spec().parallelism().shard_weights() ? (packs + ranks - 1) / ranks : 0;
   }
 
+  // Puts the next step on its way. With run_ahead the step before is read only when the device has
+  // the first pass of this one to go on with, so it does not wait for the host. If the run ends
+  // with the step before, this one is left: nothing of it shows.
   TrainerOutcome Step() {
-    const absl::Time begin = absl::Now();
-    StepInput input{
-        .step = state_.step,
-        .learning_rate = LearningRate(spec().schedule(), spec().optimizer().learning_rate(),
-                                      state_.step, job_->total_steps),
-        .stop_requested = observer_->StopRequested()};
-    v1::StepMetrics metrics;
+    StepOnItsWay step{.begin = absl::Now()};
+    step.input.step = state_.step + (unread_.has_value() ? 1 : 0);
+    if (step.input.step == job_->total_steps) return ReadStep();
+    step.input.learning_rate = LearningRate(spec().schedule(), spec().optimizer().learning_rate(),
+                                            step.input.step, job_->total_steps);
     std::vector<Pack> packs;
     std::vector<PackRef> mine;
-    if (absl::Status s = BuildPacks(&packs, &mine, &input, &metrics); !s.ok()) {
+    if (absl::Status s = BuildPacks(&packs, &mine, &step.input, &step.metrics); !s.ok()) {
       return Fail(v1::FAILURE_CAUSE_INVALID, s);
     }
-    absl::StatusOr<StepResult> result = engine_->TrainStep(input, mine, comm_, progress_);
-    if (!result.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, result.status());
+    engine_->BeginStep(step.input);
+    for (const PackRef& pack : mine) {
+      engine_->TrainPass(pack, comm_);
+      progress_();
+      const TrainerOutcome outcome = ReadStep();
+      if (!outcome.status.ok() || stopped_) return outcome;
+    }
+    const TrainerOutcome outcome = mine.empty() ? ReadStep() : TrainerOutcome();
+    if (!outcome.status.ok() || stopped_) return outcome;
+    if (absl::Status s = engine_->EndStep(observer_->StopRequested(), comm_); !s.ok()) {
+      return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
+    }
+    unread_ = std::move(step);
+    const bool wait = !job_->engine.run_ahead || IsEvaluated(unread_->input.step + 1) ||
+                      IsSaved(unread_->input.step + 1);
+    return wait ? ReadStep() : TrainerOutcome();
+  }
+
+  // Of steps counted from 1.
+  bool IsEvaluated(int64_t step) const {
+    return !job_->evaluation.examples.empty() &&
+           (step == job_->total_steps || step % spec().evaluation().every_steps() == 0);
+  }
+  bool IsSaved(int64_t step) const { return step % spec().checkpoints().every_steps() == 0; }
+
+  // Waits for the step that is on its way, if there is one, and does what follows from it.
+  TrainerOutcome ReadStep() {
+    if (!unread_.has_value()) return {};
+    StepOnItsWay step = *std::move(unread_);
+    unread_.reset();
+    const StepResult result = engine_->ReadStep();
     // On a GPU a lost peer leaves rubbish in what has been reduced: none of it may get out.
     if (absl::Status s = comm_->Wait(); !s.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
-    if (!std::isfinite(result->loss) || !std::isfinite(result->grad_norm)) {
+    if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
       return Fail(v1::FAILURE_CAUSE_DIVERGED,
                   absl::OutOfRangeError(absl::StrCat(
-                      "step ", state_.step + 1, ": loss ", result->loss, ", gradient norm ",
-                      result->grad_norm, "; lower optimizer.learning_rate or raise warm-up")));
+                      "step ", state_.step + 1, ": loss ", result.loss, ", gradient norm ",
+                      result.grad_norm, "; lower optimizer.learning_rate or raise warm-up")));
     }
     state_.step += 1;
-    state_.trained_tokens += input.trained_tokens;
-    const double step_s = absl::ToDoubleSeconds(absl::Now() - begin);
+    state_.trained_tokens += step.input.trained_tokens;
+    // It had the device from when the one before had been done.
+    const absl::Time now = absl::Now();
+    const double step_s = absl::ToDoubleSeconds(now - std::max(step.begin, last_read_));
+    last_read_ = now;
     if (first_step_s_ == 0) first_step_s_ = step_s;
+    v1::StepMetrics& metrics = step.metrics;
     metrics.set_step(state_.step);
-    metrics.set_loss(result->loss);
-    metrics.set_learning_rate(input.learning_rate);
-    metrics.set_grad_norm(result->grad_norm);
-    metrics.set_trained_tokens(input.trained_tokens);
+    metrics.set_loss(result.loss);
+    metrics.set_learning_rate(step.input.learning_rate);
+    metrics.set_grad_norm(result.grad_norm);
+    metrics.set_trained_tokens(step.input.trained_tokens);
     metrics.set_step_s(step_s);
     metrics.set_tokens_per_s(static_cast<double>(metrics.tokens()) / step_s);
     metrics.set_total_steps(job_->total_steps);
     metrics.set_peak_bytes(engine_->peak_bytes());
-    return EndStep(*result, &metrics);
+    return EndStep(result, &metrics);
   }
 
   // Evaluation, report and checkpoint, in this order: the report holds the evaluation, and a
@@ -192,8 +229,7 @@ class TrainingRun {
   TrainerOutcome EndStep(const StepResult& result, v1::StepMetrics* metrics) {
     std::vector<Notice> notices = monitor_.OnStep(state_.step, result.loss, result.grad_norm);
     bool best = false;
-    if (!job_->evaluation.examples.empty() &&
-        (Done() || state_.step % spec().evaluation().every_steps() == 0)) {
+    if (IsEvaluated(state_.step)) {
       observer_->Progress("evaluate");
       absl::StatusOr<EvaluationResult> evaluation = Evaluate();
       if (!evaluation.ok()) return Fail(v1::FAILURE_CAUSE_PEER_LOST, evaluation.status());
@@ -217,8 +253,7 @@ class TrainingRun {
     observer_->Step(*metrics);
     for (const Notice& notice : notices) Tell(v1::EVENT_KIND_WARNING, notice);
     if (Done() && state_.step < job_->total_steps) TellOfEarlyStop();
-    const bool due = state_.step % spec().checkpoints().every_steps() == 0;
-    if (!Done() && !stopped_ && !due && !best) return {};
+    if (!Done() && !stopped_ && !IsSaved(state_.step) && !best) return {};
     observer_->Progress("checkpoint");
     return Checkpoint(*metrics, best);
   }
@@ -244,7 +279,7 @@ class TrainingRun {
   // The packs of this step that are this rank's, and what the whole step counts.
   absl::Status BuildPacks(std::vector<Pack>* packs, std::vector<PackRef>* mine, StepInput* input,
                           v1::StepMetrics* metrics) {
-    const PreparedJob::Range range = job_->PacksOfStep(state_.step);
+    const PreparedJob::Range range = job_->PacksOfStep(input->step);
     packs->reserve(range.count + 1);
     int64_t tokens = 0;
     for (int64_t i = 0; i < range.count; ++i) {
@@ -309,6 +344,13 @@ class TrainingRun {
     return {};
   }
 
+  // Enqueued to its end, its results not read yet.
+  struct StepOnItsWay {
+    StepInput input;
+    v1::StepMetrics metrics;  // as far as they are known
+    absl::Time begin;
+  };
+
   PreparedJob* job_;
   Communicator* comm_;
   TrainerObserver* observer_;
@@ -318,6 +360,8 @@ class TrainingRun {
   std::unique_ptr<Engine> engine_;
   TrainerState state_;
   std::vector<Pack> evaluation_packs_;
+  std::optional<StepOnItsWay> unread_;
+  absl::Time last_read_ = absl::InfinitePast();
   double first_step_s_ = 0;
   bool stopped_ = false;
 };
