@@ -46,7 +46,7 @@ TEST(CudaPlan, LoraBackwardMakesDoWithThePoolOfProducts) {
   LoraBackward(CudaPlan(), args);
 }
 
-// The sums of each block (four for each strip of 512 columns), and of a strip and row.
+// The sums of each of 132 blocks' shares of each strip of 512 columns, and of a strip and row.
 TEST(CudaPlan, GatedLoraBackwardKnowsItsSums) {
   const int64_t T = 16384, F = 14336, r = 16, strips = F / 512;
   const LoraBackwardPart parts[] = {
@@ -60,7 +60,7 @@ TEST(CudaPlan, GatedLoraBackwardKnowsItsSums) {
                              .down_ds = Planned(DType::kBF16, {T, r}),
                              .down_da = Planned(DType::kF32, {r, F})};
   args.workspace = Planned(DType::kU8, {GatedLoraBackwardWorkspaceBytes(CudaPlan(), args)});
-  EXPECT_EQ(args.workspace.bytes(), 4 * (4 * strips * 3 * 512 * r + strips * T * 2 * r));
+  EXPECT_EQ(args.workspace.bytes(), 4 * ((132 + strips - 1) * 3 * 512 * r + strips * T * 2 * r));
   GatedLoraBackward(CudaPlan(), args);
 }
 
