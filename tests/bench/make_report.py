@@ -6,7 +6,8 @@
 A file holds one session on one machine. On a GPU:
   {"gpu": ..., "date": ..., "commit": ..., "note": ...,
    "steps": [rows of train_bench --json], "peers": [{"program", "batch", "sequence", "tokens_per_s",
-   "peak_gib", "loss", "grad_norm"}], "loads": [rows of load_bench], "kernels": [rows of {"op", "result", "roof"}],
+   "peak_gib", "loss", "grad_norm"}], "loads": [rows of load_bench],
+   "profiles": [{"work", "ops_ms", "rows": [{"op", "calls", "us", "ms"}]}], "kernels": [rows of {"op", "result", "roof"}],
    "parity": what loss_parity --json writes, with losses rounded and the "model" in words}
 On a CPU:
   {"cpu": ..., "date": ..., "commit": ..., "note": ..., "training": rows of compare_cpu --json,
@@ -219,6 +220,14 @@ def plot_losses(parity, path):
     path.write_text("\n".join(out) + "\n")
 
 
+def profile_part(profile):
+    total = profile["ops_ms"]
+    return ["", f"### Profile of a step: {profile['work']}, {total:,.1f} ms of ops", "",
+            *table(("op", "calls", "us each", "ms", "of all"),
+                   [(r["op"], r["calls"], f"{r['us']:,.1f}", f"{r['ms']:.2f}",
+                     f"{100 * r['ms'] / total:.1f} %") for r in profile["rows"]])]
+
+
 def parity_part(parity, svg):
     plot_losses(parity, svg)
     return ["", "### Losses beside the reference", "", parity["model"] + ".",
@@ -295,6 +304,8 @@ def main():
                 page += ["", f"![Speed over memory](benchmarks/{svg.name})"]
         if session.get("loads"):
             page += load_part(session["loads"])
+        for profile in session.get("profiles", []):
+            page += profile_part(profile)
         if session.get("parity"):
             page += parity_part(session["parity"], path.with_name(path.stem + "-losses.svg"))
         if session.get("training"):
