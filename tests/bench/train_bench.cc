@@ -4,6 +4,8 @@
 //
 // Prints a line and, with --json, a JSON object per configuration. Memory is the driver's, less
 // what was in use before the engine was made. Every step has fresh random tokens.
+#include <omp.h>
+
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cmath>
@@ -742,6 +744,7 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr, "train_bench: %s\n", s.ToString().c_str());
     return 1;
   }
+  omp_set_num_threads(std::max(1, omp_get_max_threads() / flags.ranks));  // as trainers share them
   double roof = 0;
   if (flags.roof_s > 0) {
     absl::StatusOr<double> measured = RoofTokensPerSecond(flags);
