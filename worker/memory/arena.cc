@@ -14,8 +14,6 @@
 namespace attune {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
 int64_t AlignUp(int64_t bytes) {
   return (bytes + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
 }

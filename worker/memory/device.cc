@@ -242,8 +242,6 @@ void CopyToHost(const Exec& exec, const TensorView& view, void* host) {
 
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
 // Memory whose pages are present, huge ones where the system has them; null if there is no room.
 char* TakePresent(int64_t bytes) {
   void* const data =

@@ -66,6 +66,9 @@ absl::Status CopyToDevice(const Exec& exec, const HostReader& reader, const void
                           const TensorView& view);
 void CopyToHost(const Exec& exec, const TensorView& view, void* host);
 
+// Of the host, in bytes.
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
 // Host memory that the device copies to and from while others run. Freed with the object. All
 // threads make its pages present, huge ones where the system has them, before they are pinned: 23
 // GB/s where the driver, which takes page by page, makes 2.
