@@ -127,9 +127,6 @@ class Engine {
   Engine(const EngineOptions& options, Arena arena, bool plan);
   absl::Status Load(const WeightSource& weights, const std::function<void()>& progress);
   void OptimizerStep();
-  TensorView Results() const {
-    return {results_.data(), norm_.dtype, {adapters_->tail().size() + 1}};
-  }
 
   EngineOptions options_;
   LoadTimes load_times_;
