@@ -57,7 +57,7 @@ class TrainingRun {
     const double loaded = ProcessAge();
     observer_->Running(state_.step, job_->total_steps);
     for (bool told = comm_->rank() > 0; !Done();) {
-      const TrainerOutcome outcome = Step();
+      TrainerOutcome outcome = Step();
       if (!outcome.status.ok() || stopped_) return outcome;
       if (told || first_step_s_ == 0) continue;
       told = true;
@@ -169,10 +169,10 @@ class TrainingRun {
     for (const PackRef& pack : mine) {
       engine_->TrainPass(pack, comm_);
       progress_();
-      const TrainerOutcome outcome = ReadStep();
+      TrainerOutcome outcome = ReadStep();
       if (!outcome.status.ok() || stopped_) return outcome;
     }
-    const TrainerOutcome outcome = mine.empty() ? ReadStep() : TrainerOutcome();
+    TrainerOutcome outcome = mine.empty() ? ReadStep() : TrainerOutcome();
     if (!outcome.status.ok() || stopped_) return outcome;
     if (absl::Status s = engine_->EndStep(observer_->StopRequested(), comm_); !s.ok()) {
       return Fail(v1::FAILURE_CAUSE_PEER_LOST, s);
