@@ -194,8 +194,10 @@ absl::Status Engine::EndStep(bool stop_requested, Communicator* comm) {
     return s;
   }
   OptimizerStep();
-  CopyToPinned(ctx_.exec, tail, results_.data());
-  CopyToPinned(ctx_.exec, norm_, results_.data() + tail.bytes());
+  if (!ctx_.exec.plan) {
+    CopyToPinned(ctx_.exec, tail, results_.data());
+    CopyToPinned(ctx_.exec, norm_, results_.data() + tail.bytes());
+  }
   results_there_.Record(ctx_.exec);
   results_tokens_ = step_.trained_tokens;
   return absl::OkStatus();
