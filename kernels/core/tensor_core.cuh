@@ -78,24 +78,9 @@ __device__ inline void FenceBarriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   FenceBulkCopies();
 }
-// Addresses and bytes in multiples of 16.
-__device__ inline void BulkCopy(Bf16* to, const Bf16* from, int bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
-}
-
-// The way back, of this thread's copies; bytes in multiples of 16. CommitBulkStores ends a group of
-// them; WaitForBulkReads waits until shared memory may be written again, WaitForBulkStores until
-// global memory is written.
-__device__ inline void BulkStore(Bf16* to, const Bf16* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                   __cvta_generic_to_global(to)),
-               "r"(SharedAddress(from)), "r"(bytes)
-               : "memory");
-}
+// Of this thread's bulk copies back to global memory: CommitBulkStores ends a group of them;
+// WaitForBulkReads waits until shared memory may be written again, WaitForBulkStores until global
+// memory is written.
 __device__ inline void CommitBulkStores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

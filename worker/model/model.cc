@@ -256,9 +256,7 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
       embedding_on_host_(false),
       policy_(options.activations),
       adapters_(adapters),
-      can_replay_(!options.prefetch && options.shards == 1 &&
-                  options.activations.streams_on_host == 0 &&
-                  options.activations.gate_ups_on_host == 0),
+      can_replay_(!options.prefetch && options.shards == 1 && !options.activations.travels()),
       replay_(can_replay_) {
   const auto dense = [&](std::initializer_list<int64_t> shape) {
     return ctx.arena->New(ArenaEnd::kBottom, MemoryClass::kWeights, ctx.dtype, shape);

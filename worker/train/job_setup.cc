@@ -551,8 +551,7 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
       ChoosePlacement(limits, RatesOf(DeviceName()), MeanContext(job->train), &engine);
   if (!memory.ok()) return memory.status();
   // Activations that travel were seen to be held up by what of the next step is on its way.
-  const ActivationPolicy& activations = engine.activations;
-  engine.run_ahead = activations.streams_on_host + activations.gate_ups_on_host == 0;
+  engine.run_ahead = !engine.activations.travels();
   const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(engine, *job->weights);
   if (!read.ok()) return read.status();
   memory->set_peak_bytes(std::max(memory->peak_bytes(), read->peak_bytes()));
