@@ -47,6 +47,7 @@ struct Flags {
   int device = 0, rank = 0, ranks = 1;
   std::string rendezvous;
   bool share_weights = false;
+  bool collectives = false;  // never out of each other's memory
   bool launches = false, wait = false;
   int compare = 0;
   std::string json, label;
@@ -416,6 +417,9 @@ absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) 
   out.load_s = Seconds(start);
   absl::StatusOr<std::unique_ptr<Communicator>> comm = Join(flags);
   if (!comm.ok()) return comm.status();
+  if (flags.share_weights && !flags.collectives) {
+    if (absl::Status s = (*engine)->ShareWeights(comm->get()); !s.ok()) return s;
+  }
   StepLoop loop(flags, engine->get(), comm->get());
   loop.SetMode({.replay = !flags.launches, .ahead = !flags.wait});
   for (int64_t i = 0; i < flags.warm_up; ++i) {
@@ -732,6 +736,7 @@ int Main(int argc, char** argv) {
   app.add_option("--my-rank", flags.rank, "Which of them this is; 0 prints");
   app.add_option("--rendezvous", flags.rendezvous, "A new directory that all of them see");
   app.add_flag("--share-weights", flags.share_weights, "Each has its share of the NF4 weights");
+  app.add_flag("--collectives", flags.collectives, "Gather shares by NCCL, not by copies");
   app.add_flag("--launches", flags.launches, "No CUDA graphs");
   app.add_flag("--wait", flags.wait, "Read each step's loss before the next one begins");
   app.add_option("--compare", flags.compare, "With and without these two, so often in turn");

@@ -94,6 +94,9 @@ int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T,
   const auto take = [&](TensorView* view, int64_t columns) {
     *view = carver.Take(ctx.dtype, {T, columns});
   };
+  const auto take_aligned = [&](TensorView* view, int64_t columns) {
+    *view = carver.Take(ctx.dtype, {T, AlignedColumns(ctx.dtype, columns)}).Slice(1, 0, columns);
+  };
   const auto take_statistics = [&](TensorView* view) {
     *view = carver.Take(ctx.accumulator(), {T});
   };
@@ -107,7 +110,7 @@ int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T,
       }
       break;
     case SavedGroup::kAttention:
-      take(&saved->o_s, shape.q_size() + block.o.extension());
+      take_aligned(&saved->o_s, shape.q_size() + block.o.extension());
       saved->lse = carver.Take(ctx.accumulator(), {T, shape.heads});
       break;
     case SavedGroup::kProjections:  // the adapters' share last: elsewhere layers are alike
@@ -128,7 +131,7 @@ int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T,
       take(&saved->s_qkv, block.qkv.extension());
       break;
     case SavedGroup::kGateUp:
-      take(&saved->gate_up, 2 * shape.intermediate + block.gate_up.extension());
+      take_aligned(&saved->gate_up, 2 * shape.intermediate + block.gate_up.extension());
       take(&saved->s_gate_up, block.gate_up.extension());
       break;
   }
@@ -340,7 +343,7 @@ QkvHeads TransformerBlock::ForwardHeads(const LayerContext& ctx, const PackBatch
   const QkvHeads heads = shape.qk_norm ? ScratchHeads(ctx, T) : SavedHeads(saved);
   ArenaScope scope(ctx.arena);
   const TensorView rows = shape.qk_norm ? saved.qkv : ctx.Scratch({T, shape.qkv_size()});
-  const TensorView n1 = ctx.Scratch({T, C + qkv.extension()});
+  const TensorView n1 = ctx.ScratchRows(T, C + qkv.extension());
   const Fp8Rows codes = qkv.NewCodes(ctx, Direction::kForward, T);
   Normalise(ctx, x, delta, saved.x1, attention_norm, Columns(n1, 0, C), saved.rstd1, codes);
   qkv.Forward(ctx, n1, rows, codes);
@@ -384,13 +387,13 @@ void TransformerBlock::ForwardMlpTile(const LayerContext& ctx, const TensorView&
       saved.gate_up.defined() ? Columns(saved.gate_up, 0, 2 * F) : ctx.Scratch({T, 2 * F});
   {
     ArenaScope norm_scope(ctx.arena);
-    const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
+    const TensorView n2 = ctx.ScratchRows(T, C + gate_up.extension());
     const Fp8Rows codes = gate_up.NewCodes(ctx, Direction::kForward, T);
     Normalise(ctx, saved.x1, out, saved.x2, mlp_norm, Columns(n2, 0, C), saved.rstd2, codes);
     gate_up.Forward(ctx, n2, gate_up_rows, codes);
     if (saved.s_gate_up.defined()) KeepS(ctx, n2, saved.s_gate_up);
   }
-  const TensorView h = ctx.Scratch({T, F + down.extension()});
+  const TensorView h = ctx.ScratchRows(T, F + down.extension());
   ForwardGate(ctx, gate_up_rows, h, shape.post_norms ? saved.mlp_out : out);
   KeepS(ctx, h, saved.s_down);
   if (shape.post_norms) {
@@ -435,10 +438,10 @@ void TransformerBlock::Backward(const LayerContext& ctx, const PackBatch& batch,
 void TransformerBlock::RebuildGateUp(const LayerContext& ctx, SavedBlock* saved) const {
   if (saved->gate_up.defined()) return;
   const int64_t T = saved->x2.dim(0), C = shape.hidden, F = shape.intermediate;
-  saved->gate_up = ctx.Scratch({T, 2 * F + gate_up.extension()});
+  saved->gate_up = ctx.ScratchRows(T, 2 * F + gate_up.extension());
   saved->s_gate_up = ctx.Scratch({T, gate_up.extension()});
   ArenaScope scope(ctx.arena);
-  const TensorView n2 = ctx.Scratch({T, C + gate_up.extension()});
+  const TensorView n2 = ctx.ScratchRows(T, C + gate_up.extension());
   const Fp8Rows codes = gate_up.NewCodes(ctx, Direction::kForward, T);
   NormaliseAgain(ctx, saved->x2, mlp_norm, saved->rstd2, Columns(n2, 0, C), codes);
   gate_up.Forward(ctx, n2, Columns(saved->gate_up, 0, 2 * F), codes);
@@ -449,7 +452,7 @@ TensorView TransformerBlock::OutputGradient(const LayerContext& ctx, const Tenso
                                             const TensorView& out, const TensorView& w,
                                             const TensorView& rstd, int64_t columns) const {
   if (!shape.post_norms) return Columns(dx, 0, columns);
-  const TensorView dy = ctx.Scratch({dx.dim(0), columns});
+  const TensorView dy = ctx.ScratchRows(dx.dim(0), columns);
   NormaliseBackward(ctx, Columns(dx, 0, shape.hidden), out, w, rstd, {},
                     Columns(dy, 0, shape.hidden));
   return dy;
@@ -533,11 +536,10 @@ void TransformerBlock::BackwardAttention(const LayerContext& ctx, const PackBatc
   const int64_t T = dx.dim(0), C = shape.hidden;
   ArenaScope scope(ctx.arena);
   // What attention works with, and when it is through, the gradients of the rows of qkv.
-  const TensorView dqkv_shape(nullptr, ctx.dtype, {T, shape.qkv_size() + qkv.extension()});
+  TensorView dqkv = AlignedRows(ctx.dtype, T, shape.qkv_size() + qkv.extension());
   const TensorView room =
       ctx.arena->NewBytes(ArenaEnd::kTop, MemoryClass::kWorkspace,
-                          std::max(dqkv_shape.bytes(), AttentionBackwardBytes(ctx, batch, saved)));
-  TensorView dqkv = dqkv_shape;
+                          std::max(AlignedBytes(dqkv), AttentionBackwardBytes(ctx, batch, saved)));
   dqkv.data = room.data;
   {
     ArenaScope attention_scope(ctx.arena);

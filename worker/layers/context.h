@@ -21,8 +21,23 @@ struct DropoutStream {
 };
 
 class Communicator;
+class PeerMemory;
 class WeightPrefetcher;
 struct HeldExpansion;
+
+// The columns of memory for rows of `columns`, so that each begins at a multiple of 128 bytes:
+// products, attention and passes read rows in pieces of as many, which else lie in two lines each.
+inline int64_t AlignedColumns(DType dtype, int64_t columns) {
+  const int64_t unit = 128 / DTypeBytes(dtype);
+  return (columns + unit - 1) / unit * unit;
+}
+// Such rows, without memory, and the bytes of the memory that they want.
+inline TensorView AlignedRows(DType dtype, int64_t rows, int64_t columns) {
+  return TensorView(nullptr, dtype, {rows, AlignedColumns(dtype, columns)}).Slice(1, 0, columns);
+}
+inline int64_t AlignedBytes(const TensorView& rows) {
+  return rows.dim(0) * rows.stride(0) * DTypeBytes(rows.dtype);
+}
 
 struct LayerContext {
   Exec exec;
@@ -33,9 +48,10 @@ struct LayerContext {
   double neftune_noise_alpha = 0;
   // Whether base and adapter are one product (see LoraLinear). Set before the model is made.
   bool fused_lora = false;
-  // The ranks that share the frozen weights, if they do, and where a weight's shards are gathered
-  // (undefined: in scratch).
+  // The ranks that share the frozen weights, if they do; their memory, where it can be read from
+  // here; and where a weight's shards are gathered (undefined: in scratch).
   Communicator* weight_ranks = nullptr;
+  const PeerMemory* weight_memory = nullptr;
   TensorView gather_memory;
   WeightPrefetcher* prefetcher = nullptr;  // null: weights are expanded when they are used
   const HeldExpansion* held = nullptr;     // the last of those that are held (see LoraLinear)
@@ -45,6 +61,10 @@ struct LayerContext {
 
   TensorView Scratch(std::initializer_list<int64_t> shape) const {
     return arena->NewScratch(dtype, shape);
+  }
+  // Of AlignedRows.
+  TensorView ScratchRows(int64_t rows, int64_t columns) const {
+    return arena->NewScratch(dtype, {rows, AlignedColumns(dtype, columns)}).Slice(1, 0, columns);
   }
   // Kept until the step's activations are released.
   TensorView Saved(DType saved_dtype, std::initializer_list<int64_t> shape) const {

@@ -9,6 +9,7 @@
 #include "kernels/fp8/fp8.h"
 #include "kernels/nf4/nf4.h"
 #include "worker/shard/communicator.h"
+#include "worker/shard/peer_memory.h"
 
 namespace attune {
 namespace {
@@ -61,7 +62,8 @@ FrozenMatrix::FrozenMatrix(const LayerContext& ctx, const FrozenMatrixOptions& o
     TensorView& to = lasting_[static_cast<int>(direction)];
     const TensorView shape = ExpansionShape(ctx, direction);
     const bool another = options_.fp8 || direction == Direction::kForward;
-    to = another ? room(shape.dtype, {shape.dim(0), shape.dim(1)}) : lasting_[0];
+    to = another ? room(shape.dtype, {shape.dim(0), shape.stride(0)}).Slice(1, 0, shape.dim(1))
+                 : lasting_[0];
   }
 }
 
@@ -101,6 +103,10 @@ Nf4Weight FrozenMatrix::Gather(const LayerContext& ctx, const Part& part) const 
   Nf4Weight whole = part.nf4;
   whole.packed = memory;
   if (ctx.exec.plan) return whole;
+  if (ctx.weight_memory != nullptr) {
+    ctx.weight_memory->Gather(ctx.exec, part.nf4.packed, memory);
+    return whole;
+  }
   CHECK(ctx.weight_ranks != nullptr);
   // A peer that is lost leaves rubbish here; the step's own reduction then fails, and says so.
   ctx.weight_ranks->AllGather(ctx.exec, part.nf4.packed, memory).IgnoreError();
@@ -226,7 +232,7 @@ void FrozenMatrix::Dequantize(const LayerContext& ctx, const Nf4Weight& from,
 
 TensorView FrozenMatrix::ExpansionShape(const LayerContext& ctx, Direction direction) const {
   const int64_t E = options_.extension;
-  if (!options_.fp8) return TensorView(nullptr, ctx.dtype, {rows_ + E, in_ + E});
+  if (!options_.fp8) return AlignedRows(ctx.dtype, rows_ + E, in_ + E);
   const bool forward = direction == Direction::kForward;
   return TensorView(nullptr, DType::kF8E4M3,
                     {forward ? rows_ : in_, Fp8RowStride((forward ? in_ : rows_) + E)});
@@ -286,7 +292,8 @@ void FrozenMatrix::EncodeInto(const LayerContext& ctx, Direction direction,
 TensorView FrozenMatrix::Expand(const LayerContext& ctx, Direction direction) const {
   if (expanded()) return lasting_[static_cast<int>(direction)];
   const TensorView shape = ExpansionShape(ctx, direction);
-  const TensorView w = ctx.arena->NewScratch(shape.dtype, {shape.dim(0), shape.dim(1)});
+  const TensorView w =
+      ctx.arena->NewScratch(shape.dtype, {shape.dim(0), shape.stride(0)}).Slice(1, 0, shape.dim(1));
   ExpandInto(ctx, direction, w);
   return w;
 }

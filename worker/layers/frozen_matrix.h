@@ -80,9 +80,9 @@ class FrozenMatrix {
 
   // True if the expansions last, and with them the adapter's share.
   bool expanded() const { return lasting_[0].defined(); }
-  // (N + E, K + E), with fp8 (N, Fp8RowStride(K + E)) or backward (K, Fp8RowStride(N + E)): the
-  // lasting one, else in scratch, which lives as long as the caller's ArenaScope and whose share of
-  // the adapter is not filled.
+  // (N + E, K + E) in AlignedRows, with fp8 (N, Fp8RowStride(K + E)) or backward (K, Fp8RowStride(N
+  // + E)): the lasting one, else in scratch, which lives as long as the caller's ArenaScope and
+  // whose share of the adapter is not filled.
   TensorView Expand(const LayerContext& ctx, Direction direction) const;
   // W into `expansion`, where there is no lasting one.
   void ExpandInto(const LayerContext& ctx, Direction direction, const TensorView& expansion) const;

@@ -132,6 +132,12 @@ void LoraLinear::Refresh(const LayerContext& ctx) const {
     return;
   }
   if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
+  if (!w->fp8()) {  // one expansion, for both
+    const std::array<LoraExtendPart, kMaxLoraParts> parts = ExtendParts();
+    return LoraExtend(ctx.exec, {.parts = {parts.data(), adapters.size()},
+                                 .w = w->Expand(ctx, Direction::kForward),
+                                 .scale = scale});
+  }
   for (Direction direction : {Direction::kForward, Direction::kBackward}) {
     Extend(ctx, direction, w->Expand(ctx, direction));
   }

@@ -21,7 +21,7 @@ void WeightPrefetcher::BeginPass(const LayerContext& ctx, int64_t bytes, int64_t
 TensorView WeightPrefetcher::ExpansionIn(const LayerContext& ctx, const Buffer& buffer,
                                          const Use& use) const {
   TensorView out = use.linear->w->ExpansionShape(ctx, use.direction);
-  CHECK(out.bytes() <= buffer.memory.bytes());
+  CHECK(AlignedBytes(out) <= buffer.memory.bytes());
   out.data = buffer.memory.data;
   return out;
 }

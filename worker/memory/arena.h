@@ -61,6 +61,7 @@ class Arena {
   const ArenaPeak& peak() const { return peak_; }
   bool plan() const { return plan_; }
   int64_t capacity() const { return capacity_; }
+  TensorView memory() const { return TensorView(base_, DType::kU8, {capacity_}); }
 
  private:
   friend class ArenaScope;

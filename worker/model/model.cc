@@ -311,7 +311,8 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
       if (matrix->expanded()) continue;
       gather_bytes_ = std::max(gather_bytes_, matrix->GatherBytes());
       for (Direction direction : {Direction::kForward, Direction::kBackward}) {
-        prefetch_bytes_ = std::max(prefetch_bytes_, matrix->ExpansionShape(ctx, direction).bytes());
+        prefetch_bytes_ =
+            std::max(prefetch_bytes_, AlignedBytes(matrix->ExpansionShape(ctx, direction)));
       }
     }
   }
@@ -711,7 +712,8 @@ Hidden Model::EnqueueForward(const LayerContext& outer, const PackBatch& batch,
   const LayerContext ctx = BeginPass(outer);
   streams_.BeginPass(ctx.arena);
   gate_ups_.BeginPass(ctx.arena);
-  const TensorView delta_and_room = ctx.Saved(ctx.dtype, {T, dx_columns()});
+  const TensorView delta_and_room =
+      ctx.Saved(ctx.dtype, {T, AlignedColumns(ctx.dtype, dx_columns())});
   const TensorView delta = Columns(delta_and_room, 0, C);
   const TensorView rebuilt =
       ctx.arena->NewBytes(ArenaEnd::kBottom, MemoryClass::kActivations, RebuiltBytes(ctx, T));

@@ -46,7 +46,12 @@ std::vector<float> Expanded(const Nf4Tensor& tensor, WeightStorage storage, bool
                       {{.rows = tensor.state().rows}}, tensor.state().columns);
   EXPECT_TRUE(matrix.Load(ctx, HostReader(), 0, tensor.weight()).ok());
   const TensorView out = matrix.Expand(ctx, Direction::kForward);
-  return std::vector<float>(out.As<float>(), out.As<float>() + out.size());
+  std::vector<float> values;
+  for (int64_t row = 0; row < out.dim(0); ++row) {
+    const float* begin = out.Slice(0, row, row + 1).As<float>();
+    values.insert(values.end(), begin, begin + out.dim(1));
+  }
+  return values;
 }
 
 void ExpectBytes(const TensorView& view, const Checkpoint& checkpoint, const std::string& name) {

@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "kernels/core/op_testing.h"
+#include "worker/shard/peer_memory.h"
 
 #ifdef ATTUNE_HAS_NCCL
 #include "kernels/core/op_testing_cuda.h"
@@ -207,6 +208,38 @@ TEST_P(CommunicatorTest, AllGatherPutsEachRanksBytesInTheirPlace) {
       const TensorView place = view.Slice(0, rank * kPart, (rank + 1) * kPart);
       if (!(*comm)->AllGather(exec(), place, view).ok()) return 13;
       return (*comm)->Wait().ok() && again.Read<uint8_t>() == want ? 0 : 14;
+    });
+    EXPECT_EQ(codes, std::vector<int>(size, 0)) << size;
+  }
+}
+
+TEST_P(CommunicatorTest, PeerMemoryIsReadWithoutThePeers) {
+  for (int size = 1; size <= MaxSize(); ++size) {
+    const std::string directory = NewDirectory();
+    const auto codes = RunRanks(size, [&](int rank) {
+      auto store = NewDirectoryStore(directory);
+      auto comm = Join(rank, size, store.get(), absl::Seconds(30));
+      if (!comm.ok()) return 10;
+      constexpr int64_t kBytes = 3 << 20, kPlace = 4096, kPart = 100003;
+      std::vector<uint8_t> memory(kBytes), want(kPart * size);
+      for (int64_t i = 0; i < kBytes; ++i) memory[i] = static_cast<uint8_t>(7 * i + 31 * rank);
+      for (int64_t i = 0; i < kPart * size; ++i) {
+        want[i] = static_cast<uint8_t>(7 * (kPlace + i % kPart) + 31 * (i / kPart));
+      }
+      Bytes mine = Bytes::Of(GetParam(), memory);
+      const TensorView view = mine.View(DType::kU8);
+      auto peers = PeerMemory::Open(exec(), comm->get(), view);
+      if (!peers.ok()) return 11;
+      if (*peers == nullptr) return gpu() ? 12 : 0;
+      for (int turn = 0; turn <= rank; ++turn) {  // as often as each likes
+        Bytes all(GetParam(), std::vector<uint8_t>(kPart * size, 0xee));
+        (*peers)->Gather(exec(), view.Slice(0, kPlace, kPlace + kPart), all.View(DType::kU8));
+        if (all.Read<uint8_t>() != want) return 13;
+      }
+      // Of sizes that differ, by whom it may be, nobody has any.
+      auto none = PeerMemory::Open(exec(), comm->get(), view.Slice(0, 0, kBytes - (rank == 1)));
+      if (!none.ok() || (size > 1 && *none != nullptr)) return 14;
+      return (*comm)->Barrier().ok() ? 0 : 15;
     });
     EXPECT_EQ(codes, std::vector<int>(size, 0)) << size;
   }

@@ -162,6 +162,15 @@ absl::StatusOr<bool> Engine::RanksAgree(uint16_t number, Communicator* comm) {
   return Download(ctx_.exec, evaluation_)[0] == static_cast<double>(number) * comm->size();
 }
 
+absl::Status Engine::ShareWeights(Communicator* comm) {
+  absl::StatusOr<std::unique_ptr<PeerMemory>> memory =
+      PeerMemory::Open(ctx_.exec, comm, arena_.memory());
+  if (!memory.ok()) return memory.status();
+  weight_memory_ = *std::move(memory);
+  ctx_.weight_memory = weight_memory_.get();
+  return absl::OkStatus();
+}
+
 void Engine::BeginStep(const StepInput& input) {
   arena_.BeginPhase("train");
   step_ = input;

@@ -17,6 +17,7 @@
 #include "worker/methods/pack_batch.h"
 #include "worker/model/model.h"
 #include "worker/shard/communicator.h"
+#include "worker/shard/peer_memory.h"
 #include "worker/train/optimizer.h"
 
 namespace attune {
@@ -91,6 +92,11 @@ class Engine {
   // Whether all ranks call it with the same number (below 2^16).
   absl::StatusOr<bool> RanksAgree(uint16_t number, Communicator* comm);
 
+  // Ranks that share weights read them out of each other's memory from now on, where they can.
+  // Every rank calls it, or none; then they meet (EndStep, Evaluate) before one of them is
+  // destroyed.
+  absl::Status ShareWeights(Communicator* comm);
+
   // One optimiser step over this rank's packs and, through `comm`, those of the others: Begin, a
   // pass for each pack, End. Ranks that share weights need each other in every pass: as many packs
   // each. On a GPU they return before anything has run, but TrainPass waits until it is at most
@@ -131,6 +137,7 @@ class Engine {
   EngineOptions options_;
   LoadTimes load_times_;
   Arena arena_;
+  std::unique_ptr<PeerMemory> weight_memory_;  // null: weights are gathered by collectives
   LayerContext ctx_;
   std::unique_ptr<AdapterSet> adapters_;
   std::unique_ptr<Optimizer> optimizer_;

@@ -550,8 +550,7 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   absl::StatusOr<v1::MemoryEstimate> memory =
       ChoosePlacement(limits, RatesOf(DeviceName()), MeanContext(job->train), &engine);
   if (!memory.ok()) return memory.status();
-  // Activations that travel were seen to be held up by what of the next step is on its way.
-  engine.run_ahead = !engine.activations.travels();
+  engine.run_ahead = true;
   const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(engine, *job->weights);
   if (!read.ok()) return read.status();
   memory->set_peak_bytes(std::max(memory->peak_bytes(), read->peak_bytes()));

@@ -90,7 +90,7 @@ class TrainingRun {
                                  [this] { observer_->Progress("load"); });
     if (!engine.ok()) return Fail(CauseOfStart(engine.status()), engine.status());
     engine_ = *std::move(engine);
-    if (absl::Status s = CheckSharedPlacement(); !s.ok()) return Fail(CauseOfStart(s), s);
+    if (absl::Status s = ShareWeights(); !s.ok()) return Fail(CauseOfStart(s), s);
     const std::string& from = job_->assignment.checkpoint_directory();
     if (!from.empty()) {
       absl::StatusOr<TrainerState> state =
@@ -110,14 +110,14 @@ class TrainingRun {
   }
 
   // Ranks that share weights gather them together, as often as the placement wants.
-  absl::Status CheckSharedPlacement() {
+  absl::Status ShareWeights() {
     if (job_->engine.shards == 1) return absl::OkStatus();
     const std::string& placement = job_->report.memory().placement();
     uint16_t number = 0;
     for (unsigned char c : placement) number = static_cast<uint16_t>(number * 31 + c);
     absl::StatusOr<bool> agree = engine_->RanksAgree(number, comm_);
     if (!agree.ok()) return agree.status();
-    if (*agree) return absl::OkStatus();
+    if (*agree) return engine_->ShareWeights(comm_);
     return absl::FailedPreconditionError(absl::StrCat(
         "parallelism.shard_weights: the trainers have not the same memory and chose different "
         "placements (this one: ",
