@@ -220,14 +220,14 @@ TEST_F(CudaOps, RmsNorm) {
   }
 }
 
-// Heads 1..3 of fused rows of 5, into and from buffers of their own.
+// Heads 1..13 of fused rows of 15, into and from buffers of their own.
 TEST_F(CudaOps, QkNorm) {
-  constexpr int64_t kT = 45, kH = 3;
+  constexpr int64_t kT = 45, kH = 13;
   struct Case {
     int64_t head_dim, rotary;
   };
-  for (const Case& c :
-       {Case{128, 128}, Case{256, 256}, Case{64, 20}, Case{40, 40}, Case{41, 34}, Case{96, 0}}) {
+  for (const Case& c : {Case{128, 128}, Case{256, 256}, Case{64, 64}, Case{512, 512}, Case{64, 20},
+                        Case{40, 40}, Case{41, 34}, Case{96, 0}}) {
     for (DType dtype : kDTypes) {
       for (int64_t pad : {0, 3, 8}) {
         const std::string what = "qk norm " + std::to_string(c.head_dim) + ", turned " +

@@ -259,8 +259,9 @@ void PrintProfile(Engine* engine, double seconds, const OpTrace& trace) {
 
 // As the flags place it, or with --memory-gib as a job would be placed within that.
 absl::StatusOr<v1::MemoryEstimate> PlanOf(const Flags& flags, const RandomWeights& weights,
-                                          EngineOptions* options) {
+                                          const DeviceRates& rates, EngineOptions* options) {
   if (flags.memory_gib > 0) {
+    std::printf("link to the host: %.1f GB/s\n", rates.host_copy_bytes_per_s / 1e9);
     const auto bytes = [](double gib) {
       return static_cast<int64_t>(gib * static_cast<double>(1 << 30));
     };
@@ -270,8 +271,7 @@ absl::StatusOr<v1::MemoryEstimate> PlanOf(const Flags& flags, const RandomWeight
                           ? bytes(flags.host_gib)
                           : QueryDeviceMemory(DeviceKind::kCpu).value().total_bytes / 2};
     const double context = static_cast<double>(std::min(flags.sequence, flags.micro_tokens));
-    absl::StatusOr<v1::MemoryEstimate> chosen =
-        ChoosePlacement(limits, RatesOf(DeviceName()), context, options);
+    absl::StatusOr<v1::MemoryEstimate> chosen = ChoosePlacement(limits, rates, context, options);
     if (!chosen.ok()) return chosen.status();
     // Loading takes scratch that shapes alone do not show.
     absl::StatusOr<v1::MemoryEstimate> plan = Engine::Plan(*options, weights);
@@ -401,14 +401,15 @@ absl::Status Compare(const Flags& flags, StepLoop* loop) {
 
 absl::StatusOr<StepTimes> Run(const Flags& flags, const RandomWeights& weights) {
   EngineOptions options = OptionsOf(flags);
-  absl::StatusOr<v1::MemoryEstimate> plan = PlanOf(flags, weights, &options);
+  const DeviceRates rates = flags.share_weights ? RatesOf(DeviceName()) : MeasureRates();
+  absl::StatusOr<v1::MemoryEstimate> plan = PlanOf(flags, weights, rates, &options);
   if (!plan.ok()) return plan.status();
   const int64_t before = UsedBytes();
   StepTimes out;
   out.placement = plan->placement();
   out.predicted_tokens_per_s =
       static_cast<double>(flags.micro_tokens) /
-      PredictMicroBatchSeconds(options, RatesOf(DeviceName()),
+      PredictMicroBatchSeconds(options, rates,
                                static_cast<double>(std::min(flags.sequence, flags.micro_tokens)));
   const Clock::time_point start = Clock::now();
   auto engine = Engine::Create(options, weights, plan->peak_bytes(), [] {});

@@ -32,6 +32,10 @@ struct DeviceMemory {
 // Of the opened device, as its driver says. On the CPU: of the machine.
 absl::StatusOr<DeviceMemory> QueryDeviceMemory(DeviceKind kind);
 
+// Of copies between the opened CUDA device and pinned memory, from some milliseconds of them: the
+// same GPU's link differs from host to host. 0 without a device, or without room to try.
+double MeasureHostCopyBytesPerSecond();
+
 // A new stream of the opened device, for the life of the process; null on the CPU.
 void* NewStream(DeviceKind kind);
 // Returns when everything that was put into the stream has run.

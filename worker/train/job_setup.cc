@@ -547,8 +547,10 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   if (engine.device == DeviceKind::kCpu) return Engine::Plan(engine, *job->weights);
   engine.deterministic = spec.deterministic();
   const PlacementLimits limits = LimitsOf(spec.resources());
+  // Ranks that share weights have to choose alike.
+  const DeviceRates rates = engine.shards > 1 ? RatesOf(DeviceName()) : MeasureRates();
   absl::StatusOr<v1::MemoryEstimate> memory =
-      ChoosePlacement(limits, RatesOf(DeviceName()), MeanContext(job->train), &engine);
+      ChoosePlacement(limits, rates, MeanContext(job->train), &engine);
   if (!memory.ok()) return memory.status();
   engine.run_ahead = true;
   const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(engine, *job->weights);

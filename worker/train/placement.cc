@@ -532,6 +532,14 @@ DeviceRates RatesOf(const std::string& device_name) {
           .layer_s = 0.23e-3};
 }
 
+DeviceRates MeasureRates() {
+  DeviceRates rates = RatesOf(DeviceName());
+  // In steps of 1 GB/s: what is measured anew should not place anew.
+  const double measured = std::round(MeasureHostCopyBytesPerSecond() / 1e9) * 1e9;
+  if (measured > 0) rates.host_copy_bytes_per_s = measured;
+  return rates;
+}
+
 double PredictMicroBatchSeconds(const EngineOptions& options, const DeviceRates& rates,
                                 double mean_context) {
   return SecondsOf(CostsOf(options, rates, mean_context),

@@ -29,6 +29,8 @@ struct DeviceRates {
 };
 // By the name that the driver gives; those of an H100 for one that was not measured.
 DeviceRates RatesOf(const std::string& device_name);
+// Of the opened device, with the rate of its own link to the host.
+DeviceRates MeasureRates();
 
 struct PlacementLimits {
   int64_t device_bytes = 0;
