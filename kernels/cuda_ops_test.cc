@@ -374,7 +374,8 @@ TEST_F(CudaOps, EmbeddingAndRows) {
                      [](const Exec& exec, const Views& v, Scratch&) {
                        GatherRows(exec, {.x = v[0], .index = v[1], .y = v[2]});
                      });
-      ExpectGpuAsCpu("scatter " + Name(dtype, w), {{x(6)}, {index}, {out(9)}},
+      const Tensor ascending = Ints({0, 3, 5, 8, -1, -1});
+      ExpectGpuAsCpu("scatter " + Name(dtype, w), {{x(6)}, {ascending}, {out(9)}},
                      [](const Exec& exec, const Views& v, Scratch&) {
                        ScatterRows(exec, {.y = v[0], .index = v[1], .x = v[2]});
                      });
@@ -384,13 +385,13 @@ TEST_F(CudaOps, EmbeddingAndRows) {
 
 // Ids that come once, often, and across the pieces that a block looks at.
 TEST_F(CudaOps, EmbeddingBackward) {
-  std::vector<int32_t> ids(700);
+  std::vector<int32_t> ids(2700);  // more than a tile of ids
   for (size_t t = 0; t < ids.size(); ++t) ids[t] = t % 3 == 0 ? 5 : static_cast<int32_t>(t % 41);
   for (DType dtype : kDTypes) {
     for (const Width& w : kWidths) {
       ExpectGpuAsCpu("embedding backward " + Name(dtype, w),
                      {{Ints(ids)},
-                      {Random(dtype, {700, w.columns}, w.padding)},
+                      {Random(dtype, {2700, w.columns}, w.padding)},
                       {Random(DType::kF32, {43, w.columns}, w.padding), 1e-6}},
                      [](const Exec& exec, const Views& v, Scratch&) {
                        EmbeddingBackward(exec,

@@ -45,34 +45,83 @@ __global__ __launch_bounds__(256) void ForwardKernel(const Forward<T> x) {
   }
 }
 
-// A block of threads per token and kBackwardColumns columns. That of an id's first token sums its
-// row, the others end at once. Ids go through shared memory, so that every thread looks at all.
-constexpr int kBackwardColumns = 256;
+// A block of threads per token and kBackwardThreads packs of columns. That of an id's first token
+// sums its row, the others end at once. It lists the id's tokens of a tile of ids, in order, and
+// reads some of them before it adds.
+constexpr int kBackwardThreads = 256, kTileIds = 1024, kAhead = 4;
 
 template <typename T>
-__global__ __launch_bounds__(kBackwardColumns) void BackwardKernel(
-    const int32_t* ids, Rows<const T> dy, int64_t tokens, int64_t columns, float* dtable,
-    int64_t table_stride, int64_t vocabulary, float scale, int64_t padding_id) {
-  __shared__ int32_t near[kBackwardColumns];
+struct Backward {
+  const int32_t* ids;
+  Rows<const T> dy;
+  int64_t tokens, columns;
+  float* dtable;
+  int64_t table_stride, vocabulary;
+  float scale;
+  int64_t padding_id;
+};
+
+// Of the tokens of a tile those that have the id, in `list`; their number.
+struct TokensOfId {
+  static constexpr int kWords = kTileIds / 32;
+  uint32_t words[kWords];
+  int16_t list[kTileIds];
+
+  __device__ int Find(const int32_t* ids, int64_t begin, int64_t tokens, int32_t id) {
+    __syncthreads();  // what was listed has been read
+#pragma unroll
+    for (int i = threadIdx.x; i < kTileIds; i += kBackwardThreads) {
+      const bool match = begin + i < tokens && ids[begin + i] == id;
+      const uint32_t word = __ballot_sync(0xffffffffu, match);
+      if (i % 32 == 0) words[i / 32] = word;
+    }
+    __syncthreads();
+    const int bit = threadIdx.x % 32;  // of a word, that the first warp's thread lists
+    int count = 0;
+    static_assert(kWords == 32);
+    for (uint32_t left = __ballot_sync(0xffffffffu, words[bit] != 0); left != 0; left &= left - 1) {
+      const int w = __ffs(static_cast<int>(left)) - 1;
+      const uint32_t word = words[w];
+      if (threadIdx.x < 32 && (word >> bit & 1) != 0) {
+        list[count + __popc(word & ((1u << bit) - 1))] = static_cast<int16_t>(w * 32 + bit);
+      }
+      count += __popc(word);
+    }
+    __syncthreads();
+    return count;
+  }
+};
+
+template <typename T, int N>
+__global__ __launch_bounds__(kBackwardThreads) void BackwardKernel(const Backward<T> x) {
+  __shared__ TokensOfId found;
   const int64_t first = blockIdx.x;
-  const int32_t id = ids[first];
-  if (id < 0 || id >= vocabulary || id == padding_id) return;
+  const int32_t id = x.ids[first];
+  if (id < 0 || id >= x.vocabulary || id == x.padding_id) return;
   bool earlier = false;
-  for (int64_t t = threadIdx.x; t < first; t += kBackwardColumns) earlier |= ids[t] == id;
+  for (int64_t t = threadIdx.x; t < first; t += kBackwardThreads) earlier |= x.ids[t] == id;
   if (__syncthreads_or(earlier)) return;
-  const int64_t c = static_cast<int64_t>(blockIdx.y) * kBackwardColumns + threadIdx.x;
-  float* place = dtable + id * table_stride + c;
-  float sum = c < columns ? *place : 0.0f;
-  for (int64_t begin = first; begin < tokens; begin += kBackwardColumns) {
-    __syncthreads();
-    near[threadIdx.x] = begin + threadIdx.x < tokens ? ids[begin + threadIdx.x] : -1;
-    __syncthreads();
-    if (c >= columns) continue;
-    for (int i = 0; i < kBackwardColumns; ++i) {
-      if (near[i] == id) sum = __fadd_rn(sum, __fmul_rn(scale, ToFloat(*dy(begin + i, c))));
+  const int64_t c = (int64_t{blockIdx.y} * kBackwardThreads + threadIdx.x) * N;
+  const bool any = c < x.columns;
+  float* place = x.dtable + id * x.table_stride + c;
+  Pack<float, N> sum{};
+  if (any) sum = Pack<float, N>::Load(place);
+  for (int64_t begin = first; begin < x.tokens; begin += kTileIds) {
+    const int count = found.Find(x.ids, begin, x.tokens, id);
+    for (int k = 0; any && k < count; k += kAhead) {
+      Pack<T, N> dy[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (k + j < count) dy[j] = Pack<T, N>::Load(x.dy(begin + found.list[k + j], c));
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (k + j >= count) break;
+        for (int i = 0; i < N; ++i) sum.v[i] = __fadd_rn(sum.v[i], __fmul_rn(x.scale, dy[j][i]));
+      }
     }
   }
-  if (c < columns) *place = sum;
+  if (any) sum.Store(place);
 }
 
 // A block of threads per token, a Philox block per thread and turn. Every product and sum is
@@ -132,12 +181,17 @@ void EmbeddingNoiseCuda(const Exec& exec, const EmbeddingNoiseArgs& a) {
 void EmbeddingBackwardCuda(const Exec& exec, const EmbeddingBackwardArgs& a) {
   if (a.dy.size() == 0) return;
   const int64_t T = a.dy.dim(0), C = a.dy.dim(1);
-  const dim3 grid(static_cast<unsigned>(T),
-                  static_cast<unsigned>((C + kBackwardColumns - 1) / kBackwardColumns));
   DispatchCudaFloat(a.dy.dtype, [&]<typename E>() {
-    BackwardKernel<E><<<grid, kBackwardColumns, 0, StreamOf(exec.stream)>>>(
-        Data<const int32_t>(a.ids), RowsOf<const E>(a.dy), T, C, Data<float>(a.dtable),
-        a.dtable.stride(0), a.dtable.dim(0), static_cast<float>(a.scale), a.padding_id);
+    const auto run = [&]<int N>() {
+      constexpr int kColumns = kBackwardThreads * N;
+      const dim3 grid(static_cast<unsigned>(T),
+                      static_cast<unsigned>((C + kColumns - 1) / kColumns));
+      BackwardKernel<E, N><<<grid, kBackwardThreads, 0, StreamOf(exec.stream)>>>(
+          {Data<const int32_t>(a.ids), RowsOf<const E>(a.dy), T, C, Data<float>(a.dtable),
+           a.dtable.stride(0), a.dtable.dim(0), static_cast<float>(a.scale), a.padding_id});
+    };
+    Packable(kPackSize<E>, {&a.dy, &a.dtable}) ? run.template operator()<kPackSize<E>>()
+                                               : run.template operator()<1>();
   });
   CUDA_CHECK(cudaGetLastError());
 }

@@ -115,9 +115,10 @@ Batch NewBatch(const Args& a) {
 
 constexpr int kBatch8bit = 24;
 constexpr int64_t kBlock = kAdamW8bitBlock;
-static_assert(kBlock == kThreads);
+// As many as are resident at once: each loads the maps.
+constexpr unsigned kMostBlocks8bit = 132 * 4;
 
-// As AdamWBatch, with 8-bit states. Piece p of the launch is a block of 256 elements.
+// As AdamWBatch, with 8-bit states. A piece is a block of the states.
 struct AdamW8bitBatch {
   float* param[kBatch8bit];
   const float* grad[kBatch8bit];
@@ -138,46 +139,97 @@ struct DynamicMaps {
   float m[256], v[256];
 };
 
-// The largest x of the block of threads, in every thread.
-__device__ float BlockMax(float x, float* partial) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+// Of a block of the states, what a lane has: elements 8 lane to 8 lane + 7.
+struct AdamW8bitLane {
+  static constexpr int kElements = kBlock / 32;
+  using Floats = Pack<float, 4>;
+  using Codes = Pack<uint8_t, kElements>;
+  Floats param[2], grad[2];
+  Codes m, v;
+
+  __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i) {
+    for (int half = 0; half < 2; ++half) {
+      param[half] = Floats::Load(b.param[t] + i + 4 * half);
+      grad[half] = Floats::Load(b.grad[t] + i + 4 * half);
+    }
+    m = Codes::Load(b.m[t] + i);
+    v = Codes::Load(b.v[t] + i);
   }
-  __syncthreads();  // `partial` may still be read
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  for (int w = 0; w < kThreads / 32; ++w) x = fmaxf(x, partial[w]);
-  return x;
+  __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i) const {
+    for (int half = 0; half < 2; ++half) param[half].Store(b.param[t] + i + 4 * half);
+    m.Store(b.m[t] + i);
+    v.Store(b.v[t] + i);
+  }
+  // The same of `count` elements, one by one.
+  __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i, int count) {
+    for (int k = 0; k < kElements; ++k) {
+      const bool inside = k < count;
+      param[k / 4].v[k % 4] = inside ? b.param[t][i + k] : 0.0f;
+      grad[k / 4].v[k % 4] = inside ? b.grad[t][i + k] : 0.0f;
+      m.v[k] = inside ? b.m[t][i + k] : uint8_t{0};
+      v.v[k] = inside ? b.v[t][i + k] : uint8_t{0};
+    }
+  }
+  __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i, int count) const {
+    for (int k = 0; k < count; ++k) {
+      b.param[t][i + k] = param[k / 4].v[k % 4];
+      b.m[t][i + k] = m.v[k];
+      b.v[t][i + k] = v.v[k];
+    }
+  }
+};
+
+__device__ bool Aligned8bit(const AdamW8bitBatch& b, int t) {
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  return (address(b.param[t]) | address(b.grad[t])) % 16 == 0 &&
+         (address(b.m[t]) | address(b.v[t])) % 8 == 0;
 }
 
-// A thread per element, a block of threads per block of the states.
+// A warp per block of the states.
 __global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
-    const __grid_constant__ AdamW8bitBatch b, const __grid_constant__ DynamicMaps maps) {
-  __shared__ float m_map[256], v_map[256], partial[kThreads / 32];
+    const __grid_constant__ AdamW8bitBatch b, const __grid_constant__ DynamicMaps maps,
+    uint32_t pieces) {
+  using Lane = AdamW8bitLane;
+  constexpr int kElements = Lane::kElements;
+  __shared__ float m_map[256], v_map[256];
   m_map[threadIdx.x] = maps.m[threadIdx.x];
   v_map[threadIdx.x] = maps.v[threadIdx.x];
   __syncthreads();
-  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
-  const int64_t block = blockIdx.x - b.first_piece[t];
-  const int64_t i = block * kBlock + threadIdx.x;
-  const bool inside = i < b.size[t];
-  float m = 0.0f, v = 0.0f;
-  if (inside) {
-    m = __fmul_rn(m_map[b.m[t][i]], b.m_absmax[t][block]);
-    v = __fmul_rn(v_map[b.v[t][i]], b.v_absmax[t][block]);
-    Update(b, b.decay[t], b.minus_step_size[t], static_cast<float>(b.grad_scale.Read(1.0)),
-           b.grad[t][i], &b.param[t][i], &m, &v);
-  }
-  const float m_absmax = BlockMax(fabsf(m), partial);
-  const float v_absmax = BlockMax(fabsf(v), partial);
-  if (inside) {
-    b.m[t][i] = NearestDynamicCode(m_map, m_absmax > 0.0f ? __fdiv_rn(m, m_absmax) : 0.0f);
-    b.v[t][i] = NearestDynamicCode(v_map, v_absmax > 0.0f ? __fdiv_rn(v, v_absmax) : 0.0f);
-  }
-  // Every thread has read the old ones: BlockMax has waited for all.
-  if (threadIdx.x == 0) {
-    b.m_absmax[t][block] = m_absmax;
-    b.v_absmax[t][block] = v_absmax;
+  const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
+  const uint32_t warps = gridDim.x * (kThreads / 32);
+  for (uint32_t piece = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; piece < pieces;
+       piece += warps) {
+    const int t = TensorOf(b.first_piece, b.count, piece);
+    const int64_t block = piece - b.first_piece[t];
+    const int64_t i = block * kBlock + threadIdx.x % 32 * kElements;
+    const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kElements}, b.size[t] - i)));
+    const bool packed = count == kElements && Aligned8bit(b, t);
+    Lane x;
+    packed ? x.Load(b, t, i) : x.Load(b, t, i, count);
+    const float m_old = b.m_absmax[t][block], v_old = b.v_absmax[t][block];
+    float m[kElements], v[kElements], m_absmax = 0.0f, v_absmax = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      m[k] = __fmul_rn(m_map[x.m.v[k]], m_old);
+      v[k] = __fmul_rn(v_map[x.v.v[k]], v_old);
+      if (k >= count) continue;
+      Update(b, b.decay[t], b.minus_step_size[t], grad_scale, x.grad[k / 4].v[k % 4],
+             &x.param[k / 4].v[k % 4], &m[k], &v[k]);
+      m_absmax = fmaxf(m_absmax, fabsf(m[k]));
+      v_absmax = fmaxf(v_absmax, fabsf(v[k]));
+    }
+    m_absmax = WarpMax(m_absmax);
+    v_absmax = WarpMax(v_absmax);
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      x.m.v[k] = NearestDynamicCode(m_map, m_absmax > 0.0f ? __fdiv_rn(m[k], m_absmax) : 0.0f);
+      x.v.v[k] = NearestDynamicCode(v_map, v_absmax > 0.0f ? __fdiv_rn(v[k], v_absmax) : 0.0f);
+    }
+    packed ? x.Store(b, t, i) : x.Store(b, t, i, count);
+    if (threadIdx.x % 32 == 0) {  // WarpMax has waited for all: the old ones have been read
+      b.m_absmax[t][block] = m_absmax;
+      b.v_absmax[t][block] = v_absmax;
+    }
   }
 }
 
@@ -301,8 +353,10 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
     b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
     return AdamW8bitBlocks(t.param.size());
   };
-  InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned grid) {
-    AdamW8bitKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b, maps);
+  InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned pieces) {
+    constexpr unsigned kWarps = kThreads / 32;
+    const unsigned blocks = std::min((pieces + kWarps - 1) / kWarps, kMostBlocks8bit);
+    AdamW8bitKernel<<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(b, maps, pieces);
   });
 }
 

@@ -142,6 +142,33 @@ TEST(AdamW8bitTest, MapsAreThoseOfBitsandbytes) {
   }
 }
 
+TEST(AdamW8bitTest, NearestCodeIsThatOfASearch) {
+  for (const bool is_signed : {true, false}) {
+    const float* map = DynamicMap(is_signed);
+    const auto nearest = [&](float x) {
+      int best = 0;
+      for (int code = 1; code < 256; ++code) {
+        const float middle = (map[code - 1] + map[code]) * 0.5f;
+        if (x > middle || (x == middle && code % 2 == 0)) best = code;
+      }
+      return best;
+    };
+    std::vector<float> all{0.0f, -0.0f, 1.0f, -1.0f, 7.0f, -7.0f, 1e-30f, -1e-30f, INFINITY};
+    for (int code = 1; code < 256; ++code) {
+      for (const float x : {map[code], (map[code - 1] + map[code]) * 0.5f}) {
+        all.insert(all.end(), {x, std::nextafter(x, -2.0f), std::nextafter(x, 2.0f)});
+      }
+    }
+    std::mt19937_64 rng(1);
+    for (int i = 0; i < 20000; ++i) {
+      const float size = std::pow(10.0f, -8.0f * static_cast<float>(rng() % 100000) / 100000.0f);
+      all.push_back(rng() % 2 == 0 ? size : -size);
+    }
+    for (const float x : all) ASSERT_EQ(NearestDynamicCode(map, x), nearest(x)) << x;
+    EXPECT_EQ(NearestDynamicCode(map, NAN), 0);
+  }
+}
+
 TEST(AdamW8bitTest, EqualsBitsandbytesOver100Steps) {
   Tensor param = GoldenParameters();
   const int64_t n = param.size(), blocks = AdamW8bitBlocks(n);

@@ -1,39 +1,85 @@
+// Both ops write each of their rows from a row elsewhere, or as zero: GatherRows from index[row],
+// ScatterRows from where the index has the row, which it looks up.
 #include "kernels/core/cuda.cuh"
 #include "kernels/rows/rows.h"
 
 namespace attune {
 namespace {
 
-// A row is an array of Words, 16 bytes where they fit. kGather: y[r] = x[index[r]], else back.
-template <typename Word, bool kGather>
-struct MoveRow {
-  static constexpr int kPack = 1;
+// A warp takes kWords times 32 words of a row, all of which it reads before it writes.
+constexpr int kWords = 4;
+
+template <typename Word>
+struct Move {
   const int32_t* index;
-  int64_t count;  // rows of x; an index beyond is the caller's bug, and nothing outside is touched
-  Rows<Word> x, y;
-  __device__ void operator()(int64_t r, int64_t c) const {
-    const int32_t at = index[r];
-    const bool inside = 0 <= at && at < count;
-    if constexpr (kGather) {
-      *y(r, c) = inside ? *x(at, c) : Word{};
-    } else if (inside) {
-      *x(at, c) = *y(r, c);
-    }
-  }
+  uint32_t count;     // of the index
+  int64_t from_rows;  // an index beyond is the caller's bug, and nothing outside is touched
+  Rows<const Word> from;
+  Rows<Word> to;
+  int64_t columns;
+  uint32_t rows, across;  // warps to a row
 };
 
+// Where an index that ascends, and ends in -1, has `row`; count if it does not.
+__device__ uint32_t Find(const int32_t* index, uint32_t count, uint32_t row) {
+  uint32_t low = 0, high = count;  // everything before low is smaller, nothing from high on
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (static_cast<uint32_t>(index[middle]) < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < count && static_cast<uint32_t>(index[low]) == row ? low : count;
+}
+
+// Words are 16 bytes where they fit.
+template <typename Word, bool kGather>
+__global__ __launch_bounds__(256) void MoveKernel(const Move<Word> x) {
+  const uint32_t unit = blockIdx.x * 8 + threadIdx.x / 32, row = unit / x.across;
+  if (row >= x.rows) return;
+  const int64_t begin = int64_t{32} * kWords * (unit - row * x.across) + threadIdx.x % 32;
+  const int64_t at = kGather ? x.index[row] : int64_t{Find(x.index, x.count, row)};
+  const bool any = 0 <= at && at < x.from_rows;
+  Word words[kWords];
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) {
+    const int64_t c = begin + 32 * k;
+    words[k] = any && c < x.columns ? *x.from(at, c) : Word{};
+  }
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) {
+    const int64_t c = begin + 32 * k;
+    if (c < x.columns) *x.to(row, c) = words[k];
+  }
+}
+
 template <bool kGather>
-void Move(const Exec& exec, const TensorView& x, const TensorView& index, const TensorView& y) {
-  const int64_t width = DTypeBytes(x.dtype);
+void Run(const Exec& exec, const TensorView& from, const TensorView& index, const TensorView& to) {
+  if (to.size() == 0) return;
+  const int64_t width = DTypeBytes(to.dtype);
   const auto run = [&]<typename Word>() {
-    const auto words = [&](const TensorView& view) {
-      const int64_t stride = view.dim(0) > 1 ? view.stride(0) : 0;
-      return Rows<Word>{Data<Word>(view), stride * width / static_cast<int64_t>(sizeof(Word))};
+    const auto stride = [&](const TensorView& view) {
+      return view.dim(0) > 1 ? view.stride(0) * width / static_cast<int64_t>(sizeof(Word)) : 0;
     };
-    ForEachPack(MoveRow<Word, kGather>{Data<const int32_t>(index), x.dim(0), words(x), words(y)},
-                index.dim(0), x.dim(1) * width / static_cast<int64_t>(sizeof(Word)), exec.stream);
+    const int64_t columns = to.dim(1) * width / static_cast<int64_t>(sizeof(Word));
+    const int64_t across = (columns + 32 * kWords - 1) / (32 * kWords);
+    const int64_t units = to.dim(0) * across;
+    CHECK(units < int64_t{1} << 31);
+    MoveKernel<Word, kGather>
+        <<<static_cast<unsigned>((units + 7) / 8), 256, 0, StreamOf(exec.stream)>>>(
+            {Data<const int32_t>(index),
+             static_cast<uint32_t>(index.dim(0)),
+             from.dim(0),
+             {Data<const Word>(from), stride(from)},
+             {Data<Word>(to), stride(to)},
+             columns,
+             static_cast<uint32_t>(to.dim(0)),
+             static_cast<uint32_t>(across)});
+    CUDA_CHECK(cudaGetLastError());
   };
-  if (Packable(16 / width, {&x, &y})) return run.template operator()<uint4>();
+  if (Packable(16 / width, {&from, &to})) return run.template operator()<uint4>();
   switch (width) {
     case 1:
       return run.template operator()<uint8_t>();
@@ -49,16 +95,11 @@ void Move(const Exec& exec, const TensorView& x, const TensorView& index, const 
 }  // namespace
 
 void GatherRowsCuda(const Exec& exec, const GatherRowsArgs& a) {
-  Move<true>(exec, a.x, a.index, a.y);
+  Run<true>(exec, a.x, a.index, a.y);
 }
 
 void ScatterRowsCuda(const Exec& exec, const ScatterRowsArgs& a) {
-  if (a.x.size() == 0) return;
-  const size_t width = static_cast<size_t>(DTypeBytes(a.x.dtype));
-  const size_t pitch = (a.x.dim(0) > 1 ? a.x.stride(0) : a.x.dim(1)) * width;
-  CUDA_CHECK(
-      cudaMemset2DAsync(a.x.data, pitch, 0, a.x.dim(1) * width, a.x.dim(0), StreamOf(exec.stream)));
-  Move<false>(exec, a.x, a.index, a.y);
+  Run<false>(exec, a.y, a.index, a.x);
 }
 
 }  // namespace attune

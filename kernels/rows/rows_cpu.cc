@@ -39,6 +39,7 @@ void ScatterRowsCpu(const Exec& exec, const ScatterRowsArgs& a) {
 #pragma omp parallel for schedule(static) if (WorthThreads(a.y.size()))
   for (int64_t r = 0; r < R; ++r) {
     CHECK(index[r] < T);
+    CHECK(r == 0 || index[r] < 0 || (0 <= index[r - 1] && index[r - 1] < index[r]));
     if (index[r] >= 0) std::memcpy(Row(a.x, index[r]), Row(a.y, r), bytes);
   }
 }

@@ -8,7 +8,7 @@ namespace {
 using op_testing::Tensor;
 
 constexpr int64_t kT = 9, kC = 41;
-const std::vector<int32_t> kIndex = {4, 0, -1, 8, -7};
+const std::vector<int32_t> kIndex = {0, 4, 8, -1, -7};
 
 TEST(RowsTest, GatherAndScatter) {
   for (DType dtype : {DType::kF64, DType::kF32, DType::kBF16, DType::kU8}) {
@@ -28,7 +28,7 @@ TEST(RowsTest, GatherAndScatter) {
     }
     EXPECT_EQ(y.ToVector(), want_y);
     y.ExpectGuardsIntact();
-    for (int64_t c = 0; c < kC; ++c) y.Set(2 * kC + c, 77.0);  // a dropped row
+    for (int64_t c = 0; c < kC; ++c) y.Set(3 * kC + c, 77.0);  // a dropped row
     ScatterRows(op_testing::CpuExec(), {.y = y, .index = index, .x = back});
     EXPECT_EQ(back.ToVector(), want_x);
     back.ExpectGuardsIntact();
@@ -40,6 +40,22 @@ TEST(RowsTest, NoRowsClearEverything) {
   ScatterRows(op_testing::CpuExec(), {.y = none, .index = index, .x = x});
   EXPECT_EQ(x.ToVector(), std::vector<double>(kT * kC, 0.0));
   GatherRows(op_testing::CpuExec(), {.x = x, .index = index, .y = none});
+}
+
+TEST(RowsTest, GatherTakesRowsInAnyOrder) {
+  Tensor x(DType::kF32, {3, 1}), y(DType::kF32, {4, 1});
+  for (int64_t i = 0; i < 3; ++i) x.Set(i, static_cast<double>(i + 1));
+  GatherRows(op_testing::CpuExec(), {.x = x, .index = op_testing::Ints({2, -1, 0, 2}), .y = y});
+  EXPECT_EQ(y.ToVector(), (std::vector<double>{3, 0, 1, 3}));
+}
+
+TEST(RowsDeathTest, ScatterStopsAtAnIndexOutOfOrder) {
+  const Tensor x(DType::kF32, {kT, kC}), y(DType::kF32, {3, kC});
+  for (const std::vector<int32_t>& index : {std::vector<int32_t>{4, 2, 8}, {4, -1, 8}, {2, 4, 4}}) {
+    EXPECT_DEATH(
+        ScatterRows(op_testing::CpuExec(), {.y = y, .index = op_testing::Ints(index), .x = x}),
+        "CHECK");
+  }
 }
 
 TEST(RowsDeathTest, StopsAtAnIndexPastTheEnd) {

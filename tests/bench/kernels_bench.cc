@@ -445,7 +445,10 @@ void BenchNormAndRope(Bench* b) {
   b->Bytes("Rope q, k, v 8192x48x128", 2.0 * rows.bytes() + 2.0 * cos.bytes(),
            [&] { Rope(b->exec, {.heads = moved, .cos = cos, .sin = sin, .rotary_dim = 128}); });
   const TensorView table = Device(DType::kBF16, {32000, kC}), ids = Device(DType::kI32, {kT});
-  b->Bytes("EmbeddingForward 8192x4096", pass + 2.0 * 1000 * kC,
+  std::vector<int32_t> tokens(kT);  // each another, so that the rows come from memory
+  for (int64_t t = 0; t < kT; ++t) tokens[t] = static_cast<int32_t>(t * 3907 % 32000);
+  CUDA_CHECK(cudaMemcpy(ids.data, tokens.data(), kT * 4, cudaMemcpyHostToDevice));
+  b->Bytes("EmbeddingForward 8192x4096", 2 * pass,
            [&] { EmbeddingForward(b->exec, {.ids = ids, .table = table, .y = y}); });
   const TensorView step = Device(DType::kI32, {2});
   b->Bytes("Dropout 8192x4096", 2 * pass,
@@ -554,10 +557,15 @@ void BenchOptions(Bench* b) {
   const TensorView x = Device(DType::kBF16, {kT, kC}), z = Device(DType::kBF16, {kT, kC});
   const TensorView index = Device(DType::kI32, {kT});
   std::vector<int32_t> order(kT);  // every row once
+  const auto set_order = [&] {
+    CUDA_CHECK(cudaMemcpy(index.data, order.data(), kT * 4, cudaMemcpyHostToDevice));
+  };
   for (int64_t t = 0; t < kT; ++t) order[t] = static_cast<int32_t>(t * 4099 % kT);
-  CUDA_CHECK(cudaMemcpy(index.data, order.data(), kT * 4, cudaMemcpyHostToDevice));
+  set_order();
   b->Bytes("GatherRows 8192x4096", 2 * pass,
            [&] { GatherRows(b->exec, {.x = x, .index = index, .y = z}); });
+  for (int64_t t = 0; t < kT; ++t) order[t] = static_cast<int32_t>(t);
+  set_order();
   b->Bytes("ScatterRows 8192x4096", 2 * pass,
            [&] { ScatterRows(b->exec, {.y = x, .index = index, .x = z}); });
   b->Bytes("Add 8192x4096", 3 * pass, [&] { Add(b->exec, {.x = x, .y = z, .alpha = 1e-3}); });
@@ -565,6 +573,12 @@ void BenchOptions(Bench* b) {
   const TensorView dtable = Device(DType::kF32, {32000, kC});
   b->Bytes("EmbeddingBackward 8192x4096, f32 table", pass + 2.0 * 4 * kT * kC,
            [&] { EmbeddingBackward(b->exec, {.ids = index, .dy = x, .dtable = dtable}); });
+  constexpr int64_t kIds = 1000;
+  const TensorView few = Device(DType::kI32, {kT});
+  for (int64_t t = 0; t < kT; ++t) order[t] = static_cast<int32_t>(t * 4099 % kT % kIds);
+  CUDA_CHECK(cudaMemcpy(few.data, order.data(), kT * 4, cudaMemcpyHostToDevice));
+  b->Bytes("EmbeddingBackward 8192x4096 of 1,000 ids", pass + 2.0 * 4 * kIds * kC,
+           [&] { EmbeddingBackward(b->exec, {.ids = few, .dy = x, .dtable = dtable}); });
 
   const TensorView ds = Device(DType::kBF16, {kT, 32}), norm_w = Device(DType::kBF16, {kC});
   NormedGradientArgs normed{.ds = ds,
