@@ -15,13 +15,19 @@ const float* DynamicMap(bool is_signed);
 // 2^i values with this sign, or 2^(i + 1) without signs, in the middles of as many equal steps.
 ATTUNE_HOST_DEVICE inline int GuessDynamicCode(bool is_signed, float x) {
   const float size = x < 0 ? -x : x;
-  int decade = 0;
+  int steps = is_signed ? 1 : 2;
   float unit = 1e6f;
-  for (float next = 1e-6f; decade < 6 && size >= next; next *= 10.0f) {
-    ++decade;
-    unit *= 0.1f;
-  }
-  const int steps = 1 << (is_signed ? decade : decade + 1);
+  const auto above = [&](float decade, float its_unit) {
+    const bool yes = size >= decade;
+    steps = yes ? 2 * steps : steps;
+    unit = yes ? its_unit : unit;
+  };
+  above(1e-6f, 1e5f);
+  above(1e-5f, 1e4f);
+  above(1e-4f, 1e3f);
+  above(1e-3f, 1e2f);
+  above(1e-2f, 1e1f);
+  above(1e-1f, 1.0f);
   const float at = (size * unit - 0.1f) * (static_cast<float>(steps) / 0.9f);
   const int step = at >= static_cast<float>(steps) ? steps : at > 0 ? static_cast<int>(at) : 0;
   if (!is_signed) return steps - 1 + step;
@@ -29,19 +35,31 @@ ATTUNE_HOST_DEVICE inline int GuessDynamicCode(bool is_signed, float x) {
   return x >= 0 ? code : code > 254 ? 0 : 254 - code;
 }
 
-// The code of the value of `map` nearest to x; of two equally near ones the even code. For host and
-// device code.
-ATTUNE_HOST_DEVICE inline uint8_t NearestDynamicCode(const float* map, float x) {
-  int above = GuessDynamicCode(map[0] < 0, x);  // to be: how many values are below x
-  while (above < 256 && map[above] < x) ++above;
-  while (above > 0 && !(map[above - 1] < x)) --above;
+// The code of the value of `map`, which map[i] reads, nearest to x; of two equally near ones the
+// even code. For host and device code.
+template <typename Map>
+ATTUNE_HOST_DEVICE uint8_t NearestDynamicCode(const Map& map, bool is_signed, float x) {
+  int above = GuessDynamicCode(is_signed, x);  // to be: how many values are below x
+  above += map[above] < x;
+  float low = map[above > 0 ? above - 1 : 0], high = map[above < 256 ? above : 255];
+  while (above < 256 && high < x) {
+    low = high;
+    if (++above < 256) high = map[above];
+  }
+  while (above > 0 && !(low < x)) {
+    high = low;
+    if (--above > 0) low = map[above - 1];
+  }
   if (above == 0) return 0;
   if (above == 256) return 255;
   const int below = above - 1;
-  const float middle = (map[below] + map[above]) * 0.5f;
+  const float middle = (low + high) * 0.5f;
   if (x < middle) return static_cast<uint8_t>(below);
   if (x > middle) return static_cast<uint8_t>(above);
   return static_cast<uint8_t>(below % 2 == 0 ? below : above);
+}
+ATTUNE_HOST_DEVICE inline uint8_t NearestDynamicCode(const float* map, float x) {
+  return NearestDynamicCode(map, map[0] < 0, x);
 }
 
 }  // namespace attune

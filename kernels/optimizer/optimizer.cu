@@ -116,7 +116,7 @@ Batch NewBatch(const Args& a) {
 constexpr int kBatch8bit = 24;
 constexpr int64_t kBlock = kAdamW8bitBlock;
 // As many as are resident at once: each loads the maps.
-constexpr unsigned kMostBlocks8bit = 132 * 4;
+constexpr unsigned kMostBlocks8bit = 132 * 3;
 
 // As AdamWBatch, with 8-bit states. A piece is a block of the states.
 struct AdamW8bitBatch {
@@ -179,6 +179,17 @@ struct AdamW8bitLane {
   }
 };
 
+// A lane's own copy of a map: 32 lanes that look up what they like would meet in the same banks.
+struct LaneMap {
+  static constexpr int kBytes = 4 * 256 * 32;  // of all 32 copies
+  const float* values;
+  __device__ float operator[](int code) const { return values[32 * code]; }
+  // By the block of threads, before a barrier.
+  __device__ static void Fill(const float* map, float* copies) {
+    for (int i = threadIdx.x; i < 256 * 32; i += kThreads) copies[i] = map[i / 32];
+  }
+};
+
 __device__ bool Aligned8bit(const AdamW8bitBatch& b, int t) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   return (address(b.param[t]) | address(b.grad[t])) % 16 == 0 &&
@@ -191,10 +202,11 @@ __global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
     uint32_t pieces) {
   using Lane = AdamW8bitLane;
   constexpr int kElements = Lane::kElements;
-  __shared__ float m_map[256], v_map[256];
-  m_map[threadIdx.x] = maps.m[threadIdx.x];
-  v_map[threadIdx.x] = maps.v[threadIdx.x];
+  extern __shared__ float copies[];
+  LaneMap::Fill(maps.m, copies);
+  LaneMap::Fill(maps.v, copies + LaneMap::kBytes / 4);
   __syncthreads();
+  const LaneMap m_map{copies + threadIdx.x % 32}, v_map{m_map.values + LaneMap::kBytes / 4};
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
   const uint32_t warps = gridDim.x * (kThreads / 32);
   for (uint32_t piece = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; piece < pieces;
@@ -222,8 +234,10 @@ __global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
     v_absmax = WarpMax(v_absmax);
 #pragma unroll
     for (int k = 0; k < kElements; ++k) {
-      x.m.v[k] = NearestDynamicCode(m_map, m_absmax > 0.0f ? __fdiv_rn(m[k], m_absmax) : 0.0f);
-      x.v.v[k] = NearestDynamicCode(v_map, v_absmax > 0.0f ? __fdiv_rn(v[k], v_absmax) : 0.0f);
+      x.m.v[k] =
+          NearestDynamicCode(m_map, true, m_absmax > 0.0f ? __fdiv_rn(m[k], m_absmax) : 0.0f);
+      x.v.v[k] =
+          NearestDynamicCode(v_map, false, v_absmax > 0.0f ? __fdiv_rn(v[k], v_absmax) : 0.0f);
     }
     packed ? x.Store(b, t, i) : x.Store(b, t, i, count);
     if (threadIdx.x % 32 == 0) {  // WarpMax has waited for all: the old ones have been read
@@ -341,6 +355,9 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   DynamicMaps maps;
   std::memcpy(maps.m, DynamicMap(/*is_signed=*/true), sizeof(maps.m));
   std::memcpy(maps.v, DynamicMap(/*is_signed=*/false), sizeof(maps.v));
+  constexpr int kBytes = 2 * LaneMap::kBytes;
+  CUDA_CHECK(
+      cudaFuncSetAttribute(AdamW8bitKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const auto fill = [&](int i, const AdamW8bitTensor& t) {
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
@@ -356,7 +373,7 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned pieces) {
     constexpr unsigned kWarps = kThreads / 32;
     const unsigned blocks = std::min((pieces + kWarps - 1) / kWarps, kMostBlocks8bit);
-    AdamW8bitKernel<<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(b, maps, pieces);
+    AdamW8bitKernel<<<blocks, kThreads, kBytes, StreamOf(exec.stream)>>>(b, maps, pieces);
   });
 }
 
