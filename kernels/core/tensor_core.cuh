@@ -28,10 +28,10 @@ inline bool HasSm90() {
 __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// 16 bytes, of which those behind the first `bytes` are zero.
-__device__ inline void CopyAsync(Bf16* to, const Bf16* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from),
-               "r"(bytes)
+// 16 bytes, zeros if not `real`: then nothing is read.
+__device__ inline void CopyOrZero(uint32_t to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(real ? 16 : 0)
                : "memory");
 }
 __device__ inline void CommitCopies() {

@@ -42,14 +42,8 @@ __device__ inline uint32_t PackAddress(uint32_t matrix, int rows, int row, int p
   return matrix + (pack / 8 * rows + row) * kPanelRowBytes + ((pack % 8) ^ (row % 8)) * 16;
 }
 
-// ---- Copies to shared memory, and barriers ----
+// ---- Barriers ----
 
-// 16 bytes, zeros if not `real`: then nothing is read.
-__device__ inline void CopyOrZero(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
-}
 // Whether WaitFor would return at once.
 __device__ inline bool HasPassed(uint64_t* barrier, int parity) {
   int passed;

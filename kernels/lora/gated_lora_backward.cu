@@ -77,6 +77,18 @@ struct Block {
   // Whether the warp's block k of 16 columns is behind the last one.
   __device__ bool Beyond(int k) const { return strip_begin + Column() + k * 16 >= x.columns; }
 
+  __device__ auto StripOf(int strip) const {
+    const int column = strip * S::kColumns;
+    return StripBoxes<kTiles, 2>{{&x.gate_boxes, &x.up_boxes, &x.dh_boxes},
+                                 {&x.gate_boxes, &x.up_boxes},
+                                 column,
+                                 BoxesIn(column, S::kColumns, x.columns)};
+  }
+
+  __device__ void AwaitAhead() const { WaitForCopies<0>(); }
+  __device__ void CopyAhead(int tile, int behind) const {
+    if (tile < behind) LoadS(tile, pipe.Next());
+  }
   __device__ void LoadS(int tile, int stage) const {
     const int row_begin = tile * kPassRows, thread = threadIdx.x;
     if (thread < kPassRows * kSCopies) {
@@ -86,13 +98,15 @@ struct Block {
       const Bf16* from = matrix == kDown
                              ? x.down_ds + (row_begin + row) * x.down_ds_stride + rank
                              : x.s + (row_begin + row) * x.s_stride + matrix * x.r + rank;
-      CopyAsync(s_tiles + stage * S::kSElements + row * S::kSPitch + c, any ? from : x.s,
-                any ? 16 : 0);
+      CopyOrZero(SharedAddress(s_tiles + stage * S::kSElements + row * S::kSPitch + c),
+                 any ? from : x.s, any);
     }
     CommitCopies();
   }
 
-  __device__ void LoadParameters() {
+  __device__ void Begin(int strip, int first, int) {
+    strip_begin = strip * S::kColumns;
+    LoadS(first, pipe.stage);
     const int lane = threadIdx.x % 32;
     const int n0 = strip_begin + Column() + lane % 4 * 2, c0 = lane / 4;
 #pragma unroll
@@ -125,7 +139,7 @@ struct Block {
     }
   }
 
-  __device__ void StoreGradients(int slot) const {
+  __device__ void End(int slot) const {
     const int lane = threadIdx.x % 32;
     float* to = x.matrix_sums + int64_t{slot} * S::kMatrices * S::kColumns * S::kRank;
     to += (Column() + lane / 4) * S::kRank + lane % 4 * 2;
@@ -168,7 +182,8 @@ struct Block {
     }
   }
 
-  __device__ void Multiply(const typename S::Sums& to) {
+  __device__ void Multiply(int tile) {
+    const typename S::Sums to = SumsOf(tile);
     const int lane = threadIdx.x % 32;
     const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
     Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile);
@@ -214,48 +229,9 @@ struct Block {
     FenceBulkCopies();
   }
 
-  // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
-  __device__ void Run(int strip, int first, int behind, int slot) {
-    strip_begin = strip * S::kColumns;
-    float* ds_sums = x.ds_sums + static_cast<int64_t>(strip) * x.rows * 2 * S::kRank;
-    LoadS(first, pipe.stage);
-    LoadParameters();
-    for (int tile = first; tile < behind; ++tile) {
-      // Behind the barrier the tile before is done: its rows go back and its sums are read while
-      // this one is worked on.
-      WaitForCopies<0>();
-      pipe.Wait();
-      SyncPass();
-      if (tile + 1 < behind) LoadS(tile + 1, pipe.Next());
-      if (tile > first) {
-        pipe.GiveBack(pipe.Before());
-        SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, ds_sums);
-      }
-      Multiply(SumsOf(tile));
-      pipe.Advance();
-    }
-    SyncPass();
-    pipe.GiveBack(pipe.Before());
-    SumsOf(behind - 1).Store((behind - 1) * kPassRows, x.rows, ds_sums);
-    StoreGradients(slot);
-  }
-
-  __device__ void RunAll() {
-    pipe.Prepare();
-    if (IsCopying()) {
-      return pipe.Copy(x.grid, [&](int strip) {
-        const int column = strip * S::kColumns;
-        const int columns = min(x.columns - column, S::kColumns);
-        return StripBoxes<kTiles, 2>{{&x.gate_boxes, &x.up_boxes, &x.dh_boxes},
-                                     {&x.gate_boxes, &x.up_boxes},
-                                     column,
-                                     BoxesIn(columns)};
-      });
-    }
-    TakePassRegisters();
-    ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
-      Run(strip, first, behind, slot);
-    });
+  __device__ void StoreSums(int strip, int tile) const {
+    float* to = x.ds_sums + static_cast<int64_t>(strip) * x.rows * 2 * S::kRank;
+    SumsOf(tile).Store(tile * kPassRows, x.rows, to);
   }
 };
 
@@ -267,7 +243,8 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
     extern __shared__ __align__(1024) unsigned char memory[];
     Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups, kActivation>{x, {memory}, s_tiles, sums}.RunAll();
+    Block<kGroups, kActivation> block{x, {memory}, s_tiles, sums};
+    RunPass(x.grid, &block);
   }
 }
 

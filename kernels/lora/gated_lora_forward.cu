@@ -51,7 +51,19 @@ struct Block {
   }
   __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
 
-  __device__ void LoadParameters() {
+  __device__ auto StripOf(int strip) const {
+    const int column = strip * S::kColumns;
+    return StripBoxes<kTiles, 1>{{&x.gate_boxes, &x.up_boxes},
+                                 {&x.h_boxes},
+                                 column,
+                                 BoxesIn(column, S::kColumns, x.columns)};
+  }
+
+  __device__ void AwaitAhead() const {}
+  __device__ void CopyAhead(int, int) const {}
+
+  __device__ void Begin(int strip, int, int) {
+    strip_begin = strip * S::kColumns;
     const int lane = threadIdx.x % 32;
     const int n0 = strip_begin + Column() + lane % 4 * 2, c0 = lane / 4;
 #pragma unroll
@@ -68,7 +80,8 @@ struct Block {
     }
   }
 
-  __device__ void Multiply(const typename S::Sums& to) {
+  __device__ void Multiply(int tile) {
+    const typename S::Sums to = SumsOf(tile);
     const int lane = threadIdx.x % 32;
     Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile);
     const Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile);
@@ -98,41 +111,11 @@ struct Block {
     FenceBulkCopies();
   }
 
-  // Tiles [first, behind) of a strip.
-  __device__ void Run(int strip, int first, int behind) {
-    strip_begin = strip * S::kColumns;
-    float* strip_sums = x.sums + static_cast<int64_t>(strip) * x.rows * S::kRank;
-    LoadParameters();
-    for (int tile = first; tile < behind; ++tile) {
-      // Behind the barrier the tile before is done: its rows go back and its sums are read while
-      // this one is worked on.
-      pipe.Wait();
-      SyncPass();
-      if (tile > first) {
-        pipe.GiveBack(pipe.Before());
-        SumsOf(tile - 1).Store((tile - 1) * kPassRows, x.rows, strip_sums);
-      }
-      Multiply(SumsOf(tile));
-      pipe.Advance();
-    }
-    SyncPass();
-    pipe.GiveBack(pipe.Before());
-    SumsOf(behind - 1).Store((behind - 1) * kPassRows, x.rows, strip_sums);
+  __device__ void StoreSums(int strip, int tile) const {
+    float* to = x.sums + static_cast<int64_t>(strip) * x.rows * S::kRank;
+    SumsOf(tile).Store(tile * kPassRows, x.rows, to);
   }
-
-  __device__ void RunAll() {
-    pipe.Prepare();
-    if (IsCopying()) {
-      return pipe.Copy(x.grid, [&](int strip) {
-        const int column = strip * S::kColumns;
-        const int columns = min(x.columns - column, S::kColumns);
-        return StripBoxes<kTiles, 1>{
-            {&x.gate_boxes, &x.up_boxes}, {&x.h_boxes}, column, BoxesIn(columns)};
-      });
-    }
-    TakePassRegisters();
-    ForEachRun(x.grid, [&](int strip, int first, int behind, int) { Run(strip, first, behind); });
-  }
+  __device__ void End(int) const {}
 };
 
 template <int kGroups, Activation kActivation>
@@ -142,7 +125,8 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
     cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(1024) unsigned char memory[];
     float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
-    Block<kGroups, kActivation>{x, {memory}, sums}.RunAll();
+    Block<kGroups, kActivation> block{x, {memory}, sums};
+    RunPass(x.grid, &block);
   }
 }
 

@@ -72,9 +72,11 @@ struct Block {
 
   const Params& x;
   typename S::Pipe pipe;
-  Bf16* s_tiles;                 // kStages
-  float* sums;                   // two
-  const Bf16* s_from = nullptr;  // what the thread copies of s's first row
+  Bf16* s_tiles;       // kStages
+  float* sums;         // two
+  bool any;            // whether the warp has columns
+  int ahead;           // the tile of s that is copied next
+  const Bf16* s_from;  // what the thread copies of s's first row
   // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
   // twice 8 ranks; and B, whose rows are columns of dy.
   float db[4][2][4];
@@ -83,13 +85,39 @@ struct Block {
   __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
   __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
 
+  __device__ int Columns(int strip) const {
+    const Part& part = x.part[PartOf(x, strip)];
+    return min(part.columns - (strip - part.first_strip) * S::kColumns, S::kColumns);
+  }
+  __device__ auto StripOf(int strip) const {
+    const Part& part = x.part[PartOf(x, strip)];
+    const int column = (strip - part.first_strip) * S::kColumns;
+    return StripBoxes<1, 0>{{&part.dy}, {}, column, BoxesIn(column, S::kColumns, part.columns)};
+  }
+
+  __device__ void AwaitAhead() const { WaitForCopies<S::kStages - 2>(); }
+  __device__ void CopyAhead(int, int behind) { LoadNextS(pipe.Before(), behind); }
+  __device__ void LoadNextS(int stage, int behind) {
+    if (ahead < behind) LoadS(ahead++, stage);
+    CommitCopies();
+  }
   __device__ void LoadS(int tile, int stage) const {
     const int row_begin = tile * kPassRows, thread = threadIdx.x;
     if (thread >= kPassRows * kRankCopies) return;
     const int row = thread / kRankCopies, c = thread % kRankCopies * 8;
-    const bool any = row_begin + row < x.rows && c < x.r;
-    CopyAsync(s_tiles + stage * S::kSElements + row * S::kRankPitch + c,
-              any ? s_from + row_begin * x.s_stride : x.s, any ? 16 : 0);
+    const bool real = row_begin + row < x.rows && c < x.r;
+    CopyOrZero(SharedAddress(s_tiles + stage * S::kSElements + row * S::kRankPitch + c),
+               real ? s_from + row_begin * x.s_stride : x.s, real);
+  }
+
+  __device__ void Begin(int strip, int first, int behind) {
+    const int thread = threadIdx.x;
+    any = Column() < Columns(strip);
+    ahead = first;
+    s_from =
+        x.s + thread / kRankCopies * x.s_stride + PartOf(x, strip) * x.r + thread % kRankCopies * 8;
+    for (int i = 0; i < S::kStages - 1; ++i) LoadNextS((pipe.stage + i) % S::kStages, behind);
+    LoadParameters(strip);
   }
 
   __device__ void LoadParameters(int strip) {
@@ -115,7 +143,7 @@ struct Block {
     }
   }
 
-  __device__ void StoreGradients(int slot) const {
+  __device__ void End(int slot) const {
     const int lane = threadIdx.x % 32;
     float* to = x.db_sums + int64_t{slot} * S::kColumns * S::kRank;
     to += (Column() + lane / 4) * S::kRank + Rank() + lane % 4 * 2;
@@ -131,7 +159,7 @@ struct Block {
     }
   }
 
-  __device__ void Multiply(int buffer, bool any) {
+  __device__ void Multiply(int index) {
     const int lane = threadIdx.x % 32;
     const Bf16* tile = pipe.Tile(pipe.stage, 0);
     const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
@@ -152,7 +180,7 @@ struct Block {
       MultiplyAdd(db[k][0], columns, s[0], s[1]);
       MultiplyAdd(db[k][1], columns, s[2], s[3]);
     }
-    float* to = sums + buffer * S::kSumElements;
+    float* to = sums + index % 2 * S::kSumElements;
     to += (Column() / kWarpColumns * kPassRows + lane / 4) * S::kRankPitch + Rank() + lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -163,69 +191,17 @@ struct Block {
   }
 
   // The sums over the columns of the strip.
-  __device__ void StoreDs(int strip, int tile, int buffer) const {
+  __device__ void StoreSums(int strip, int tile) const {
     const int row_begin = tile * kPassRows;
     for (int at = threadIdx.x; at < kPassRows * S::kRank; at += kPassThreads) {
       const int row = at / S::kRank, c = at % S::kRank;
-      const float* from = sums + buffer * S::kSumElements + row * S::kRankPitch + c;
+      const float* from = sums + tile % 2 * S::kSumElements + row * S::kRankPitch + c;
       float sum = 0.0f;
 #pragma unroll
       for (int g = 0; g < S::kColumnGroups; ++g) sum += from[g * kPassRows * S::kRankPitch];
       if (row_begin + row >= x.rows) continue;
       x.ds_sums[(static_cast<int64_t>(strip) * x.rows + row_begin + row) * S::kRank + c] = sum;
     }
-  }
-
-  __device__ int Columns(int strip) const {
-    const Part& part = x.part[PartOf(x, strip)];
-    return min(part.columns - (strip - part.first_strip) * S::kColumns, S::kColumns);
-  }
-
-  // Tiles [first, behind) of a strip; what is summed over them goes to a slot.
-  __device__ void Run(int strip, int first, int behind, int slot) {
-    const int thread = threadIdx.x;
-    const bool any = Column() < Columns(strip);
-    int ahead = first;
-    s_from =
-        x.s + thread / kRankCopies * x.s_stride + PartOf(x, strip) * x.r + thread % kRankCopies * 8;
-    const auto load_s = [&](int to) {
-      if (ahead < behind) LoadS(ahead++, to);
-      CommitCopies();
-    };
-    for (int i = 0; i < S::kStages - 1; ++i) load_s((pipe.stage + i) % S::kStages);
-    LoadParameters(strip);
-    for (int tile = first; tile < behind; ++tile) {
-      // Even and odd tiles have sums of their own, so one barrier per tile is enough.
-      WaitForCopies<S::kStages - 2>();
-      pipe.Wait();
-      SyncPass();
-      load_s(pipe.Before());
-      if (tile > first) {
-        pipe.GiveBack(pipe.Before());
-        StoreDs(strip, tile - 1, (tile - 1) % 2);
-      }
-      Multiply(tile % 2, any);
-      pipe.Advance();
-    }
-    SyncPass();
-    pipe.GiveBack(pipe.Before());
-    StoreDs(strip, behind - 1, (behind - 1) % 2);
-    StoreGradients(slot);
-  }
-
-  __device__ void RunAll() {
-    pipe.Prepare();
-    if (IsCopying()) {
-      return pipe.Copy(x.grid, [&](int strip) {
-        const Part& part = x.part[PartOf(x, strip)];
-        return StripBoxes<1, 0>{
-            {&part.dy}, {}, (strip - part.first_strip) * S::kColumns, BoxesIn(Columns(strip))};
-      });
-    }
-    TakePassRegisters();
-    ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
-      Run(strip, first, behind, slot);
-    });
   }
 };
 
@@ -237,7 +213,8 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
     extern __shared__ __align__(1024) unsigned char memory[];
     Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups>{x, {memory}, s_tiles, sums}.RunAll();
+    Block<kGroups> block{x, {memory}, s_tiles, sums};
+    RunPass(x.grid, &block);
   }
 }
 

@@ -55,8 +55,10 @@ struct StripBoxes {
   int column, boxes;
 };
 
-__device__ inline int BoxesIn(int columns) {
-  return (columns + kBoxColumns - 1) / kBoxColumns;
+// How many boxes a strip of at most `width` columns has, from `column` on, of a matrix of
+// `columns`.
+__device__ inline int BoxesIn(int column, int width, int columns) {
+  return (min(columns - column, width) + kBoxColumns - 1) / kBoxColumns;
 }
 
 // Tiles of kColumns columns on their way through shared memory, of kLoads matrices; what is left in
@@ -146,6 +148,39 @@ struct TilePipe {
     if (threadIdx.x == 0) Arrive(Done(at));
   }
 };
+
+// All that a block of a pass does. Its kernel says what is copied, StripOf(strip), what it takes to
+// a strip's tiles [first, behind) and what it leaves of them in a slot, Begin and End, and of each
+// tile what is computed, Multiply, and what is left of that in sums of even and odd tiles,
+// StoreSums. What is copied beside the rows is ready behind AwaitAhead and goes on in CopyAhead.
+template <typename B>
+__device__ void RunPass(const PassGrid& grid, B* block) {
+  auto& pipe = block->pipe;
+  pipe.Prepare();
+  if (IsCopying()) return pipe.Copy(grid, [&](int strip) { return block->StripOf(strip); });
+  TakePassRegisters();
+  ForEachRun(grid, [&](int strip, int first, int behind, int slot) {
+    block->Begin(strip, first, behind);
+    for (int tile = first; tile < behind; ++tile) {
+      // Behind the barrier the tile before is done: its rows go back and its sums are read while
+      // this one is worked on. Even and odd tiles have sums of their own, so one is enough.
+      block->AwaitAhead();
+      pipe.Wait();
+      SyncPass();
+      block->CopyAhead(tile + 1, behind);
+      if (tile > first) {
+        pipe.GiveBack(pipe.Before());
+        block->StoreSums(strip, tile - 1);
+      }
+      block->Multiply(tile);
+      pipe.Advance();
+    }
+    SyncPass();
+    pipe.GiveBack(pipe.Before());
+    block->StoreSums(strip, behind - 1);
+    block->End(slot);
+  });
+}
 
 // Sums of products of kWarps warps with 16 rows, each of kWidth columns: where a warp leaves its
 // own, and the block's of element `at`, in a fixed order.

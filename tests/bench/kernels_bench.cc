@@ -105,11 +105,32 @@ double MedianSeconds(const std::function<void()>& f, int repeats = 20) {
   return ms[ms.size() / 2] * 1e-3;
 }
 
+// The median time of one call of f behind `before`, between two events.
+double MedianSecondsBehind(const std::function<void()>& before, const std::function<void()>& f) {
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<float> ms;
+  for (int i = 0; i < 18; ++i) {
+    before();
+    CUDA_CHECK(cudaEventRecord(begin, nullptr));
+    f();
+    CUDA_CHECK(cudaEventRecord(end, nullptr));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float elapsed = 0.0f;
+    CUDA_CHECK(cudaEventElapsedTime(&elapsed, begin, end));
+    if (i >= 3) ms.push_back(elapsed);
+  }
+  std::nth_element(ms.begin(), ms.begin() + ms.size() / 2, ms.end());
+  return ms[ms.size() / 2] * 1e-3;
+}
+
 struct Bench {
   Exec exec;
   TensorView workspace;
   double copy_rate = 0.0, product_rate = 0.0;
   std::string_view only;
+  std::function<void()> product;  // the roof's
 
   bool Wanted(std::string_view op) const {
     return op.starts_with("roof:") || op.find(only) != op.npos;
@@ -125,6 +146,19 @@ struct Bench {
     const double s = before ? MedianSeconds(both) - MedianSeconds(before) : MedianSeconds(f);
     std::printf("{\"op\": \"%s\", \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.3f}\n", op,
                 s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
+  }
+  // Also as in a step: behind products, which bring the GPU to its power limit and its clock down.
+  void BytesAndInStep(const std::string& op, double bytes, const std::function<void()>& f) {
+    Bytes(op.c_str(), bytes, f);
+    if (!Wanted(op)) return;
+    const auto products = [&] {
+      for (int i = 0; i < 4; ++i) product();
+    };
+    const double s = MedianSecondsBehind(products, f);
+    std::printf(
+        "{\"op\": \"%s, behind products\", \"us\": %.1f, \"gb_per_s\": %.0f, "
+        "\"of_copy\": %.3f}\n",
+        op.c_str(), s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
   }
   void Flops(const char* op, double flops, int repeats, const std::function<void()>& f) {
     if (!Wanted(op)) return;
@@ -153,11 +187,11 @@ void MeasureRoofs(Bench* b) {
   const TensorView a = Device(DType::kBF16, {n, n}), c = Device(DType::kBF16, {n, n});
   const TensorView d = Device(DType::kBF16, {n, n});
   b->workspace = Device(DType::kU8, {int64_t{32} << 20});
-  const auto product = [&] {
+  b->product = [=] {
     MatMul(b->exec, {.a = a, .b = c, .d = d, .trans_b = true, .workspace = b->workspace});
   };
-  b->Flops("roof: MatMul bf16 8192^3 NT", 2.0 * n * n * n, 20, product);
-  b->product_rate = 2.0 * n * n * n / MedianSeconds(product);
+  b->Flops("roof: MatMul bf16 8192^3 NT", 2.0 * n * n * n, 20, b->product);
+  b->product_rate = 2.0 * n * n * n / MedianSeconds(b->product);
 }
 
 void BenchProducts(Bench* b) {
@@ -213,9 +247,9 @@ void BenchLoraBackward(Bench* b) {
                           .ds = rows.Slice(1, N, N + E),
                           .scale = 1e-3,
                           .db_scale = 1e-3};
-    args.workspace = b->workspace;
+    args.workspace = Device(DType::kU8, {LoraBackwardWorkspaceBytes(b->exec, args)});
     const double bytes = 2.0 * static_cast<double>(c.T) * static_cast<double>(N);
-    b->Bytes(c.name, bytes, [&] { LoraBackward(b->exec, args); });
+    b->BytesAndInStep(c.name, bytes, [&] { LoraBackward(b->exec, args); });
     b->Bytes(c.products, bytes, [&] {
       for (size_t i = 0; i < parts.size(); ++i) {
         const int64_t begin = parts[i].column_begin, at = static_cast<int64_t>(i) * c.r;
@@ -234,7 +268,7 @@ void BenchLoraBackward(Bench* b) {
                          .workspace = b->workspace});
       }
     });
-    CUDA_CHECK(cudaFree(rows.data));
+    for (const TensorView& view : {rows, args.workspace}) CUDA_CHECK(cudaFree(view.data));
   }
 }
 
@@ -254,19 +288,20 @@ void BenchGatedLoraBackward(Bench* b) {
     }
     const TensorView rows = Device(DType::kBF16, {c.T, 2 * kF + E});
     const TensorView dh = Device(DType::kBF16, {c.T, kF});
-    GatedLoraBackwardArgs args{.dh = dh,
-                               .lora = {.parts = parts,
-                                        .dy = rows.Slice(1, 0, 2 * kF),
-                                        .s = Device(DType::kBF16, {c.T, E}),
-                                        .ds = rows.Slice(1, 2 * kF, 2 * kF + E),
-                                        .scale = 1e-3,
-                                        .db_scale = 1e-3},
-                               .down_ds = Device(DType::kBF16, {c.T, c.r}),
-                               .down_da = Device(DType::kF32, {c.r, kF}),
-                               .down_da_scale = 1e-3};
+    GatedLoraBackwardArgs args{
+        .dh = dh,
+        .lora = {.parts = parts,
+                 .dy = rows.Slice(1, 0, 2 * kF),
+                 .s = Device(DType::kBF16, {c.T, E}),
+                 .ds = rows.Slice(1, 2 * kF, 2 * kF + E),
+                 .scale = 1e-3,
+                 .db_scale = 1e-3},
+        .down_ds = Device(DType::kBF16, {c.T, kC + c.r}).Slice(1, kC, kC + c.r),
+        .down_da = Device(DType::kF32, {c.r, kF}),
+        .down_da_scale = 1e-3};
     args.workspace = Device(DType::kU8, {GatedLoraBackwardWorkspaceBytes(b->exec, args)});
-    b->Bytes(c.name, 10.0 * static_cast<double>(c.T) * static_cast<double>(kF),
-             [&] { GatedLoraBackward(b->exec, args); });
+    b->BytesAndInStep(c.name, 10.0 * static_cast<double>(c.T) * static_cast<double>(kF),
+                      [&] { GatedLoraBackward(b->exec, args); });
     for (const TensorView& view : {rows, dh, args.workspace}) CUDA_CHECK(cudaFree(view.data));
   }
 }
@@ -274,15 +309,16 @@ void BenchGatedLoraBackward(Bench* b) {
 // GB/s of reading gate and up and writing h.
 void BenchGatedLoraForward(Bench* b) {
   for (const int64_t T : {int64_t{16384}, int64_t{2048}}) {
-    const TensorView rows = Device(DType::kBF16, {T, 2 * kF}), h = Device(DType::kBF16, {T, kF});
-    GatedLoraForwardArgs args{.rows = rows,
-                              .h = h,
+    const TensorView rows = Device(DType::kBF16, {T, 2 * kF + 32});
+    const TensorView h = Device(DType::kBF16, {T, kF + 16});
+    GatedLoraForwardArgs args{.rows = rows.Slice(1, 0, 2 * kF),
+                              .h = h.Slice(1, 0, kF),
                               .a = Device(DType::kBF16, {16, kF}),
-                              .s = Device(DType::kBF16, {T, 16})};
+                              .s = h.Slice(1, kF, kF + 16)};
     args.workspace = Device(DType::kU8, {GatedLoraForwardWorkspaceBytes(b->exec, args)});
-    b->Bytes(T == 2048 ? "GatedLoraForward 2048x14336 r 16" : "GatedLoraForward 16384x14336 r 16",
-             6.0 * static_cast<double>(T) * static_cast<double>(kF),
-             [&] { GatedLoraForward(b->exec, args); });
+    b->BytesAndInStep("GatedLoraForward " + std::to_string(T) + "x14336 r 16",
+                      6.0 * static_cast<double>(T) * static_cast<double>(kF),
+                      [&] { GatedLoraForward(b->exec, args); });
     for (const TensorView& view : {rows, h, args.workspace}) CUDA_CHECK(cudaFree(view.data));
   }
 }
