@@ -83,6 +83,10 @@ TensorView Device(DType dtype, std::initializer_list<int64_t> shape) {
   }
   return out;
 }
+// bf16 rows as layers have them: each begins at a multiple of 128 bytes.
+TensorView DeviceRows(int64_t rows, int64_t columns) {
+  return Device(DType::kBF16, {rows, (columns + 63) / 64 * 64}).Slice(1, 0, columns);
+}
 
 // The median over `repeats` of the time of one call in a run of calls, so that the gap at the
 // events does not count.
@@ -240,7 +244,7 @@ void BenchLoraBackward(Bench* b) {
       parts.push_back({Device(DType::kBF16, {rows, c.r}), Device(DType::kF32, {rows, c.r}), N});
       N += rows;
     }
-    const TensorView rows = Device(DType::kBF16, {c.T, N + E});
+    const TensorView rows = DeviceRows(c.T, N + E);
     LoraBackwardArgs args{.parts = parts,
                           .dy = rows.Slice(1, 0, N),
                           .s = Device(DType::kBF16, {c.T, E}),
@@ -286,19 +290,18 @@ void BenchGatedLoraBackward(Bench* b) {
     for (int64_t begin : {int64_t{0}, kF}) {
       parts.push_back({Device(DType::kBF16, {kF, c.r}), Device(DType::kF32, {kF, c.r}), begin});
     }
-    const TensorView rows = Device(DType::kBF16, {c.T, 2 * kF + E});
+    const TensorView rows = DeviceRows(c.T, 2 * kF + E);
     const TensorView dh = Device(DType::kBF16, {c.T, kF});
-    GatedLoraBackwardArgs args{
-        .dh = dh,
-        .lora = {.parts = parts,
-                 .dy = rows.Slice(1, 0, 2 * kF),
-                 .s = Device(DType::kBF16, {c.T, E}),
-                 .ds = rows.Slice(1, 2 * kF, 2 * kF + E),
-                 .scale = 1e-3,
-                 .db_scale = 1e-3},
-        .down_ds = Device(DType::kBF16, {c.T, kC + c.r}).Slice(1, kC, kC + c.r),
-        .down_da = Device(DType::kF32, {c.r, kF}),
-        .down_da_scale = 1e-3};
+    GatedLoraBackwardArgs args{.dh = dh,
+                               .lora = {.parts = parts,
+                                        .dy = rows.Slice(1, 0, 2 * kF),
+                                        .s = Device(DType::kBF16, {c.T, E}),
+                                        .ds = rows.Slice(1, 2 * kF, 2 * kF + E),
+                                        .scale = 1e-3,
+                                        .db_scale = 1e-3},
+                               .down_ds = DeviceRows(c.T, kC + c.r).Slice(1, kC, kC + c.r),
+                               .down_da = Device(DType::kF32, {c.r, kF}),
+                               .down_da_scale = 1e-3};
     args.workspace = Device(DType::kU8, {GatedLoraBackwardWorkspaceBytes(b->exec, args)});
     b->BytesAndInStep(c.name, 10.0 * static_cast<double>(c.T) * static_cast<double>(kF),
                       [&] { GatedLoraBackward(b->exec, args); });
@@ -309,8 +312,8 @@ void BenchGatedLoraBackward(Bench* b) {
 // GB/s of reading gate and up and writing h.
 void BenchGatedLoraForward(Bench* b) {
   for (const int64_t T : {int64_t{16384}, int64_t{2048}}) {
-    const TensorView rows = Device(DType::kBF16, {T, 2 * kF + 32});
-    const TensorView h = Device(DType::kBF16, {T, kF + 16});
+    const TensorView rows = DeviceRows(T, 2 * kF + 32);
+    const TensorView h = DeviceRows(T, kF + 16);
     GatedLoraForwardArgs args{.rows = rows.Slice(1, 0, 2 * kF),
                               .h = h.Slice(1, 0, kF),
                               .a = Device(DType::kBF16, {16, kF}),
