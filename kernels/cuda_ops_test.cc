@@ -459,6 +459,23 @@ TEST_F(CudaOps, EmbeddingNoise) {
   }
 }
 
+// CrossEntropy of `logits`; `args` has what is not a view.
+void ExpectCrossEntropyAsCpu(const std::string& name, const Tensor& logits,
+                             const std::vector<int32_t>& targets, CrossEntropyArgs args) {
+  const int64_t rows = logits.dim(0);
+  ExpectGpuAsCpu(name,
+                 {{logits, Loose(logits.dtype())},
+                  {Ints(targets)},
+                  {Tensor(DType::kF32, {rows}), 2e-5},
+                  {Tensor(DType::kU8, {rows})},
+                  {Tensor(DType::kF32, {1}).Constant(0.25)}},
+                 [args](const Exec& exec, const Views& v, Scratch&) mutable {
+                   args.logits = v[0], args.targets = v[1], args.loss = v[2];
+                   args.correct = v[3], args.grad_scale = v[4];
+                   CrossEntropy(exec, args);
+                 });
+}
+
 // The wide ones take clusters of 2 to 8 blocks; the last two in f32, or at odd addresses, are
 // longer than these hold.
 TEST_F(CudaOps, CrossEntropy) {
@@ -473,23 +490,10 @@ TEST_F(CudaOps, CrossEntropy) {
         logits.Set(3 * w.columns + 1, 50.0);  // the target, twice the maximum
         logits.Set(3 * w.columns + 9, 50.0);
         logits.Set(4 * w.columns + 4, NAN);
-        const Tensor targets = Ints({0, -1, 36, 9, 2, static_cast<int32_t>(w.columns) - 1});
-        ExpectGpuAsCpu("cross entropy " + Name(dtype, w),
-                       {{logits, Loose(dtype)},
-                        {targets},
-                        {Tensor(DType::kF32, {6}), 2e-5},
-                        {Tensor(DType::kU8, {6})},
-                        {Tensor(DType::kF32, {1}).Constant(0.25)}},
-                       [&](const Exec& exec, const Views& v, Scratch&) {
-                         CrossEntropy(exec, {.logits = v[0],
-                                             .targets = v[1],
-                                             .loss = v[2],
-                                             .correct = v[3],
-                                             .grad_scale = v[4],
-                                             .softcap = softcap,
-                                             .label_smoothing = smoothing,
-                                             .z_loss = smoothing / 100});
-                       });
+        ExpectCrossEntropyAsCpu(
+            "cross entropy " + Name(dtype, w), logits,
+            {0, -1, 36, 9, 2, static_cast<int32_t>(w.columns) - 1},
+            {.softcap = softcap, .label_smoothing = smoothing, .z_loss = smoothing / 100});
       }
     }
   }
@@ -503,19 +507,8 @@ TEST_F(CudaOps, CrossEntropyOfManyRows) {
       for (size_t t = 0; t < targets.size(); ++t) {
         targets[t] = t % 5 == 3 ? -1 : static_cast<int32_t>(t * 37 % 1288);
       }
-      ExpectGpuAsCpu("cross entropy of " + std::to_string(rows) + " rows",
-                     {{Random(dtype, {rows, columns}, 0, 3.0), Loose(dtype)},
-                      {Ints(targets)},
-                      {Tensor(DType::kF32, {rows}), 2e-5},
-                      {Tensor(DType::kU8, {rows})},
-                      {Tensor(DType::kF32, {1}).Constant(0.25)}},
-                     [&](const Exec& exec, const Views& v, Scratch&) {
-                       CrossEntropy(exec, {.logits = v[0],
-                                           .targets = v[1],
-                                           .loss = v[2],
-                                           .correct = v[3],
-                                           .grad_scale = v[4]});
-                     });
+      ExpectCrossEntropyAsCpu("cross entropy of " + std::to_string(rows) + " rows",
+                              Random(dtype, {rows, columns}, 0, 3.0), targets, {});
     }
   }
 }
