@@ -1,6 +1,7 @@
 // What the passes over the gradients of rows share on the device.
 #pragma once
 
+#include "kernels/core/early_launch.cuh"
 #include "kernels/core/tensor_map.cuh"
 #include "kernels/core/warpgroup.cuh"
 #include "kernels/lora/lora_pass.h"
@@ -254,16 +255,7 @@ __device__ inline Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, con
 // run; they wait for its end.
 template <typename Params>
 void LaunchBehind(const Exec& exec, void (*kernel)(Params), const Params& x, int64_t packs) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(DivideUp(packs, 256)));
-  config.blockDim = dim3(256);
-  config.stream = StreamOf(exec.stream);
-  config.attrs = &early;
-  config.numAttrs = 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, x));
+  LaunchEarly(exec, kernel, static_cast<uint32_t>(DivideUp(packs, 256)), 256, x);
 }
 
 }  // namespace attune
