@@ -14,7 +14,7 @@ const float* DynamicMap(bool is_signed);
 // Where x is among the values, or one beside it, from how they are made: decade i (1e-6 first) has
 // 2^i values with this sign, or 2^(i + 1) without signs, in the middles of as many equal steps.
 ATTUNE_HOST_DEVICE inline int GuessDynamicCode(bool is_signed, float x) {
-  const float size = x < 0 ? -x : x;
+  const float size = is_signed && x < 0 ? -x : x;
   int steps = is_signed ? 1 : 2;
   float unit = 1e6f;
   const auto above = [&](float decade, float its_unit) {
@@ -36,27 +36,17 @@ ATTUNE_HOST_DEVICE inline int GuessDynamicCode(bool is_signed, float x) {
 }
 
 // The code of the value of `map`, which map[i] reads, nearest to x; of two equally near ones the
-// even code. For host and device code.
+// even code. For host and device code; without a branch, so that the device overlaps many of them.
 template <typename Map>
 ATTUNE_HOST_DEVICE uint8_t NearestDynamicCode(const Map& map, bool is_signed, float x) {
-  int above = GuessDynamicCode(is_signed, x);  // to be: how many values are below x
-  above += map[above] < x;
-  float low = map[above > 0 ? above - 1 : 0], high = map[above < 256 ? above : 255];
-  while (above < 256 && high < x) {
-    low = high;
-    if (++above < 256) high = map[above];
-  }
-  while (above > 0 && !(low < x)) {
-    high = low;
-    if (--above > 0) low = map[above - 1];
-  }
-  if (above == 0) return 0;
-  if (above == 256) return 255;
-  const int below = above - 1;
-  const float middle = (low + high) * 0.5f;
-  if (x < middle) return static_cast<uint8_t>(below);
-  if (x > middle) return static_cast<uint8_t>(above);
-  return static_cast<uint8_t>(below % 2 == 0 ? below : above);
+  // x is in its step: above the value or below it. At an edge either step will do.
+  const int guess = GuessDynamicCode(is_signed, x);
+  const int at = guess < 1 ? 1 : guess > 254 ? 254 : guess;
+  const float before = map[at - 1], value = map[at], behind = map[at + 1];
+  const bool over = value < x;
+  const int below = over ? at : at - 1;
+  const float middle = ((over ? value : before) + (over ? behind : value)) * 0.5f;
+  return static_cast<uint8_t>(below + (x > middle || (x == middle && below % 2 != 0)));
 }
 ATTUNE_HOST_DEVICE inline uint8_t NearestDynamicCode(const float* map, float x) {
   return NearestDynamicCode(map, map[0] < 0, x);

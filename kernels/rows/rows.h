@@ -1,9 +1,9 @@
 // Selection of rows: the LM head works on labelled rows only.
 //   GatherRows:   y[r] = x[index[r]]                      (a zero row where index[r] < 0)
 //   ScatterRows:  x[index[r]] = y[r], every other row of x = 0  (r with index[r] < 0 is dropped)
-// ScatterRows is the backward of GatherRows, and wants an index that ascends and has what is negative
-// at its end. One >= T, or out of order, is the caller's bug (CHECK on the CPU). A negative index is
-// padding up to a bucket's R.
+// ScatterRows is the backward of GatherRows, and wants an index that ascends and has what is
+// negative, padding up to a bucket's R, at its end. One >= T or out of order is the caller's bug
+// (CHECK on the CPU).
 // Any dtype; x and y do not overlap. Cost: one pass over y (and x in ScatterRows).
 #pragma once
 
