@@ -13,10 +13,6 @@ using namespace op_testing;  // NOLINT: the scaffolding of this file
 
 class CudaLora : public CudaOps {};
 
-double Loose(DType dtype) {
-  return dtype == DType::kF32 ? 2e-5 : 1e-2;
-}
-
 TEST_F(CudaLora, LoraExtend) {
   for (DType dtype : kDTypes) {
     for (int64_t r : {3, 16}) {

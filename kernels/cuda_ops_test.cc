@@ -22,10 +22,6 @@ using namespace op_testing;  // NOLINT: the scaffolding of this file
 
 constexpr Width kWidths[] = {{64, 0}, {1280, 8}, {37, 0}, {2051, 3}};
 
-double Loose(DType dtype) {
-  return dtype == DType::kF32 ? 2e-5 : 1e-2;
-}
-
 TEST_F(CudaOps, MatMul) {
   struct Case {
     int64_t m, n, k, pad;

@@ -138,6 +138,10 @@ inline void ExpectGpuAsCpu(const std::string& what, const std::vector<Operand>& 
 using Views = std::vector<TensorView>;
 
 constexpr DType kDTypes[] = {DType::kF32, DType::kBF16};
+// How far results may be apart whose sums have another order.
+inline double Loose(DType dtype) {
+  return dtype == DType::kF32 ? 2e-5 : 1e-2;
+}
 
 // (columns, padding between rows): packs of 16 bytes, and what forbids them.
 struct Width {

@@ -138,8 +138,10 @@ class GpuJob(unittest.TestCase):
                 iter(json.loads(service.cli("workers", "-o", "json").stdout).get("workers", [])),
                 None))
             self.assertEqual(len(worker["devices"]), 2 if GPUS == 1 else GPUS)
-            for device, status in zip(worker["devices"], worker["statuses"]):
-                self.assertEqual(device["id"], status["device"])
+            statuses = {status["device"]: status for status in worker["statuses"]}
+            self.assertEqual(len(statuses), len(worker["devices"]))
+            for device in worker["devices"]:
+                status = statuses[device["id"]]
                 self.assertGreater(int(device["memory_bytes"]), 1 << 30)
                 self.assertGreater(status["power_w"], 1)
                 self.assertGreater(status["temperature_c"], 1)
