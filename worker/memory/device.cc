@@ -340,6 +340,7 @@ float FastestCopyMs(void* to, const void* from, int64_t bytes) {
 
 double MeasureHostCopyBytesPerSecond() {
   constexpr int64_t kBytes = 32 << 20;
+  if (DeviceName().empty()) return 0;
   PinnedMemory host;
   void* device = nullptr;
   if (!host.Allocate(DeviceKind::kCuda, kBytes).ok()) return 0;

@@ -547,12 +547,16 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   if (engine.device == DeviceKind::kCpu) return Engine::Plan(engine, *job->weights);
   engine.deterministic = spec.deterministic();
   const PlacementLimits limits = LimitsOf(spec.resources());
-  // Ranks that share weights have to choose alike.
-  const DeviceRates rates = engine.shards > 1 ? RatesOf(DeviceName()) : MeasureRates();
+  // Ranks that share weights have to choose alike; who only plans has no device to measure.
+  const bool plans_only = job->assignment.kind() == v1::LEASE_KIND_VALIDATE;
+  const DeviceRates rates =
+      engine.shards > 1 || plans_only ? RatesOf(DeviceName()) : MeasureRates();
   absl::StatusOr<v1::MemoryEstimate> memory =
       ChoosePlacement(limits, rates, MeanContext(job->train), &engine);
   if (!memory.ok()) return memory.status();
-  engine.run_ahead = true;
+  // Ranks that share weights end together: one that leaves takes its share of them along, and so
+  // none may have begun another step by then.
+  engine.run_ahead = engine.shards == 1;
   const absl::StatusOr<v1::MemoryEstimate> read = Engine::Plan(engine, *job->weights);
   if (!read.ok()) return read.status();
   memory->set_peak_bytes(std::max(memory->peak_bytes(), read->peak_bytes()));
