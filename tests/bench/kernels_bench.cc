@@ -139,6 +139,11 @@ struct Bench {
   bool Wanted(std::string_view op) const {
     return op.starts_with("roof:") || op.find(only) != op.npos;
   }
+  void PrintBytes(const std::string& op, double bytes, double s) const {
+    std::printf("{\"op\": \"%s\", \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.3f}\n",
+                op.c_str(), s * 1e6, bytes / s * 1e-9,
+                copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
+  }
   // Without the time of `before`, which brings back what f has written over.
   void Bytes(const char* op, double bytes, const std::function<void()>& f,
              const std::function<void()>& before = nullptr) {
@@ -148,8 +153,7 @@ struct Bench {
       f();
     };
     const double s = before ? MedianSeconds(both) - MedianSeconds(before) : MedianSeconds(f);
-    std::printf("{\"op\": \"%s\", \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.3f}\n", op,
-                s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
+    PrintBytes(op, bytes, s);
   }
   // Also as in a step: behind products, which bring the GPU to its power limit and its clock down.
   void BytesAndInStep(const std::string& op, double bytes, const std::function<void()>& f) {
@@ -158,11 +162,7 @@ struct Bench {
     const auto products = [&] {
       for (int i = 0; i < 4; ++i) product();
     };
-    const double s = MedianSecondsBehind(products, f);
-    std::printf(
-        "{\"op\": \"%s, behind products\", \"us\": %.1f, \"gb_per_s\": %.0f, "
-        "\"of_copy\": %.3f}\n",
-        op.c_str(), s * 1e6, bytes / s * 1e-9, copy_rate > 0.0 ? bytes / s / copy_rate : 1.0);
+    PrintBytes(op + ", behind products", bytes, MedianSecondsBehind(products, f));
   }
   void Flops(const char* op, double flops, int repeats, const std::function<void()>& f) {
     if (!Wanted(op)) return;

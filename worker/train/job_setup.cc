@@ -540,6 +540,10 @@ absl::Status CheckFp8Products(const PreparedJob& job) {
   return absl::OkStatus();
 }
 
+bool PlansOnly(const v1::TrainerAssignment& assignment) {
+  return assignment.kind() == v1::LEASE_KIND_VALIDATE;
+}
+
 // Reads every weight once, so that a damaged checkpoint is refused before a device works.
 absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   EngineOptions& engine = job->engine;
@@ -548,9 +552,8 @@ absl::StatusOr<v1::MemoryEstimate> PlanMemory(PreparedJob* job) {
   engine.deterministic = spec.deterministic();
   const PlacementLimits limits = LimitsOf(spec.resources());
   // Ranks that share weights have to choose alike; who only plans has no device to measure.
-  const bool plans_only = job->assignment.kind() == v1::LEASE_KIND_VALIDATE;
   const DeviceRates rates =
-      engine.shards > 1 || plans_only ? RatesOf(DeviceName()) : MeasureRates();
+      engine.shards > 1 || PlansOnly(job->assignment) ? RatesOf(DeviceName()) : MeasureRates();
   absl::StatusOr<v1::MemoryEstimate> memory =
       ChoosePlacement(limits, rates, MeanContext(job->train), &engine);
   if (!memory.ok()) return memory.status();
@@ -690,8 +693,8 @@ absl::StatusOr<std::unique_ptr<PreparedJob>> PrepareJob(const v1::TrainerAssignm
   job->engine.device = KindOf(assignment.device());
   job->engine.spec = *spec;
   if (spec->parallelism().shard_weights()) {
-    const bool plans_only = assignment.kind() == v1::LEASE_KIND_VALIDATE;
-    job->engine.shards = plans_only ? spec->parallelism().data() : assignment.world_size();
+    job->engine.shards =
+        PlansOnly(assignment) ? spec->parallelism().data() : assignment.world_size();
     job->engine.shard = assignment.rank();
   }
   if (absl::Status s = CheckFp8Products(*job); !s.ok()) return s;
