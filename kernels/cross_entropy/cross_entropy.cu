@@ -28,12 +28,18 @@ template <bool kCapped>
 __device__ float Capped(float x, float softcap) {
   return kCapped ? softcap * tanhf(x * (1.0f / softcap)) : x;
 }
-// exp(x), to two units in the last place; what is too small for a normal float is 0.
-__device__ float Exp(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
+// exp(x - base), to some units in the last place; what is too small for a normal float is 0. One
+// multiply-add and one ex2: the base in powers of two is the same for a whole row.
+struct ExpFrom {
+  static constexpr float kLog2E = 1.4426950408889634f;
+  float minus_base2;
+  __device__ explicit ExpFrom(float base) : minus_base2(-base * kLog2E) {}
+  __device__ float operator()(float x) const {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2E, minus_base2)));
+    return y;
+  }
+};
 
 // Of some elements of a row: maximum, its first place, and sum of exp(element - maximum).
 struct Peak {
@@ -54,23 +60,27 @@ __device__ void ForElements(const Words<T, N>& pack, const F& f) {
   }
 }
 
-// The largest element; NaN does not count.
+// The largest element of packs; NaN does not count.
 template <typename T, int N>
-__device__ float Largest(const Words<T, N>& pack) {
-  if constexpr (std::is_same_v<T, Bf16> && N > 1) {
-    const auto pair = [&](int i) {
-      return reinterpret_cast<const __nv_bfloat162&>(pack.words.v[i]);
-    };
-    __nv_bfloat162 largest = pair(0);
+struct Largest {
+  static constexpr bool kPairs = std::is_same_v<T, Bf16> && N > 1;
+  float value = -Infinity();
+  __nv_bfloat162 pair = __float2bfloat162_rn(-Infinity());
+
+  __device__ void Add(const Words<T, N>& pack) {
+    if constexpr (kPairs) {
 #pragma unroll
-    for (int i = 1; i < N / 2; ++i) largest = __hmax2(largest, pair(i));
-    return fmaxf(__low2float(largest), __high2float(largest));
-  } else {
-    float largest = -Infinity();
-    ForElements(pack, [&](int, float x) { largest = fmaxf(largest, x); });
-    return largest;
+      for (int i = 0; i < N / 2; ++i) {
+        pair = __hmax2(pair, reinterpret_cast<const __nv_bfloat162&>(pack.words.v[i]));
+      }
+    } else {
+      ForElements(pack, [&](int, float x) { value = fmaxf(value, x); });
+    }
   }
-}
+  __device__ float Get() const {
+    return kPairs ? fmaxf(__low2float(pair), __high2float(pair)) : value;
+  }
+};
 
 __device__ float BlockMax(float x) {
   __shared__ float partial[kThreads / 32];
@@ -137,7 +147,7 @@ struct Part {
   T* x;
   int64_t columns;
   P* held;  // every kThreads-th is this thread's
-  int count;
+  int count = 0;
 
   __device__ int64_t Step() const {
     return static_cast<int64_t>(ThisCluster().num_blocks()) * kThreads * N;
@@ -145,10 +155,12 @@ struct Part {
   __device__ int64_t First() const {
     return static_cast<int64_t>(ThisCluster().block_rank() * kThreads + threadIdx.x) * N;
   }
-  __device__ void Load() {
+  // `most`: what there is room for.
+  __device__ void Load(int most) {
+    const int64_t step = Step();
     int64_t v = First();
-    for (int k = 0; k < count && v < columns; ++k, v += Step()) {
-      P* to = held + k * kThreads;
+    for (count = 0; count < most && v < columns; ++count, v += step) {
+      P* to = held + count * kThreads;
       if constexpr (N > 1) {
         __pipeline_memcpy_async(to, x + v, 16);
       } else {
@@ -161,22 +173,24 @@ struct Part {
   // f(pack, its column) in ascending order.
   template <typename F>
   __device__ void ForEach(F f) const {
+    const int64_t step = Step();
     int64_t v = First();
-    for (int k = 0; k < count && v < columns; ++k, v += Step()) f(held[k * kThreads], v);
-    for (; v < columns; v += Step()) f(P::Load(x + v), v);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k, v += step) f(held[k * kThreads], v);
+    for (; v < columns; v += step) f(P::Load(x + v), v);
   }
 };
 
 template <bool kCapped, typename T, int N>
 __device__ Peak PeakOf(const Part<T, N>& part, const Args<T>& a) {
-  float own_max = -Infinity();
-  part.ForEach([&](const Words<T, N>& pack, int64_t) { own_max = fmaxf(own_max, Largest(pack)); });
-  const float x_max = BlockMax(own_max);
+  Largest<T, N> largest;
+  part.ForEach([&](const Words<T, N>& pack, int64_t) { largest.Add(pack); });
+  const float own_max = largest.Get(), x_max = BlockMax(own_max);
   Peak peak{Capped<kCapped>(x_max, a.softcap), 0.0f, x_max, kNowhere, 0.0f};
-  const float base = peak.z_max == -Infinity() ? 0.0f : peak.z_max;  // all are hidden, or NaN
+  const ExpFrom exp(peak.z_max == -Infinity() ? 0.0f : peak.z_max);  // all are hidden, or NaN
   part.ForEach([&](const Words<T, N>& pack, int64_t) {
     ForElements(pack, [&](int, float x) {
-      peak.sum += Exp(Capped<kCapped>(x, a.softcap) - base);  // NaN gets in
+      peak.sum += exp(Capped<kCapped>(x, a.softcap));  // NaN gets in
     });
   });
   if (own_max == x_max && x_max > -Infinity()) {  // a few threads
@@ -214,23 +228,29 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t 
   const float grad_scale = *a.grad_scale;
   const float rise = a.z_loss > 0.0f ? 1.0f + 2.0f * a.z_loss * lse : 1.0f;
   const float spread = a.smoothing / static_cast<float>(a.columns), hit = 1.0f - a.smoothing;
-  const auto gradient = [&](float x, float share) {
+  const float scaled_rise = rise * grad_scale, scaled_spread = spread * grad_scale;
+  const ExpFrom exp(lse);
+  const auto gradient = [&](float x, const auto& of_share) {
     const float z = Capped<kCapped>(x, a.softcap);
     const float ratio = kCapped ? z * (1.0f / a.softcap) : 0.0f;
-    return (Exp(z - lse) * rise - share) * (1.0f - ratio * ratio) * grad_scale;
+    return of_share(exp(z)) * (1.0f - ratio * ratio);
   };
   part.ForEach([&](Words<T, N> pack, int64_t v) {
-    const auto put = [&](const auto& share) {
+    const auto put = [&](const auto& of_share) {
 #pragma unroll
       for (int i = 0; i < Words<T, N>::kPairs; ++i) {
         const float2 x = pack.Pair(i);
-        pack.SetPair(i, {gradient(x.x, share(v + 2 * i)), gradient(x.y, share(v + 2 * i + 1))});
+        pack.SetPair(i,
+                     {gradient(x.x, of_share(v + 2 * i)), gradient(x.y, of_share(v + 2 * i + 1))});
       }
     };
     if (target >= v && target < v + N) {
-      put([&](int64_t column) { return column == target ? spread + hit : spread; });
+      put([&](int64_t column) {
+        const float share = column == target ? spread + hit : spread;
+        return [=](float p) { return (p * rise - share) * grad_scale; };
+      });
     } else {
-      put([&](int64_t) { return spread; });
+      put([&](int64_t) { return [=](float p) { return fmaf(p, scaled_rise, -scaled_spread); }; });
     }
     if constexpr (N == 1) {
       pack.Store(part.x + v);
@@ -247,8 +267,8 @@ __global__ __launch_bounds__(kThreads,
   const int64_t row = blockIdx.x / cluster.num_blocks(), target = a.targets[row];
   const bool first = cluster.block_rank() == 0 && threadIdx.x == 0;
   extern __shared__ __align__(16) unsigned char memory[];
-  Part<T, N> part{a.logits(row, 0), a.columns, reinterpret_cast<Words<T, N>*>(memory) + threadIdx.x,
-                  a.held};
+  Part<T, N> part{a.logits(row, 0), a.columns,
+                  reinterpret_cast<Words<T, N>*>(memory) + threadIdx.x};
   if (target < 0) {
     if (first) {
       a.loss[row] = 0.0f;
@@ -259,7 +279,7 @@ __global__ __launch_bounds__(kThreads,
     for (int64_t v = part.First(); v < a.columns; v += part.Step()) zero.Store(part.x + v);
     return;
   }
-  part.Load();
+  part.Load(a.held);
   // Nothing outside the row is read for a target that is not in it.
   const float x_target = first && target < a.columns ? ToFloat(part.x[target]) : 0.0f;
   const Peak peak = PeakOf<kCapped>(part, a);
