@@ -71,7 +71,10 @@ ModelConfig ConfigOf(const std::string& name) {
   c.rms_norm_eps = 1e-5;
   if (name == "8b") set(4096, 32, 32, 8, 128, 14336, 128256, false);  // Llama-3.1-8B
   if (name == "1b") set(2048, 16, 32, 8, 64, 8192, 128256, true);     // Llama-3.2-1B
-  if (name == "0.6b") set(1024, 28, 16, 8, 128, 3072, 151936, true);  // Qwen3-0.6B
+  if (name == "0.6b") {  // Qwen3-0.6B
+    set(1024, 28, 16, 8, 128, 3072, 151936, true);
+    c.qk_norm = true;
+  }
   return c;
 }
 
@@ -81,7 +84,9 @@ int64_t QkvRows(const ModelConfig& c) {
 
 WeightNames Names() {
   WeightNames names{.embedding = "embedding", .final_norm = "norm", .head = "head"};
-  names.norm = [](int64_t, BlockNorm) { return "norm"; };
+  names.norm = [](int64_t, BlockNorm norm) {
+    return norm == BlockNorm::kQ || norm == BlockNorm::kK ? "head_norm" : "norm";
+  };
   names.linear = [](int64_t i, Linear linear) {
     constexpr const char* kNames[] = {"q", "k", "v", "o", "gate", "up", "down"};
     return "layers." + std::to_string(i) + "." + kNames[static_cast<int>(linear)];
@@ -121,6 +126,7 @@ class RandomWeights : public WeightSource {
     if (name == "norm.weight" || name == "norm") {
       return TensorView(at(ones_.data()), DType::kBF16, {C});
     }
+    if (name == "head_norm") return TensorView(at(ones_.data()), DType::kBF16, {config_.head_dim});
     if (name == "embedding" || name == "head") {
       return TensorView(at(values_.data()), DType::kBF16, {config_.vocab_size, C});
     }
