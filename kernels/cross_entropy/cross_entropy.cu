@@ -1,7 +1,7 @@
-// Cross entropy on CUDA: a cluster of 1 to 8 blocks owns a row, which its threads hold in
-// registers: read once, written once. A block finds its maximum, then its sum of exponentials and
-// the first place of the maximum; the cluster merges these in the order of its blocks. What a
-// longer row has more is read again instead.
+// Cross entropy on CUDA: a cluster of 1 to 8 blocks owns a row, which its threads hold in shared
+// memory: read once, written once. A warp finds its maximum and its sum of exponentials from there,
+// and leaves both with every block of the cluster; each warp merges all of them. What a longer row
+// has more is read again instead.
 #include <cuda_pipeline.h>
 
 #include <limits>
@@ -19,7 +19,6 @@ constexpr int kMaxCluster = 8;
 // Packs that a thread holds: three blocks then share a multiprocessor; and at most, if the largest
 // cluster needs more. (H200: more threads, or reading the next row ahead, were slower.)
 constexpr int kHeld = 16, kMaxHeld = 48;
-constexpr int kNowhere = 0x7fffffff;
 
 __device__ float Infinity() {
   return __int_as_float(0x7f800000);
@@ -39,14 +38,6 @@ struct ExpFrom {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2E, minus_base2)));
     return y;
   }
-};
-
-// Of some elements of a row: maximum, its first place, and sum of exp(element - maximum).
-struct Peak {
-  float z_max, sum;
-  float x_max;  // before the cap: where tanh is flat, the larger logit counts
-  int place;
-  float total;  // of the elements themselves, for label smoothing
 };
 
 // Calls f(i, element i) for the elements of a pack.
@@ -82,49 +73,77 @@ struct Largest {
   }
 };
 
-__device__ float BlockMax(float x) {
-  __shared__ float partial[kThreads / 32];
-  x = WarpMax(x);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  return WarpMax(partial[threadIdx.x % (kThreads / 32)]);
-}
+// What a warp has found in its part of a row; and what all have.
+struct alignas(16) Peak {
+  float max;              // before the cap: where tanh is flat, the larger logit counts
+  float sum;              // of exp(element - maximum)
+  float total;            // of the elements themselves, for label smoothing
+  uint32_t beats_target;  // 1 if the target is not the first of the largest elements
+};
+constexpr int kWarps = kThreads / 32;
+constexpr int kMostPeaks = kWarps * kMaxCluster;
 
-// Of the peaks of the cluster's threads, in every thread. Blocks have one maximum each, so their
-// warps' sums are added; what the blocks have is merged by the lanes of each warp, of which each
-// takes one block's.
-__device__ Peak ClusterMerge(Peak peak) {
-  struct Part {
-    float sum, total;
-    int place;
-  };
-  __shared__ Part partial[kThreads / 32];
-  __shared__ Peak of_block;
-  const auto cluster = ThisCluster();
-  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Part own{WarpSum(peak.sum), WarpSum(peak.total), __reduce_min_sync(0xffffffffu, peak.place)};
-  if (lane == 0) partial[warp] = own;
-  __syncthreads();
-  if (warp == 0) {
-    own = lane < kThreads / 32 ? partial[lane] : Part{0.0f, 0.0f, kNowhere};
-    own = {WarpSum(own.sum), WarpSum(own.total), __reduce_min_sync(0xffffffffu, own.place)};
-    if (lane == 0) {
-      of_block = {peak.z_max, own.sum, peak.x_max, own.place, own.total};
-      ClusterFence();
+// The peaks of all warps of a cluster, on their way into each of its blocks. No block waits for
+// what it has stored, nor at its end for the others: none writes to it once it has all.
+struct Peaks {
+  Peak* peaks;        // kMostPeaks
+  uint64_t* arrived;  // kMostPeaks of them
+
+  // By all threads, first of all.
+  __device__ void Prepare() const {
+    if constexpr (kSm90) {
+      if (threadIdx.x == 0) {
+        InitBarrier(arrived, 1);
+        FenceBarriers();
+        ExpectBytes(arrived, static_cast<int>(ThisCluster().num_blocks() * kWarps * sizeof(Peak)));
+      }
+      ClusterArriveRelaxed();  // others wait for it before they Send
     }
   }
-  ClusterArriveRelaxed();
-  cluster.barrier_wait();
-  peak = {-Infinity(), 0.0f, -Infinity(), kNowhere, 0.0f};
-  if (lane < cluster.num_blocks()) peak = *cluster.map_shared_rank(&of_block, lane);
-  const float z_max = WarpMax(peak.z_max), x_max = WarpMax(peak.x_max);
-  // A block without a finite element sums to 0 (or NaN), whatever the other's maximum is.
-  const float sum = peak.z_max == z_max ? peak.sum : peak.sum * expf(peak.z_max - z_max);
-  const int place = peak.x_max == x_max ? peak.place : kNowhere;
-  peak = {z_max, WarpSum(sum), x_max, __reduce_min_sync(0xffffffffu, place), WarpSum(peak.total)};
-  ClusterArriveRelaxed();  // see CrossEntropyKernel's end
-  return peak;
-}
+  // By all lanes of a warp, with the same peak.
+  __device__ void Send(const Peak& peak) const {
+    const unsigned lane = threadIdx.x % 32;
+    Peak* to = peaks + ThisCluster().block_rank() * kWarps + threadIdx.x / 32;
+    if constexpr (kSm90) {
+      ThisCluster().barrier_wait();
+      if (lane < ThisCluster().num_blocks()) StoreRemote(lane, to, peak, arrived);
+    } else {
+      if (lane == 0) *to = peak;
+      __syncthreads();
+    }
+  }
+  // The same in every warp, and the same bits.
+  template <bool kCapped>
+  __device__ Peak Merge(float softcap) const {
+    if constexpr (kSm90) WaitFor(arrived, 0);
+    const unsigned lane = threadIdx.x % 32, count = ThisCluster().num_blocks() * kWarps;
+    const Peak nothing{-Infinity(), 0.0f, 0.0f, 0};
+    const Peak first = lane < count ? peaks[lane] : nothing;
+    const Peak second = lane + 32 < count ? peaks[lane + 32] : nothing;
+    const float max = WarpMax(fmaxf(first.max, second.max));
+    const ExpFrom exp(Capped<kCapped>(max, softcap));
+    // A warp without a finite element sums to 0 (or NaN), whatever the others' maximum is.
+    const auto from_max = [&](const Peak& peak) {
+      return peak.max == max ? peak.sum : peak.sum * exp(Capped<kCapped>(peak.max, softcap));
+    };
+    return {max, WarpSum(from_max(first) + from_max(second)), WarpSum(first.total + second.total),
+            __reduce_max_sync(0xffffffffu, first.beats_target | second.beats_target)};
+  }
+
+ private:
+  static __device__ void StoreRemote(unsigned block, Peak* to, const Peak& peak,
+                                     uint64_t* arrived) {
+    asm volatile(
+        "{ .reg .b32 to, arrived;\n"
+        "mapa.shared::cluster.u32 to, %0, %2;\n"
+        "mapa.shared::cluster.u32 arrived, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, "
+        "[arrived]; }" ::"r"(SharedAddress(to)),
+        "r"(SharedAddress(arrived)), "r"(block), "r"(__float_as_uint(peak.max)),
+        "r"(__float_as_uint(peak.sum)), "r"(__float_as_uint(peak.total)), "r"(peak.beats_target)
+        : "memory");
+  }
+};
 
 template <typename T>
 struct Args {
@@ -139,32 +158,34 @@ struct Args {
   int held;  // packs that a thread holds
 };
 
-// A thread's part of a row: packs at First() and every Step() behind it. Only the thread itself
+// A thread's part of a row: packs at `first` and every `step` behind it. Only the thread itself
 // looks at what it holds.
 template <typename T, int N>
 struct Part {
   using P = Words<T, N>;
   T* x;
-  int64_t columns;
+  int columns;
   P* held;  // every kThreads-th is this thread's
-  int count = 0;
+  int first, step;
+  int count;  // of those that are held
 
-  __device__ int64_t Step() const {
-    return static_cast<int64_t>(ThisCluster().num_blocks()) * kThreads * N;
-  }
-  __device__ int64_t First() const {
-    return static_cast<int64_t>(ThisCluster().block_rank() * kThreads + threadIdx.x) * N;
-  }
-  // `most`: what there is room for.
-  __device__ void Load(int most) {
-    const int64_t step = Step();
-    int64_t v = First();
-    for (count = 0; count < most && v < columns; ++count, v += step) {
-      P* to = held + count * kThreads;
+  __device__ Part(const Args<T>& a, int64_t row, unsigned char* memory)
+      : x(a.logits(row, 0)),
+        columns(static_cast<int>(a.columns)),
+        held(reinterpret_cast<P*>(memory) + threadIdx.x),
+        first(static_cast<int>(ThisCluster().block_rank() * kThreads + threadIdx.x) * N),
+        step(static_cast<int>(ThisCluster().num_blocks()) * kThreads * N),
+        count(first < columns ? min(a.held, (columns - first - 1) / step + 1) : 0) {}
+
+  __device__ void Load() const {
+    const T* from = x + first;
+#pragma unroll 4
+    for (int k = 0; k < count; ++k, from += step) {
+      P* to = held + k * kThreads;
       if constexpr (N > 1) {
-        __pipeline_memcpy_async(to, x + v, 16);
+        __pipeline_memcpy_async(to, from, 16);
       } else {
-        *to = P::Load(x + v);
+        *to = P::Load(from);
       }
     }
     __pipeline_commit();
@@ -173,58 +194,61 @@ struct Part {
   // f(pack, its column) in ascending order.
   template <typename F>
   __device__ void ForEach(F f) const {
-    const int64_t step = Step();
-    int64_t v = First();
+    int v = first;
 #pragma unroll 4
     for (int k = 0; k < count; ++k, v += step) f(held[k * kThreads], v);
     for (; v < columns; v += step) f(P::Load(x + v), v);
   }
+  // f(element, its column), likewise.
+  template <typename F>
+  __device__ void ForEachElement(F f) const {
+    ForEach([&](const P& pack, int v) { ForElements(pack, [&](int i, float e) { f(e, v + i); }); });
+  }
 };
 
+// Of this warp's part, in each of its lanes.
 template <bool kCapped, typename T, int N>
 __device__ Peak PeakOf(const Part<T, N>& part, const Args<T>& a) {
   Largest<T, N> largest;
-  part.ForEach([&](const Words<T, N>& pack, int64_t) { largest.Add(pack); });
-  const float own_max = largest.Get(), x_max = BlockMax(own_max);
-  Peak peak{Capped<kCapped>(x_max, a.softcap), 0.0f, x_max, kNowhere, 0.0f};
-  const ExpFrom exp(peak.z_max == -Infinity() ? 0.0f : peak.z_max);  // all are hidden, or NaN
-  part.ForEach([&](const Words<T, N>& pack, int64_t) {
-    ForElements(pack, [&](int, float x) {
-      peak.sum += exp(Capped<kCapped>(x, a.softcap));  // NaN gets in
-    });
+  part.ForEach([&](const Words<T, N>& pack, int) { largest.Add(pack); });
+  Peak peak{WarpMax(largest.Get()), 0.0f, 0.0f, 0};
+  // All may be hidden, or NaN.
+  const ExpFrom exp(peak.max == -Infinity() ? 0.0f : Capped<kCapped>(peak.max, a.softcap));
+  part.ForEachElement([&](float x, int) {
+    peak.sum += exp(Capped<kCapped>(x, a.softcap));  // NaN gets in
   });
-  if (own_max == x_max && x_max > -Infinity()) {  // a few threads
-    part.ForEach([&](const Words<T, N>& pack, int64_t v) {
-      ForElements(pack, [&](int i, float x) {
-        if (x == x_max) peak.place = min(peak.place, static_cast<int>(v) + i);
-      });
-    });
-  }
+  peak.sum = WarpSum(peak.sum);
   if (a.smoothing > 0.0f) {
-    part.ForEach([&](const Words<T, N>& pack, int64_t) {
-      ForElements(pack, [&](int, float x) { peak.total += Capped<kCapped>(x, a.softcap); });
-    });
+    part.ForEachElement([&](float x, int) { peak.total += Capped<kCapped>(x, a.softcap); });
+    peak.total = WarpSum(peak.total);
   }
-  return ClusterMerge(peak);
+  return peak;
+}
+
+// Whether this warp's part has a larger element than the target, or an equal one before it; NaN is
+// right nowhere.
+template <typename T, int N>
+__device__ uint32_t BeatsTarget(const Part<T, N>& part, float max, float x_target, int target) {
+  if (max < x_target) return 0;  // most often one of both
+  if (!(max == x_target)) return 1;
+  bool before = false;
+  part.ForEachElement([&](float x, int column) { before |= x == x_target && column < target; });
+  return __any_sync(0xffffffffu, before) ? 1 : 0;
 }
 
 template <bool kCapped, typename T>
-__device__ void StoreLoss(const Args<T>& a, int64_t row, int64_t target, float x_target,
+__device__ void StoreLoss(const Args<T>& a, int64_t row, bool inside, float x_target,
                           const Peak& peak, float lse) {
-  const bool inside = target < a.columns;
   const float z = inside ? Capped<kCapped>(x_target, a.softcap) : __int_as_float(0x7fffffff);
   float loss = lse - (1.0f - a.smoothing) * z;
   if (a.smoothing > 0.0f) loss -= a.smoothing * (peak.total / static_cast<float>(a.columns));
   if (a.z_loss > 0.0f) loss += a.z_loss * lse * lse;
   a.loss[row] = loss;
-  if (a.correct == nullptr) return;
-  const bool all_hidden =
-      inside && target == 0 && peak.place == kNowhere && x_target == -Infinity();
-  a.correct[row] = peak.place == target || all_hidden ? 1 : 0;
+  if (a.correct != nullptr) a.correct[row] = peak.beats_target == 0 ? 1 : 0;
 }
 
 template <bool kCapped, typename T, int N>
-__device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t target, float lse) {
+__device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int target, float lse) {
   const float grad_scale = *a.grad_scale;
   const float rise = a.z_loss > 0.0f ? 1.0f + 2.0f * a.z_loss * lse : 1.0f;
   const float spread = a.smoothing / static_cast<float>(a.columns), hit = 1.0f - a.smoothing;
@@ -235,7 +259,7 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t 
     const float ratio = kCapped ? z * (1.0f / a.softcap) : 0.0f;
     return of_share(exp(z)) * (1.0f - ratio * ratio);
   };
-  part.ForEach([&](Words<T, N> pack, int64_t v) {
+  part.ForEach([&](Words<T, N> pack, int v) {
     const auto put = [&](const auto& of_share) {
 #pragma unroll
       for (int i = 0; i < Words<T, N>::kPairs; ++i) {
@@ -244,13 +268,13 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int64_t 
                      {gradient(x.x, of_share(v + 2 * i)), gradient(x.y, of_share(v + 2 * i + 1))});
       }
     };
-    if (target >= v && target < v + N) {
-      put([&](int64_t column) {
+    if (static_cast<unsigned>(target - v) < N) {
+      put([&](int column) {
         const float share = column == target ? spread + hit : spread;
         return [=](float p) { return (p * rise - share) * grad_scale; };
       });
     } else {
-      put([&](int64_t) { return [=](float p) { return fmaf(p, scaled_rise, -scaled_spread); }; });
+      put([&](int) { return [=](float p) { return fmaf(p, scaled_rise, -scaled_spread); }; });
     }
     if constexpr (N == 1) {
       pack.Store(part.x + v);
@@ -264,11 +288,13 @@ template <bool kCapped, typename T, int N>
 __global__ __launch_bounds__(kThreads,
                              3) void CrossEntropyKernel(const __grid_constant__ Args<T> a) {
   const auto cluster = ThisCluster();
-  const int64_t row = blockIdx.x / cluster.num_blocks(), target = a.targets[row];
+  const int64_t row = blockIdx.x / cluster.num_blocks();
+  const int target = a.targets[row];
   const bool first = cluster.block_rank() == 0 && threadIdx.x == 0;
   extern __shared__ __align__(16) unsigned char memory[];
-  Part<T, N> part{a.logits(row, 0), a.columns,
-                  reinterpret_cast<Words<T, N>*>(memory) + threadIdx.x};
+  __shared__ Peak peaks_of_warps[kMostPeaks];
+  __shared__ uint64_t arrived;
+  const Part<T, N> part(a, row, memory);
   if (target < 0) {
     if (first) {
       a.loss[row] = 0.0f;
@@ -276,17 +302,22 @@ __global__ __launch_bounds__(kThreads,
     }
     if (!a.want_grad) return;
     const Words<T, N> zero{};
-    for (int64_t v = part.First(); v < a.columns; v += part.Step()) zero.Store(part.x + v);
+    for (int v = part.first; v < part.columns; v += part.step) zero.Store(part.x + v);
     return;
   }
-  part.Load(a.held);
+  const Peaks peaks{peaks_of_warps, &arrived};
+  peaks.Prepare();
   // Nothing outside the row is read for a target that is not in it.
-  const float x_target = first && target < a.columns ? ToFloat(part.x[target]) : 0.0f;
-  const Peak peak = PeakOf<kCapped>(part, a);
-  const float lse = peak.z_max + logf(peak.sum);
-  if (first) StoreLoss<kCapped>(a, row, target, x_target, peak, lse);
+  const bool inside = target < part.columns;
+  const float x_target = inside ? ToFloat(part.x[target]) : __int_as_float(0x7fffffff);
+  part.Load();
+  Peak own = PeakOf<kCapped>(part, a);
+  if (a.correct != nullptr) own.beats_target = BeatsTarget(part, own.max, x_target, target);
+  peaks.Send(own);
+  const Peak peak = peaks.Merge<kCapped>(a.softcap);
+  const float lse = Capped<kCapped>(peak.max, a.softcap) + logf(peak.sum);
+  if (first) StoreLoss<kCapped>(a, row, inside, x_target, peak, lse);
   if (a.want_grad) StoreGradient<kCapped>(a, part, target, lse);
-  cluster.barrier_wait();  // until the others have read this block's memory
 }
 
 template <typename T, int N>
@@ -295,7 +326,7 @@ void Run(const Exec& exec, Args<T> args, int64_t rows) {
     return (args.columns + blocks * kThreads * N - 1) / (blocks * kThreads * N);
   };
   unsigned blocks = 1;
-  while (HasSm90() && blocks < kMaxCluster && packs(blocks) > kHeld) blocks *= 2;
+  while (HasSm90() && blocks < kMaxCluster && packs(blocks) > kHeld) ++blocks;
   args.held = static_cast<int>(std::min<int64_t>(packs(blocks), kMaxHeld));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
