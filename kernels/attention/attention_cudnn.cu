@@ -24,15 +24,15 @@ constexpr int64_t kCudnnBytes = int64_t{1} << 20;
 
 struct Problem {
   int64_t segments, tokens, hq, hk, dqk, dv;
-  int64_t o_stride, d_o_stride;  // between tokens, in elements
+  int64_t v_stride, o_stride, d_o_stride;  // between tokens, in elements
   bool causal;
   int64_t window;
   float scale, softcap;
   bool backward;
 
   auto Key() const {
-    return std::make_tuple(segments, tokens, hq, hk, dqk, dv, o_stride, d_o_stride, causal, window,
-                           softcap, backward);
+    return std::make_tuple(segments, tokens, hq, hk, dqk, dv, v_stride, o_stride, d_o_stride,
+                           causal, window, softcap, backward);
   }
 };
 
@@ -50,7 +50,7 @@ bool TakesInputs(const Args& a) {
   return a.q.dtype == DType::kBF16 && a.segments.whole && a.q.dim(0) == a.k.dim(0) &&
          a.q.dim(0) > 1 && dqk % 8 == 0 && dv % 8 == 0 && dqk <= kMaxHeadDim && dv <= kMaxHeadDim &&
          (a.options.window == 0 || a.options.mask == AttentionMask::kCausal) && Compact(a.q) &&
-         Compact(a.k) && Compact(a.v) && CompactHeads(a.o);
+         Compact(a.k) && CompactHeads(a.v) && CompactHeads(a.o);
 }
 
 template <typename Args>
@@ -61,6 +61,7 @@ Problem ProblemOf(const Args& a) {
           .hk = a.k.dim(1),
           .dqk = a.q.dim(2),
           .dv = a.v.dim(2),
+          .v_stride = a.v.stride(0),
           .o_stride = a.o.stride(0),
           .d_o_stride = 0,
           .causal = a.options.mask == AttentionMask::kCausal,
@@ -79,13 +80,22 @@ Problem ProblemOfBackward(const AttentionBackwardArgs& a) {
 // ---- Lengths and offsets, and the rows that no segment owns ----
 
 // Offsets of every ragged tensor, in elements: row i of (kRaggedKinds, S + 1).
-enum Ragged { kRaggedQ, kRaggedK, kRaggedV, kRaggedO, kRaggedDo, kRaggedStats, kRaggedKinds };
+enum Ragged {
+  kRaggedQ,
+  kRaggedK,
+  kRaggedV,
+  kRaggedDv,
+  kRaggedO,
+  kRaggedDo,
+  kRaggedStats,
+  kRaggedKinds
+};
 
 struct Widths {
   int64_t of[kRaggedKinds];  // elements of a token
 };
 Widths WidthsOf(const Problem& p) {
-  return {{p.hq * p.dqk, p.hk * p.dqk, p.hk * p.dv, p.o_stride, p.d_o_stride, p.hq}};
+  return {{p.hq * p.dqk, p.hk * p.dqk, p.v_stride, p.hk * p.dv, p.o_stride, p.d_o_stride, p.hq}};
 }
 // Offsets are 32 bits wide, also that of the end.
 bool OffsetsFit(const Problem& p) {
@@ -292,7 +302,7 @@ void AddForward(Graph* g, const Problem& p) {
   const Tensor* n = &b.lengths();
   const Tensor q = b.Tokens(kQ, kRaggedQ, p.hq, p.dqk, p.hq * p.dqk);
   const Tensor kt = b.Tokens(kK, kRaggedK, p.hk, p.dqk, p.hk * p.dqk, /*transposed=*/true);
-  const Tensor v = b.Tokens(kV, kRaggedV, p.hk, p.dv, p.hk * p.dv);
+  const Tensor v = b.Tokens(kV, kRaggedV, p.hk, p.dv, p.v_stride);
   const Tensor o = b.Tokens(kO, kRaggedO, p.hq, p.dv, p.o_stride);
   const Tensor stats = b.Statistics(kStats);
   const Tensor product = b.Scores();
@@ -322,7 +332,7 @@ void AddKeyGradient(Graph* g, Builder* b, const Tensor& scores, const Tensor& rh
   const Tensor* n = &b->lengths();
   if (p.hq == p.hk) return g->MatMul(transposed, rhs, out, {.m = n, .k = n});
   // The offsets of k, which cuDNN takes in units of the stride.
-  const Ragged ragged = heads_id == kDkHeads ? kRaggedK : kRaggedV;
+  const Ragged ragged = heads_id == kDkHeads ? kRaggedK : kRaggedDv;
   const Tensor heads = b->Tokens(heads_id, ragged, p.hq, d, p.hq * d);
   g->MatMul(transposed, rhs, heads, {.m = n, .k = n});
   g->Reduce(CUDNN_REDUCE_TENSOR_ADD, heads, out);
@@ -334,12 +344,12 @@ void AddBackward(Graph* g, const Problem& p) {
   const Tensor one = g->Scalar(kOne);
   const Tensor q = b.Tokens(kQ, kRaggedQ, p.hq, p.dqk, p.hq * p.dqk);
   const Tensor kt = b.Tokens(kK, kRaggedK, p.hk, p.dqk, p.hk * p.dqk, /*transposed=*/true);
-  const Tensor vt = b.Tokens(kV, kRaggedV, p.hk, p.dv, p.hk * p.dv, /*transposed=*/true);
+  const Tensor vt = b.Tokens(kV, kRaggedV, p.hk, p.dv, p.v_stride, /*transposed=*/true);
   const Tensor o = b.Tokens(kO, kRaggedO, p.hq, p.dv, p.o_stride);
   const Tensor d_o = b.Tokens(kDo, kRaggedDo, p.hq, p.dv, p.d_o_stride);
   const Tensor dq = b.Tokens(kDq, kRaggedQ, p.hq, p.dqk, p.hq * p.dqk);
   const Tensor dk = b.Tokens(kDk, kRaggedK, p.hk, p.dqk, p.hk * p.dqk);
-  const Tensor dv = b.Tokens(kDv, kRaggedV, p.hk, p.dv, p.hk * p.dv);
+  const Tensor dv = b.Tokens(kDv, kRaggedDv, p.hk, p.dv, p.hk * p.dv);
   const Tensor stats = b.Statistics(kStats);
   // delta = rowsum(o * d_o)
   const int64_t B = p.segments, T = p.tokens;

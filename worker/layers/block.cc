@@ -165,26 +165,26 @@ QkvHeads TransformerBlock::SavedHeads(const SavedBlock& saved) const {
   return HeadsOf(saved.q, saved.k, saved.v, shape);
 }
 
-QkvHeads TransformerBlock::ScratchHeads(const LayerContext& ctx, int64_t T) const {
-  QkvHeads out = HeadsOf(ctx.Scratch({T, shape.q_size()}), ctx.Scratch({T, shape.kv_size()}),
-                         ctx.Scratch({T, shape.kv_size()}), shape);
-  if (shape.qk_norm) {
-    out.q_rstd = ctx.arena->NewScratch(ctx.accumulator(), {T, shape.heads});
-    out.k_rstd = ctx.arena->NewScratch(ctx.accumulator(), {T, shape.kv_heads});
-  }
-  return out;
+QkvHeads TransformerBlock::NormedHeads(const LayerContext& ctx, const TensorView& rows) const {
+  const int64_t T = rows.dim(0);
+  const auto scratch = [&](int64_t heads) {
+    return Heads(ctx.Scratch({T, heads * shape.head_dim}), 0, heads, shape.head_dim);
+  };
+  return {.q = scratch(shape.heads),
+          .k = scratch(shape.kv_heads),
+          .v = Split(rows, shape).v,
+          .q_rstd = ctx.arena->NewScratch(ctx.accumulator(), {T, shape.heads}),
+          .k_rstd = ctx.arena->NewScratch(ctx.accumulator(), {T, shape.kv_heads})};
 }
 
 void TransformerBlock::PositionHeads(const LayerContext& ctx, const PackBatch& batch,
                                      const TensorView& rows, const QkvHeads& to) const {
   const RotaryTable& table = batch.rotary[shape.rope];
   const QkvHeads from = Split(rows, shape);
-  const RopeHeads v = {from.v, to.v, /*turned=*/false};
   if (!shape.qk_norm) {
-    return MoveHeads(ctx, table, {{from.q, to.q}, {from.k, to.k}, v}, shape.rotary_dim,
-                     /*inverse=*/false);
+    return MoveHeads(ctx, table, {{from.q, to.q}, {from.k, to.k}, {from.v, to.v, /*turned=*/false}},
+                     shape.rotary_dim, /*inverse=*/false);
   }
-  MoveHeads(ctx, table, {v}, 0, /*inverse=*/false);
   QkNormForwardArgs norm = {.x = from.q,
                             .w = q_norm,
                             .cos = table.cos,
@@ -340,7 +340,7 @@ QkvHeads TransformerBlock::ForwardHeads(const LayerContext& ctx, const PackBatch
                                         const TensorView& x, const TensorView& delta,
                                         const SavedBlock& saved) const {
   const int64_t T = batch.tokens, C = shape.hidden;
-  const QkvHeads heads = shape.qk_norm ? ScratchHeads(ctx, T) : SavedHeads(saved);
+  const QkvHeads heads = shape.qk_norm ? NormedHeads(ctx, saved.qkv) : SavedHeads(saved);
   ArenaScope scope(ctx.arena);
   const TensorView rows = shape.qk_norm ? saved.qkv : ctx.Scratch({T, shape.qkv_size()});
   const TensorView n1 = ctx.ScratchRows(T, C + qkv.extension());
@@ -592,7 +592,7 @@ void TransformerBlock::BackwardHeads(const LayerContext& ctx, const PackBatch& b
   const int64_t T = d_o.dim(0);
   QkvHeads x;
   if (shape.qk_norm) {
-    x = ScratchHeads(ctx, T);
+    x = NormedHeads(ctx, saved.qkv);
     PositionHeads(ctx, batch, saved.qkv, x);
   } else {
     x = SavedHeads(saved);

@@ -137,7 +137,8 @@ struct TransformerBlock {
  private:
   TensorView SavedO(const SavedBlock& saved) const { return saved.o_s.Slice(1, 0, shape.q_size()); }
   QkvHeads SavedHeads(const SavedBlock& saved) const;
-  QkvHeads ScratchHeads(const LayerContext& ctx, int64_t tokens) const;
+  // With qk_norm: scratch for q, k and their statistics, and v, which stays in the rows.
+  QkvHeads NormedHeads(const LayerContext& ctx, const TensorView& rows) const;
   // Norm, where there is one, and rope: from the rows of the fused product into `to`.
   void PositionHeads(const LayerContext& ctx, const PackBatch& batch, const TensorView& rows,
                      const QkvHeads& to) const;

@@ -52,7 +52,10 @@ LayerTraffic TrafficOf(const EngineOptions& options) {
   if (c.qkv_bias) traffic.forward += 2 * qkv;
   if (c.o_bias) traffic.forward += 2 * C;
   if (c.mlp_bias) traffic.forward += 2 * (2 * F + C);
-  if (c.qk_norm) traffic.backward += 3 * qkv;  // q, k and v are made again
+  if (c.qk_norm) {  // v stays where it is; q and k are made again
+    traffic.forward -= 2 * kv;
+    traffic.backward += 3 * (q + kv);
+  }
   if (c.post_norms) {
     traffic.forward += 2 * 2 * C;
     traffic.backward += 2 * 3 * C;
