@@ -91,6 +91,10 @@ enum Ragged {
   kRaggedKinds
 };
 
+bool UsesOffsets(const Problem& p, int ragged) {
+  return p.backward || (ragged != kRaggedDv && ragged != kRaggedDo);
+}
+
 struct Widths {
   int64_t of[kRaggedKinds];  // elements of a token
 };
@@ -209,8 +213,7 @@ class Builder {
   Builder(Graph* graph, const Problem& p) : g_(graph), p_(p) {
     lengths_ = g_->Counts(p.segments, kLengths);
     for (int i = 0; i < kRaggedKinds; ++i) {
-      if (i == kRaggedDo && !p.backward) continue;
-      offsets_[i] = g_->Counts(p.segments + 1, kOffsets + i);
+      if (UsesOffsets(p, i)) offsets_[i] = g_->Counts(p.segments + 1, kOffsets + i);
     }
     none_ = g_->Scalar(kNone);
     scale_ = g_->Scalar(kScale);
@@ -450,7 +453,7 @@ Pointers CommonPointers(const Args& a, const Problem& p, const Offsets& offsets,
                {kStats, a.lse.data},    {kScale, &scalars->scale},
                {kNone, &scalars->none}, {kLengths, offsets.lengths}};
   for (int i = 0; i < kRaggedKinds; ++i) {
-    if (i != kRaggedDo || p.backward) out.emplace_back(kOffsets + i, offsets.of[i]);
+    if (UsesOffsets(p, i)) out.emplace_back(kOffsets + i, offsets.of[i]);
   }
   if (p.window > 0) out.emplace_back(kWindow, &scalars->window);
   if (p.softcap > 0) out.emplace_back(kCap, &scalars->cap);
