@@ -71,7 +71,7 @@ ModelConfig ConfigOf(const std::string& name) {
   c.rms_norm_eps = 1e-5;
   if (name == "8b") set(4096, 32, 32, 8, 128, 14336, 128256, false);  // Llama-3.1-8B
   if (name == "1b") set(2048, 16, 32, 8, 64, 8192, 128256, true);     // Llama-3.2-1B
-  if (name == "0.6b") {  // Qwen3-0.6B
+  if (name == "0.6b") {                                               // Qwen3-0.6B
     set(1024, 28, 16, 8, 128, 3072, 151936, true);
     c.qk_norm = true;
   }
@@ -681,6 +681,7 @@ void Report(const Flags& flags, const StepTimes& t, double roof) {
                     {"projections_rebuilt", flags.policy.projections_rebuilt},
                     {"layers_rebuilt", flags.policy.layers_rebuilt},
                     {"mlp_tile", flags.policy.mlp_tile},
+                    {"heads_saved", flags.policy.heads_saved},
                     {"logits_mib", flags.logits_mib},
                     {"placement", t.placement},
                     {"device", DeviceName()},
@@ -732,6 +733,7 @@ int Main(int argc, char** argv) {
                  "Layers that keep their inputs and what attention gave");
   app.add_option("--layers-rebuilt", flags.policy.layers_rebuilt,
                  "Other layers, that keep their inputs alone");
+  app.add_flag("--heads-saved", flags.policy.heads_saved, "q and k behind their norms, too");
   app.add_option("--mlp-tile", flags.policy.mlp_tile, "Tokens that an MLP takes at a time [all]");
   app.add_option("--logits-mib", flags.logits_mib, "Logits that exist at once");
   app.add_option("--roof", flags.roof_s, "Measure the frozen roof, for so many seconds");

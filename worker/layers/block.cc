@@ -116,6 +116,12 @@ int64_t Carve(const TransformerBlock& block, const LayerContext& ctx, int64_t T,
     case SavedGroup::kProjections:  // the adapters' share last: elsewhere layers are alike
       if (shape.qk_norm) {
         take(&saved->qkv, shape.qkv_size());
+        if (block.heads_saved) {
+          take(&saved->q, shape.q_size());
+          take(&saved->k, shape.kv_size());
+          saved->q_rstd = carver.Take(ctx.accumulator(), {T, shape.heads});
+          saved->k_rstd = carver.Take(ctx.accumulator(), {T, shape.kv_heads});
+        }
       } else {
         take(&saved->q, shape.q_size());
         take(&saved->k, shape.kv_size());
@@ -161,20 +167,24 @@ void TransformerBlock::PlaceSaved(const LayerContext& ctx, int64_t tokens, Saved
   Carve(*this, ctx, tokens, group, memory, saved);
 }
 
-QkvHeads TransformerBlock::SavedHeads(const SavedBlock& saved) const {
-  return HeadsOf(saved.q, saved.k, saved.v, shape);
-}
-
-QkvHeads TransformerBlock::NormedHeads(const LayerContext& ctx, const TensorView& rows) const {
-  const int64_t T = rows.dim(0);
-  const auto scratch = [&](int64_t heads) {
-    return Heads(ctx.Scratch({T, heads * shape.head_dim}), 0, heads, shape.head_dim);
+QkvHeads TransformerBlock::PlaceHeads(const LayerContext& ctx, const SavedBlock& saved) const {
+  if (!shape.qk_norm) return HeadsOf(saved.q, saved.k, saved.v, shape);
+  const int64_t T = saved.qkv.dim(0);
+  const TensorView v = Columns(saved.qkv, shape.q_size() + shape.kv_size(), shape.kv_size());
+  const auto statistics = [&](int64_t heads) {
+    return ctx.arena->NewScratch(ctx.accumulator(), {T, heads});
   };
-  return {.q = scratch(shape.heads),
-          .k = scratch(shape.kv_heads),
-          .v = Split(rows, shape).v,
-          .q_rstd = ctx.arena->NewScratch(ctx.accumulator(), {T, shape.heads}),
-          .k_rstd = ctx.arena->NewScratch(ctx.accumulator(), {T, shape.kv_heads})};
+  QkvHeads out;
+  if (heads_saved) {
+    out = HeadsOf(saved.q, saved.k, v, shape);
+    out.q_rstd = saved.q_rstd;
+    out.k_rstd = saved.k_rstd;
+  } else {
+    out = HeadsOf(ctx.Scratch({T, shape.q_size()}), ctx.Scratch({T, shape.kv_size()}), v, shape);
+    out.q_rstd = statistics(shape.heads);
+    out.k_rstd = statistics(shape.kv_heads);
+  }
+  return out;
 }
 
 void TransformerBlock::PositionHeads(const LayerContext& ctx, const PackBatch& batch,
@@ -335,12 +345,12 @@ void TransformerBlock::ForwardOutput(const LayerContext& ctx, const SavedBlock& 
   Normalise(ctx, saved.attention_out, {}, {}, post_attention_norm, a, saved.attention_out_rstd);
 }
 
-// x1, and q, k, v: saved, or with qk_norm, where their rows are, in the caller's scratch.
+// x1, and q, k, v: saved, or with qk_norm, where their rows are, in the caller's scratch if not.
 QkvHeads TransformerBlock::ForwardHeads(const LayerContext& ctx, const PackBatch& batch,
                                         const TensorView& x, const TensorView& delta,
                                         const SavedBlock& saved) const {
   const int64_t T = batch.tokens, C = shape.hidden;
-  const QkvHeads heads = shape.qk_norm ? NormedHeads(ctx, saved.qkv) : SavedHeads(saved);
+  const QkvHeads heads = PlaceHeads(ctx, saved);
   ArenaScope scope(ctx.arena);
   const TensorView rows = shape.qk_norm ? saved.qkv : ctx.Scratch({T, shape.qkv_size()});
   const TensorView n1 = ctx.ScratchRows(T, C + qkv.extension());
@@ -590,13 +600,8 @@ void TransformerBlock::BackwardHeads(const LayerContext& ctx, const PackBatch& b
                                      const SavedBlock& saved, const TensorView& d_o,
                                      const TensorView& workspace, const TensorView& dqkv) const {
   const int64_t T = d_o.dim(0);
-  QkvHeads x;
-  if (shape.qk_norm) {
-    x = NormedHeads(ctx, saved.qkv);
-    PositionHeads(ctx, batch, saved.qkv, x);
-  } else {
-    x = SavedHeads(saved);
-  }
+  const QkvHeads x = PlaceHeads(ctx, saved);
+  if (shape.qk_norm && !heads_saved) PositionHeads(ctx, batch, saved.qkv, x);
   const QkvHeads dx = HeadsOf(ctx.Scratch({T, shape.q_size()}), ctx.Scratch({T, shape.kv_size()}),
                               ctx.Scratch({T, shape.kv_size()}), shape);
   AttentionBackwardArgs args = AttentionBackwardOf(batch, saved, x, d_o, dx);

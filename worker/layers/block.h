@@ -59,8 +59,10 @@ struct SavedBlock {
   TensorView o_s;  // (T, Hq D + E)
   TensorView lse;  // (T, Hq)  f32 (f64)
   // kProjections
-  TensorView q;                   // (T, Hq D)  after rope; without qk_norm
-  TensorView k, v;                // (T, Hk D)
+  TensorView q;                   // (T, Hq D)  as attention takes it; with qk_norm if heads_saved
+  TensorView k;                   // (T, Hk D)  likewise
+  TensorView v;                   // (T, Hk D)  without qk_norm
+  TensorView q_rstd, k_rstd;      // (T, H)  f32 (f64)  with qk_norm if heads_saved
   TensorView qkv;                 // (T, (Hq + 2 Hk) D)  before norm and rope; with qk_norm
   TensorView x2;                  // (T, C)
   TensorView rstd1, rstd2;        // (T)     f32 (f64)
@@ -103,7 +105,8 @@ struct TransformerBlock {
   LoraLinear qkv, o, gate_up, down;
   std::array<LoraLinear*, 4> linears() { return {&qkv, &o, &gate_up, &down}; }
   std::array<const LoraLinear*, 4> linears() const { return {&qkv, &o, &gate_up, &down}; }
-  int64_t mlp_tile = 0;  // rows of the MLP's tiles; 0: all at once
+  int64_t mlp_tile = 0;      // rows of the MLP's tiles; 0: all at once
+  bool heads_saved = false;  // with qk_norm: what attention takes, else Backward makes it again
 
   // Bytes of one group of T tokens, and the views of `saved` in such a piece of memory (u8; null
   // data on the plan device).
@@ -136,9 +139,9 @@ struct TransformerBlock {
 
  private:
   TensorView SavedO(const SavedBlock& saved) const { return saved.o_s.Slice(1, 0, shape.q_size()); }
-  QkvHeads SavedHeads(const SavedBlock& saved) const;
-  // With qk_norm: scratch for q, k and their statistics, and v, which stays in the rows.
-  QkvHeads NormedHeads(const LayerContext& ctx, const TensorView& rows) const;
+  // Where attention's q, k and v are saved, or with qk_norm if they are not, scratch for q, k and
+  // their statistics; v is in the rows then.
+  QkvHeads PlaceHeads(const LayerContext& ctx, const SavedBlock& saved) const;
   // Norm, where there is one, and rope: from the rows of the fused product into `to`.
   void PositionHeads(const LayerContext& ctx, const PackBatch& batch, const TensorView& rows,
                      const QkvHeads& to) const;

@@ -17,6 +17,7 @@ struct ActivationPolicy {
   int64_t projections_rebuilt = 0;  // layers of whose stream input and attention are saved
   int64_t layers_rebuilt = 0;       // other layers, of whose stream only the input is saved
   int64_t mlp_tile = 0;             // rows that an MLP takes at a time; 0: all
+  bool heads_saved = false;         // TransformerBlock's, in every layer
 
   // Whether copies take part in a pass, in a stream of their own.
   bool travels() const { return streams_on_host + gate_ups_on_host > 0; }

@@ -268,6 +268,7 @@ Model::Model(const LayerContext& ctx, const ModelConfig& config, const ModelOpti
     TransformerBlock& block = blocks_[i];
     block.shape = ShapeOfBlock(i);
     block.mlp_tile = options.activations.mlp_tile;
+    block.heads_saved = options.activations.heads_saved;
     for (BlockNorm norm : NormsOf(config)) NormOf(&block, norm) = dense({SizeOf(config, norm)});
     if (adapters != nullptr) Adapt(ctx, *adapters, i);
     const auto frozen = [&](const LoraLinear& linear, int matrix) {

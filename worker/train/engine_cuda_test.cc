@@ -167,7 +167,8 @@ TEST_P(EngineCuda, WhereActivationsAreKeptChangesNoBit) {
        {ActivationPolicy{}, ActivationPolicy{L, 0, 0}, ActivationPolicy{0, L, 0},
         ActivationPolicy{0, 0, L}, ActivationPolicy{L, L, 0}, ActivationPolicy{L - 1, 1, L - 1},
         ActivationPolicy{0, 0, 0, L, 0}, ActivationPolicy{0, 0, L, 0, L},
-        ActivationPolicy{L, 0, L, L - 1, 1}, ActivationPolicy{L - 1, 1, 0, 0, 1}}) {
+        ActivationPolicy{L, 0, L, L - 1, 1}, ActivationPolicy{L - 1, 1, 0, 0, 1},
+        ActivationPolicy{.heads_saved = true}}) {
     golden.options.activations = policy;
     golden.options.prefetch = policy.gate_ups_rebuilt > 0 || policy.streams_on_host > 0;
     golden.options.embedding_on_host = policy.streams_on_host > 0;

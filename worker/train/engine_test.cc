@@ -332,7 +332,7 @@ std::string PolicyText(const ActivationPolicy& policy) {
                     policy.projections_rebuilt, policy.layers_rebuilt, policy.mlp_tile}) {
     text += std::to_string(n) + " ";
   }
-  return text;
+  return text + (policy.heads_saved ? "heads saved" : "");
 }
 
 // The last: each place by itself too, not mixed ones alone.
@@ -346,7 +346,9 @@ TEST_P(PlacesTest, WhereActivationsAreKeptChangesNoBit) {
   const int64_t L = golden.options.model.num_layers;
   const StepOutcome<float> kept = OneStep(golden);
   std::vector<ActivationPolicy> policies = {
-      {L, L, 0, 0, 0}, {L - 1, 1, L - 1, 0, 0}, {L, 0, L, 0, L}, {1, 0, 1, 1, L - 1}};
+      {L, L, 0, 0, 0},       {L - 1, 1, L - 1, 0, 0},
+      {L, 0, L, 0, L},       {1, 0, 1, 1, L - 1},
+      {.heads_saved = true}, {.streams_on_host = 1, .layers_rebuilt = L - 1, .heads_saved = true}};
   if (each) {
     policies.insert(policies.end(), {{L, 0, 0, 0, 0},
                                      {0, L, 0, 0, 0},

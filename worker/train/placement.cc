@@ -83,6 +83,7 @@ bool IsNf4(const EngineOptions& options) {
 // Bytes that a layer saves.
 struct SavedSizes {
   int64_t stream[3] = {};  // by StreamSaved
+  int64_t heads = 0;       // more of kAll, with heads_saved
   int64_t gate_up = 0;
 };
 SavedSizes SavedSizesOf(const EngineOptions& options) {
@@ -91,12 +92,15 @@ SavedSizes SavedSizesOf(const EngineOptions& options) {
       .exec = {.device = options.device, .plan = true}, .arena = &arena, .dtype = options.dtype};
   AdapterSet adapters(ctx, options.adapters, /*train=*/true);
   const Model model(ctx, options.model, {}, &adapters);
+  const Model saves_heads(ctx, options.model, {.activations = {.heads_saved = true}}, &adapters);
   const int64_t tokens = options.spec.batch().micro_batch_tokens();
   SavedSizes sizes{.gate_up = model.GateUpBytes(ctx, tokens)};
   for (StreamSaved saved :
        {StreamSaved::kAll, StreamSaved::kInputAndAttention, StreamSaved::kInput}) {
     sizes.stream[static_cast<int>(saved)] = model.StreamBytes(ctx, tokens, saved);
   }
+  sizes.heads = saves_heads.StreamBytes(ctx, tokens, StreamSaved::kAll) -
+                sizes.stream[static_cast<int>(StreamSaved::kAll)];
   return sizes;
 }
 
@@ -110,15 +114,20 @@ Footprint FootprintOf(const ActivationPolicy& policy, int64_t layers, const Save
   Footprint out;
   std::vector<int64_t> streams, gate_ups;  // that travel
   int64_t rebuilt = 0;
+  const int64_t heads = policy.heads_saved ? sizes.heads : 0;
+  const int64_t whole = sizes.stream[static_cast<int>(StreamSaved::kAll)] + heads;
+  if (policy.heads_saved) out.kinds |= 32;
   for (int64_t i = 0; i < layers; ++i) {
     const LayerPlaces places = PlacesOf(policy, layers, i);
-    const int64_t stream = sizes.stream[static_cast<int>(places.stream_saved)];
+    const int64_t stream = places.stream_saved == StreamSaved::kAll
+                               ? whole
+                               : sizes.stream[static_cast<int>(places.stream_saved)];
     if (places.stream_travels) {
       streams.push_back(stream);
     } else {
       out.device += stream;
     }
-    rebuilt = std::max(rebuilt, sizes.stream[static_cast<int>(StreamSaved::kAll)] - stream);
+    rebuilt = std::max(rebuilt, whole - stream);
     if (places.gate_up_place == GateUpPlace::kHost) gate_ups.push_back(sizes.gate_up);
     if (places.gate_up_place == GateUpPlace::kDevice) out.device += sizes.gate_up;
     out.kinds |= 1 << static_cast<int>(places.stream_saved);
@@ -151,6 +160,7 @@ struct Costs {
   double gate_up = 0, gate_up_expand = 0;  // again
   double projections = 0, projections_expand = 0;
   double attention = 0;
+  double heads = 0;                 // q and k behind their norms
   double mlp_tile = 0;              // a tile's ops
   double head = 0, head_table = 0;  // head_table: to read it for a chunk of logits
   double embedding = 0;             // on the host
@@ -178,6 +188,7 @@ Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mea
   const bool own_backward = options.deterministic || c.head_dim % 64 != 0;
   const double pairs = 2 * T * (mean_context + rates.attention_extra_context) * q;
   const LayerTraffic traffic = TrafficOf(options);
+  if (c.qk_norm) out.heads = move(2 * (qkv - static_cast<double>(c.kv_size())));
   out.attention = pairs / rates.attention_forward_flops_per_s;
   out.forward = product(parameters) + out.attention + move(traffic.forward);
   out.backward = product(parameters) +
@@ -225,6 +236,7 @@ double SecondsOf(const Costs& costs, const Candidate& choice) {
     const double more = std::ceil(T / static_cast<double>(a.mlp_tile)) - 1;
     backward += more * costs.mlp_tile;
   }
+  if (a.heads_saved) backward -= costs.heads;
   const double forward_s = L * forward;
   double backward_s = L * backward + static_cast<double>(a.gate_ups_rebuilt) * gate_up;
   // The last layer's are still there.
@@ -271,8 +283,10 @@ std::vector<int64_t> Steps(int64_t layers) {
 }
 
 // Every policy that is worth a thought, without the tile.
-std::vector<ActivationPolicy> Policies(int64_t L) {
+std::vector<ActivationPolicy> Policies(const ModelConfig& config) {
+  const int64_t L = config.num_layers;
   std::vector<ActivationPolicy> out;
+  if (config.qk_norm) out.push_back({.heads_saved = true});
   for (const int64_t streams : Steps(L)) {
     for (const int64_t projections : {int64_t{0}, L}) {
       for (const int64_t on_host : Steps(L)) {
@@ -303,7 +317,7 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const SavedSizes
   const int64_t T = options.spec.batch().micro_batch_tokens(), L = options.model.num_layers;
   const bool nf4 = IsNf4(options), table_may_go = EmbeddingBytes(options) > 0;
   std::vector<Candidate> out;
-  for (const ActivationPolicy& policy : Policies(L)) {
+  for (const ActivationPolicy& policy : Policies(options.model)) {
     Candidate candidate{.activations = policy, .footprint = FootprintOf(policy, L, sizes)};
     for (const bool resident : {true, false}) {
       if (resident && (!nf4 || options.shards > 1)) continue;
@@ -344,6 +358,7 @@ std::string Describe(const EngineOptions& options) {
   };
   if (options.shards > 1) absl::StrAppend(&text, ", in ", options.shards, " shards");
   if (options.embedding_on_host) absl::StrAppend(&text, "; embeddings in host memory");
+  if (a.heads_saved) absl::StrAppend(&text, "; q and k saved behind their norms, too");
   add(a.layers_rebuilt, "keep their inputs alone");
   add(a.projections_rebuilt, "keep their inputs and what attention gave");
   add(a.streams_on_host, a.layers_rebuilt + a.projections_rebuilt > 0
