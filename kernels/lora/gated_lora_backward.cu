@@ -248,14 +248,16 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
   }
 }
 
-// A thread per four elements of ds, then one per matrix, column and four ranks.
+// A thread per four elements of ds, then kSlotLanes per matrix, column and four ranks.
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
   if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
-  if (at < x.rows * ds_packs) {
+  const int ds_threads = static_cast<int>(WholeWarps(x.rows * ds_packs));
+  if (at < ds_threads) {
+    if (at >= x.rows * ds_packs) return;
     const int row = at / ds_packs, column = (at - row * ds_packs) * 4, p = column / x.r;
     Pack<Bf16, 4> ds;
     for (int k = 0; k < 4; ++k) ds.Set(k, 0.0f);
@@ -268,14 +270,15 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
     ds.Store(x.ds + row * x.ds_stride + column);
     return;
   }
-  at -= x.rows * ds_packs;
+  at = (at - ds_threads) / kSlotLanes;
   // Neighbours have neighbouring columns: the rows of A_down's gradient are those of ranks.
   const int n = at % x.columns, rest = at / x.columns, c = rest % rank_packs * 4;
   const int matrix = rest / rank_packs;
-  if (matrix >= S::kMatrices) return;
+  const bool real = matrix < S::kMatrices;
   const float* from = x.matrix_sums + (matrix * S::kColumns + n % S::kColumns) * S::kRank + c;
   const Pack<float, 4> sum =
-      SumOfStrip(x.grid, n / S::kColumns, from, S::kMatrices * S::kColumns * S::kRank);
+      SumOfStrip(x.grid, real ? n / S::kColumns : -1, from, S::kMatrices * S::kColumns * S::kRank);
+  if (!real || threadIdx.x % kSlotLanes != 0) return;
   if (matrix == kDown) {
     float* to = x.down_da + c * x.down_da_stride + n;
     for (int k = 0; k < 4; ++k) to[k * x.down_da_stride] += x.down_da_scale * sum.v[k];
@@ -329,9 +332,8 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   pass<<<x.grid.blocks, kPassBlock, kBytes, StreamOf(exec.stream)>>>(x);
   CUDA_CHECK(cudaGetLastError());
-  const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
-                        int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4);
-  LaunchBehind(exec, AddUpKernel<kGroups>, x, packs);
+  LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.ds_columns / 4),
+               int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4));
 }
 
 }  // namespace

@@ -170,7 +170,7 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   pass<<<x.grid.blocks, kPassBlock, kBytes, StreamOf(exec.stream)>>>(x);
   CUDA_CHECK(cudaGetLastError());
-  LaunchBehind(exec, AddUpKernel<kGroups>, x, static_cast<int64_t>(x.rows) * (x.s_columns / 4));
+  LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.s_columns / 4), 0);
 }
 
 }  // namespace

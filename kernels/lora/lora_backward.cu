@@ -218,14 +218,16 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
   }
 }
 
-// A thread per four elements of ds, then one per column of a strip and four ranks.
+// A thread per four elements of ds, then kSlotLanes per column of a strip and four ranks.
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
   if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
-  if (at < x.rows * ds_packs) {
+  const int ds_threads = static_cast<int>(WholeWarps(x.rows * ds_packs));
+  if (at < ds_threads) {
+    if (at >= x.rows * ds_packs) return;
     const int row = at / ds_packs, column = (at - row * ds_packs) * 4, p = column / x.r;
     Pack<Bf16, 4> ds;
     for (int k = 0; k < 4; ++k) ds.Set(k, 0.0f);
@@ -240,15 +242,15 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
     ds.Store(x.ds + row * x.ds_stride + column);
     return;
   }
-  at -= x.rows * ds_packs;
+  at = (at - ds_threads) / kSlotLanes;
   const int line = at / rank_packs, c = (at - line * rank_packs) * 4;
   const int strip = line / S::kColumns, column = line % S::kColumns;
-  if (strip >= x.grid.strips) return;
   const Part& part = x.part[PartOf(x, strip)];
   const int n = (strip - part.first_strip) * S::kColumns + column;
-  if (n >= part.columns) return;
-  const Pack<float, 4> sum =
-      SumOfStrip(x.grid, strip, x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
+  const bool real = strip < x.grid.strips && n < part.columns;
+  const Pack<float, 4> sum = SumOfStrip(x.grid, real ? strip : -1,
+                                        x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
+  if (!real || threadIdx.x % kSlotLanes != 0) return;
   float* to = part.db + n * part.db_stride + c;
   Pack<float, 4> db = Pack<float, 4>::Load(to);
   for (int k = 0; k < 4; ++k) db.v[k] += x.db_scale * sum.v[k];
@@ -324,9 +326,8 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
     const Params x = ParamsOf<kGroups>(a, begin, std::min(step, T - begin));
     PassKernel<kGroups><<<x.grid.blocks, kPassBlock, S::kBytes, StreamOf(exec.stream)>>>(x);
     CUDA_CHECK(cudaGetLastError());
-    const int64_t packs = static_cast<int64_t>(x.rows) * (x.ds_columns / 4) +
-                          int64_t{x.grid.strips} * S::kColumns * (x.r / 4);
-    LaunchBehind(exec, AddUpKernel<kGroups>, x, packs);
+    LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.ds_columns / 4),
+                 int64_t{x.grid.strips} * S::kColumns * (x.r / 4));
   }
   return true;
 }

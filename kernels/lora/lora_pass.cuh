@@ -221,6 +221,9 @@ struct WarpSums {
   }
 };
 
+// Lanes that share the slots of a strip.
+constexpr int kSlotLanes = 4;
+
 // A pair of bf16.
 __device__ inline uint32_t RoundedPair(float2 x) {
   const __nv_bfloat162 rounded = __floats2bfloat162_rn(x.x, x.y);
@@ -233,29 +236,48 @@ __device__ inline float2 PairAsFloats(uint32_t pair) {
 // Adds up `count` times four sums, `stride` apart.
 __device__ inline Pack<float, 4> SumOf(const float* from, int64_t stride, int count) {
   using P = Pack<float, 4>;
-  P sum = P::Load(from);
+  P sum{};
 #pragma unroll 8
-  for (int i = 1; i < count; ++i) {
+  for (int i = 0; i < count; ++i) {
     const P next = P::Load(from + i * stride);
     for (int k = 0; k < 4; ++k) sum.v[k] += next.v[k];
   }
   return sum;
 }
 
-// The same of what the blocks have left of a strip in their slots of `slot_size`; of the first
-// slot.
+// The same of what the blocks have left of a strip in their slots of `slot_size`, of which the
+// first is at `from`. Two or more lanes side by side share the slots: few strips have many. By all
+// lanes of a warp; strip < 0 adds up nothing.
 __device__ inline Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, const float* from,
                                             int64_t slot_size) {
-  const int first = BlockOf(grid, strip * grid.tiles);
-  const int last = BlockOf(grid, (strip + 1) * grid.tiles - 1);
-  return SumOf(from + SlotOf(strip, first) * slot_size, slot_size, last - first + 1);
+  Pack<float, 4> sum{};
+  if (strip >= 0) {
+    const int begin = BlockOf(grid, strip * grid.tiles);
+    const int count = BlockOf(grid, (strip + 1) * grid.tiles - 1) - begin + 1;
+    const int lane = threadIdx.x % kSlotLanes;
+    from += (SlotOf(strip, begin) + lane) * slot_size;
+    sum = SumOf(from, kSlotLanes * slot_size, (count - lane + kSlotLanes - 1) / kSlotLanes);
+  }
+  for (int k = 0; k < 4; ++k) {
+#pragma unroll
+    for (int other = kSlotLanes / 2; other > 0; other /= 2) {
+      sum.v[k] += __shfl_xor_sync(0xffffffffu, sum.v[k], other);
+    }
+  }
+  return sum;
 }
 
-// A thread per pack, 256 to a block. The blocks may start while the last of the kernel before still
-// run; they wait for its end.
+// A thread per pack, 256 to a block: first those of ds, in whole warps, then kSlotLanes for each of
+// the gradients. The blocks may start while the last of the kernel before still run; they wait for
+// its end.
+__host__ __device__ inline int64_t WholeWarps(int64_t packs) {
+  return (packs + 31) / 32 * 32;
+}
 template <typename Params>
-void LaunchBehind(const Exec& exec, void (*kernel)(Params), const Params& x, int64_t packs) {
-  LaunchEarly(exec, kernel, static_cast<uint32_t>(DivideUp(packs, 256)), 256, x);
+void LaunchBehind(const Exec& exec, void (*kernel)(Params), const Params& x, int64_t ds_packs,
+                  int64_t gradient_packs) {
+  const int64_t threads = WholeWarps(ds_packs) + kSlotLanes * gradient_packs;
+  LaunchEarly(exec, kernel, static_cast<uint32_t>(DivideUp(threads, 256)), 256, x);
 }
 
 }  // namespace attune
