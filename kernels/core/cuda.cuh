@@ -11,6 +11,7 @@
 
 #include "kernels/core/cuda_error.h"
 #include "kernels/core/dispatch.h"
+#include "kernels/core/early_launch.cuh"
 
 namespace attune {
 
@@ -123,6 +124,7 @@ template <typename Op>
 __global__ __launch_bounds__(256) void ForEachPackKernel(Op op, int64_t rows, int64_t packs) {
   const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pack >= packs) return;
+  AwaitEarlier();
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
     op(row, pack * Op::kPack);
@@ -140,8 +142,7 @@ void ForEachPack(const Op& op, int64_t rows, int64_t columns, void* stream) {
   const int64_t grid_y = std::min<int64_t>((rows + block.y - 1) / block.y, 65535);
   const dim3 grid(static_cast<unsigned>((packs + width - 1) / width),
                   static_cast<unsigned>(grid_y));
-  ForEachPackKernel<<<grid, block, 0, StreamOf(stream)>>>(op, rows, packs);
-  CUDA_CHECK(cudaGetLastError());
+  LaunchEarly(stream, {grid, block}, ForEachPackKernel<Op>, op, rows, packs);
 }
 
 // A matrix as a kernel sees it. A vector is one row; a contiguous view of any rank may be, too.

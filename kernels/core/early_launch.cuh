@@ -3,11 +3,29 @@
 // capability 9.0 a kernel starts when the one before has ended.
 #pragma once
 
-#include "kernels/core/cuda.cuh"
-#include "kernels/core/exec.h"
-#include "kernels/core/tensor_core.cuh"
+#include <cuda_runtime.h>
+
+#include "kernels/core/cuda_error.h"
 
 namespace attune {
+
+// Bulk copies, clusters of blocks, and kernels that begin before the one ahead of them has ended
+// need compute capability 9.0: what uses them is started where HasSm90, and compiled for
+// `if constexpr (kSm90)`.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kSm90 = true;
+#else
+constexpr bool kSm90 = false;
+#endif
+inline bool HasSm90() {
+  static const bool has = [] {
+    int device = 0, major = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+  }();
+  return has;
+}
 
 // Lets the kernel behind this one start.
 __device__ inline void LetNextStart() {
@@ -18,17 +36,22 @@ __device__ inline void AwaitEarlier() {
   if constexpr (kSm90) cudaGridDependencySynchronize();
 }
 
-// `grid` blocks of `threads`, which are to call AwaitEarlier.
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+};
+// The kernel is to call AwaitEarlier.
 template <typename... Params, typename... Args>
-void LaunchEarly(const Exec& exec, void (*kernel)(Params...), uint32_t grid, uint32_t threads,
+void LaunchEarly(void* stream, const LaunchShape& shape, void (*kernel)(Params...),
                  const Args&... args) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
-  config.stream = StreamOf(exec.stream);
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = StreamOf(stream);
   config.attrs = &early;
   config.numAttrs = HasSm90() ? 1 : 0;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));

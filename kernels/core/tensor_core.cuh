@@ -7,24 +7,6 @@
 
 namespace attune {
 
-// Bulk copies, clusters of blocks, and kernels that begin before the one ahead of them has ended
-// need compute capability 9.0: what uses them is started where HasSm90, and compiled for
-// `if constexpr (kSm90)`.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kSm90 = true;
-#else
-constexpr bool kSm90 = false;
-#endif
-inline bool HasSm90() {
-  static const bool has = [] {
-    int device = 0, major = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major >= 9;
-  }();
-  return has;
-}
-
 __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -68,6 +68,7 @@ __device__ float LargestOfAdapter(const T* s, int e, float share, int first, int
 template <typename T, int N, bool kShort>
 __global__ __launch_bounds__(kMostThreads) void QuantizeRowsKernel(
     const __grid_constant__ RowsToCodes<T> a) {
+  AwaitEarlier();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
   const T* x = a.x(row, 0);
@@ -109,17 +110,18 @@ void QuantizeRows(const RowsToCodes<T>& a, cudaStream_t stream) {
   if (threads == 32) {
     constexpr unsigned kRows = 4;
     const auto blocks = static_cast<unsigned>((a.rows + kRows - 1) / kRows);
-    QuantizeRowsKernel<T, N, true><<<blocks, dim3(threads, kRows), 0, stream>>>(a);
+    LaunchEarly(stream, {dim3(blocks), dim3(threads, kRows)}, QuantizeRowsKernel<T, N, true>, a);
   } else {
-    QuantizeRowsKernel<T, N, false><<<static_cast<unsigned>(a.rows), threads, 0, stream>>>(a);
+    LaunchEarly(stream, {dim3(static_cast<unsigned>(a.rows)), dim3(threads)},
+                QuantizeRowsKernel<T, N, false>, a);
   }
-  CUDA_CHECK(cudaGetLastError());
 }
 
 // A warp per row.
 template <typename T, int N>
 __global__ __launch_bounds__(kThreads) void QuantizeAdapterKernel(
     const __grid_constant__ RowsToCodes<T> a) {
+  AwaitEarlier();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= a.rows) return;
@@ -145,8 +147,7 @@ template <typename T, int N>
 void QuantizeAdapter(const RowsToCodes<T>& a, cudaStream_t stream) {
   if (a.rows == 0) return;
   const auto blocks = static_cast<unsigned>((a.rows + kThreads / 32 - 1) / (kThreads / 32));
-  QuantizeAdapterKernel<T, N><<<blocks, kThreads, 0, stream>>>(a);
-  CUDA_CHECK(cudaGetLastError());
+  LaunchEarly(stream, {dim3(blocks), dim3(kThreads)}, QuantizeAdapterKernel<T, N>, a);
 }
 
 // Calls f.operator()<T, N>(rows).

@@ -239,7 +239,7 @@ template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
-    cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+    LetNextStart();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(1024) unsigned char memory[];
     Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
@@ -252,7 +252,7 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
+  AwaitEarlier();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
   const int ds_threads = static_cast<int>(WholeWarps(x.rows * ds_packs));
@@ -330,8 +330,7 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
   const Params x = ParamsOf<kGroups>(a);
   constexpr int kBytes = Shape<kGroups>::kBytes;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass<<<x.grid.blocks, kPassBlock, kBytes, StreamOf(exec.stream)>>>(x);
-  CUDA_CHECK(cudaGetLastError());
+  LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kPassBlock), kBytes}, pass, x);
   LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.ds_columns / 4),
                int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4));
 }

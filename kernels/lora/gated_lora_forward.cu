@@ -122,7 +122,7 @@ template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
-    cudaTriggerProgrammaticLaunchCompletion();  // AddUpKernel is brought up meanwhile
+    LetNextStart();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(1024) unsigned char memory[];
     float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
     Block<kGroups, kActivation> block{x, {memory}, sums};
@@ -134,7 +134,7 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
 template <int kGroups>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
-  if constexpr (kSm90) cudaGridDependencySynchronize();  // the sums are there
+  AwaitEarlier();  // the sums are there
   const int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x), packs = x.s_columns / 4;
   const int row = at / packs, column = (at - row * packs) * 4;
   if (row >= x.rows) return;
@@ -168,8 +168,7 @@ void Run(const Exec& exec, const GatedLoraForwardArgs& a) {
   const auto pass = PassKernel<kGroups, kActivation>;
   constexpr int kBytes = S::kBytes;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass<<<x.grid.blocks, kPassBlock, kBytes, StreamOf(exec.stream)>>>(x);
-  CUDA_CHECK(cudaGetLastError());
+  LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kPassBlock), kBytes}, pass, x);
   LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.s_columns / 4), 0);
 }
 

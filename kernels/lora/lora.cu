@@ -27,6 +27,7 @@ struct Extension {
 template <typename T, int N>
 __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__ Extension<T> x) {
   using P = Pack<T, N>;
+  AwaitEarlier();
   uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   P value;
   for (int j = 0; j < N; ++j) value.Set(j, 0.0f);
@@ -73,8 +74,7 @@ void Run(const Exec& exec, const LoraExtendArgs& a) {
     x.beside = static_cast<uint32_t>(beside);
     x.below = static_cast<uint32_t>(below);
     const unsigned blocks = static_cast<unsigned>((beside + below + kThreads - 1) / kThreads);
-    ExtendKernel<T, N><<<blocks, kThreads, 0, StreamOf(exec.stream)>>>(x);
-    CUDA_CHECK(cudaGetLastError());
+    LaunchEarly(exec.stream, {dim3(blocks), dim3(kThreads)}, ExtendKernel<T, N>, x);
   };
   packs ? run.template operator()<kPackSize<T>>() : run.template operator()<1>();
 }

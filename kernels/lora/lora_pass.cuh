@@ -158,6 +158,7 @@ template <typename B>
 __device__ void RunPass(const PassGrid& grid, B* block) {
   auto& pipe = block->pipe;
   pipe.Prepare();
+  AwaitEarlier();
   if (IsCopying()) return pipe.Copy(grid, [&](int strip) { return block->StripOf(strip); });
   TakePassRegisters();
   ForEachRun(grid, [&](int strip, int first, int behind, int slot) {
@@ -277,7 +278,7 @@ template <typename Params>
 void LaunchBehind(const Exec& exec, void (*kernel)(Params), const Params& x, int64_t ds_packs,
                   int64_t gradient_packs) {
   const int64_t threads = WholeWarps(ds_packs) + kSlotLanes * gradient_packs;
-  LaunchEarly(exec, kernel, static_cast<uint32_t>(DivideUp(threads, 256)), 256, x);
+  LaunchEarly(exec.stream, {dim3(DivideUp(threads, 256)), dim3(256)}, kernel, x);
 }
 
 }  // namespace attune

@@ -196,7 +196,8 @@ void Dequantize(const Exec& exec, std::span<const Nf4DequantizeArgs> all) {
   Parts<Dequantization<T>> parts;
   const auto launch = [&] {
     if (parts.count == 0) return;
-    LaunchEarly(exec, DequantizeKernel<T>, parts.units(), kThreads, MakeTables(), parts);
+    LaunchEarly(exec.stream, {dim3(parts.units()), dim3(kThreads)}, DequantizeKernel<T>,
+                MakeTables(), parts);
     parts = {};
   };
   for (const Nf4DequantizeArgs& a : all) {
@@ -441,7 +442,8 @@ void Nf4ToFp8Cuda(const Exec& exec, std::span<const Nf4ToFp8Args> all) {
                           StreamOf(exec.stream)>>>(MakeTables(), parts);
       CUDA_CHECK(cudaGetLastError());
     } else {
-      LaunchEarly(exec, ToFp8Kernel, parts.units(), kThreads, MakeTables(), parts);
+      LaunchEarly(exec.stream, {dim3(parts.units()), dim3(kThreads)}, ToFp8Kernel, MakeTables(),
+                  parts);
     }
     parts = {};
   };

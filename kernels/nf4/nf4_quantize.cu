@@ -216,7 +216,7 @@ void Nf4QuantizeCuda(const Exec& exec, const Nf4QuantizeArgs& a) {
       const auto kernel = QuantizeKernel<T, kPacked>;
       const int64_t units = (x.blocks + kBlocks - 1) / kBlocks;
       const uint32_t grid = GridOf(kernel, (units + kThreads / 32 - 1) / (kThreads / 32));
-      LaunchEarly(exec, kernel, grid, kThreads, MakeTables(), x, units);
+      LaunchEarly(exec.stream, {dim3(grid), dim3(kThreads)}, kernel, MakeTables(), x, units);
     };
     if (x.blocks > 0) {
       const bool packed = Aligned(x.w, 16) && Aligned(x.packed, 4);

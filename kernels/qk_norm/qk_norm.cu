@@ -3,6 +3,7 @@
 // WholeBackward. Else it owns a head of a token; lanes take pairs of elements that turn together,
 // in packs of N, and after them the elements that do not turn.
 #include "kernels/core/cuda.cuh"
+#include "kernels/fp8/fp8.cuh"
 #include "kernels/qk_norm/qk_norm.h"
 
 namespace attune {
@@ -49,6 +50,7 @@ __global__ __launch_bounds__(kThreads) void ForwardKernel(Forward<T> a) {
   const Shape& s = a.shape;
   const int64_t unit = OwnUnit();
   if (unit >= s.units) return;
+  AwaitEarlier();
   const int64_t t = unit / s.heads, head = unit % s.heads;
   const int lane = threadIdx.x % 32;
   const T* x = a.x(t, head);
@@ -115,6 +117,7 @@ __global__ __launch_bounds__(kThreads) void BackwardKernel(Backward<T> a) {
   const Shape& s = a.shape;
   const int64_t unit = OwnUnit();
   if (unit >= s.units) return;
+  AwaitEarlier();
   const int64_t t = unit / s.heads, head = unit % s.heads;
   const int lane = threadIdx.x % 32;
   const T *dy = a.dy(t, head), *x = a.x(t, head);
@@ -153,126 +156,158 @@ __global__ __launch_bounds__(kThreads) void BackwardKernel(Backward<T> a) {
 // ---- Whole heads ----
 
 // kLanes lanes hold a head, each a pack of the first half and the one of the second half that turns
-// with it. A warp has kGroups heads at a time, twice, and reads all of it before it computes.
-template <typename T, int kLanes>
+// with it. A warp has kGroups heads in a turn, and reads those of kTurns before it computes: as
+// many as leave enough warps on a multiprocessor.
+template <typename T, int kLanes, int kTurns_>
 struct Whole {
-  static constexpr int N = kPackSize<T>;
-  static constexpr int kGroups = 32 / kLanes, kTurns = 2;
+  static constexpr int N = kPackSize<T>, kTurns = kTurns_;
+  static constexpr int kGroups = 32 / kLanes, kHeads = kTurns * kGroups;
+  using P = Words<T, N>;
   Pack<float, N> cos, sin;
-  float w[2][N];
+  P w1, w2;
+  float offset;
   int64_t t;
-  int lane, group;
+  int lane, group, half;
 
   template <typename Args>
-  __device__ Whole(const Args& a, int64_t token) : t(token) {
-    lane = threadIdx.x % kLanes;
-    group = threadIdx.x % 32 / kLanes;
+  __device__ Whole(const Args& a, int64_t token)
+      : offset(a.shape.offset),
+        t(token),
+        lane(threadIdx.x % kLanes),
+        group(threadIdx.x % 32 / kLanes),
+        half(a.shape.half) {
     cos = Pack<float, N>::Load(a.cos(t, lane * N));
     sin = Pack<float, N>::Load(a.sin(t, lane * N));
-    for (int side = 0; side < 2; ++side) {
-      const Pack<T, N> own = Pack<T, N>::Load(a.w + side * a.shape.half + lane * N);
-      for (int k = 0; k < N; ++k) w[side][k] = own[k] + a.shape.offset;
-    }
+    w1 = P::Load(a.w + lane * N);
+    w2 = P::Load(a.w + half + lane * N);
   }
   // Of this thread in turn `turn` from `first` on.
-  __device__ int64_t HeadOf(int64_t first, int turn) const {
-    return first + turn * kGroups + group;
-  }
+  __device__ int HeadOf(int first, int turn) const { return first + turn * kGroups + group; }
+  __device__ float2 CosOf(int pair) const { return {cos[2 * pair], cos[2 * pair + 1]}; }
+  __device__ float2 SinOf(int pair) const { return {sin[2 * pair], sin[2 * pair + 1]}; }
+  // The weights of a pair of each half, times `factor`.
+  __device__ float2 FirstOf(int pair, float factor) const { return Scaled(w1.Pair(pair), factor); }
+  __device__ float2 SecondOf(int pair, float factor) const { return Scaled(w2.Pair(pair), factor); }
   static __device__ float Sum(float x) {
 #pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      x += __shfl_xor_sync(0xffffffffu, x, offset);
+    for (int other = kLanes / 2; other > 0; other /= 2) {
+      x += __shfl_xor_sync(0xffffffffu, x, other);
     }
     return x;
   }
+
+ private:
+  __device__ float2 Scaled(float2 w, float factor) const {
+    return {factor * (w.x + offset), factor * (w.y + offset)};
+  }
 };
 
-template <typename T, int N>
+template <typename W>
 struct Halves {
-  Pack<T, N> first, second;
-  __device__ static Halves Load(const T* head, int half, int lane) {
-    return {Pack<T, N>::Load(head + lane * N), Pack<T, N>::Load(head + half + lane * N)};
+  typename W::P first, second;
+  template <typename T>
+  __device__ static Halves Load(const T* head, const W& own) {
+    return {W::P::Load(head + own.lane * W::N), W::P::Load(head + own.half + own.lane * W::N)};
   }
-  __device__ void Store(T* head, int half, int lane) const {
-    first.Store(head + lane * N);
-    second.Store(head + half + lane * N);
+  template <typename T>
+  __device__ void Store(T* head, const W& own) const {
+    first.Store(head + own.lane * W::N);
+    second.Store(head + own.half + own.lane * W::N);
   }
 };
 
 template <typename T, int kLanes>
-__global__ __launch_bounds__(kThreads) void WholeForward(Forward<T> a, int64_t tokens) {
-  using W = Whole<T, kLanes>;
-  constexpr int N = W::N;
-  const Shape& s = a.shape;
+__global__ __launch_bounds__(kThreads, 3) void WholeForward(Forward<T> a, int64_t tokens) {
+  using W = Whole<T, kLanes, 2>;
+  const int heads = static_cast<int>(a.shape.heads);
   const int64_t t = OwnUnit();
   if (t >= tokens) return;
+  AwaitEarlier();
   const W own(a, t);
-  for (int64_t begin = 0; begin < s.heads; begin += W::kTurns * W::kGroups) {
-    Halves<T, N> x[W::kTurns] = {};
+  for (int begin = 0; begin < heads; begin += W::kHeads) {
+    Halves<W> x[W::kTurns] = {};
 #pragma unroll
     for (int turn = 0; turn < W::kTurns; ++turn) {
-      const int64_t head = own.HeadOf(begin, turn);
-      if (head < s.heads) x[turn] = Halves<T, N>::Load(a.x(t, head), s.half, own.lane);
+      const int head = own.HeadOf(begin, turn);
+      if (head < heads) x[turn] = Halves<W>::Load(a.x(t, head), own);
     }
 #pragma unroll
     for (int turn = 0; turn < W::kTurns; ++turn) {
-      Halves<T, N>& v = x[turn];
+      Halves<W>& v = x[turn];
       float squares = 0.0f;
-      for (int k = 0; k < N; ++k) squares += v.first[k] * v.first[k];
-      for (int k = 0; k < N; ++k) squares += v.second[k] * v.second[k];
-      const float rstd = 1.0f / sqrtf(W::Sum(squares) / static_cast<float>(s.head_dim) + s.eps);
-      const int64_t head = own.HeadOf(begin, turn);
-      if (head >= s.heads) continue;
-      if (own.lane == 0) a.rstd[t * s.heads + head] = rstd;
-      for (int k = 0; k < N; ++k) {
-        const float n1 = v.first[k] * (rstd * own.w[0][k]);
-        const float n2 = v.second[k] * (rstd * own.w[1][k]);
-        v.first.Set(k, n1 * own.cos[k] - n2 * own.sin[k]);
-        v.second.Set(k, n2 * own.cos[k] + n1 * own.sin[k]);
+#pragma unroll
+      for (int p = 0; p < W::P::kPairs; ++p) {
+        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
+        squares += x1.x * x1.x + x1.y * x1.y + x2.x * x2.x + x2.y * x2.y;
       }
-      v.Store(a.y(t, head), s.half, own.lane);
+      const float mean = W::Sum(squares) / static_cast<float>(a.shape.head_dim);
+      const float rstd = 1.0f / sqrtf(mean + a.shape.eps);
+      const int head = own.HeadOf(begin, turn);
+      if (head >= heads) continue;
+      if (own.lane == 0) a.rstd[t * heads + head] = rstd;
+#pragma unroll
+      for (int p = 0; p < W::P::kPairs; ++p) {
+        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p), w1 = own.FirstOf(p, rstd),
+                     w2 = own.SecondOf(p, rstd), c = own.CosOf(p), s = own.SinOf(p);
+        const float2 n1 = {x1.x * w1.x, x1.y * w1.y}, n2 = {x2.x * w2.x, x2.y * w2.y};
+        v.first.SetPair(p, {n1.x * c.x - n2.x * s.x, n1.y * c.y - n2.y * s.y});
+        v.second.SetPair(p, {n2.x * c.x + n1.x * s.x, n2.y * c.y + n1.y * s.y});
+      }
+      v.Store(a.y(t, head), own);
     }
   }
 }
 
 template <typename T, int kLanes>
-__global__ __launch_bounds__(kThreads) void WholeBackward(Backward<T> a, int64_t tokens) {
-  using W = Whole<T, kLanes>;
-  constexpr int N = W::N;
-  const Shape& s = a.shape;
+__global__ __launch_bounds__(kThreads, 3) void WholeBackward(Backward<T> a, int64_t tokens) {
+  using W = Whole<T, kLanes, 1>;
+  const int heads = static_cast<int>(a.shape.heads);
   const int64_t t = OwnUnit();
   if (t >= tokens) return;
+  AwaitEarlier();
   const W own(a, t);
-  for (int64_t begin = 0; begin < s.heads; begin += W::kTurns * W::kGroups) {
-    Halves<T, N> dy[W::kTurns] = {}, x[W::kTurns] = {};
+  for (int begin = 0; begin < heads; begin += W::kHeads) {
+    Halves<W> dy[W::kTurns] = {}, x[W::kTurns] = {};
     float rstd[W::kTurns] = {};
 #pragma unroll
     for (int turn = 0; turn < W::kTurns; ++turn) {
-      const int64_t head = own.HeadOf(begin, turn);
-      if (head >= s.heads) continue;
-      dy[turn] = Halves<T, N>::Load(a.dy(t, head), s.half, own.lane);
-      x[turn] = Halves<T, N>::Load(a.x(t, head), s.half, own.lane);
-      rstd[turn] = a.rstd[t * s.heads + head];
+      const int head = own.HeadOf(begin, turn);
+      if (head >= heads) continue;
+      dy[turn] = Halves<W>::Load(a.dy(t, head), own);
+      x[turn] = Halves<W>::Load(a.x(t, head), own);
+      rstd[turn] = a.rstd[t * heads + head];
     }
 #pragma unroll
     for (int turn = 0; turn < W::kTurns; ++turn) {
-      const Halves<T, N>& d = dy[turn];
-      Halves<T, N>& v = x[turn];
-      float g1[N], g2[N], products = 0.0f;
-      for (int k = 0; k < N; ++k) {
-        g1[k] = (d.first[k] * own.cos[k] + d.second[k] * own.sin[k]) * own.w[0][k];
-        g2[k] = (d.second[k] * own.cos[k] - d.first[k] * own.sin[k]) * own.w[1][k];
-        products += g1[k] * v.first[k] + g2[k] * v.second[k];
-      }
+      Halves<W>& v = x[turn];
       const float r = rstd[turn];
-      const float mean = r * r * (W::Sum(products) / static_cast<float>(s.head_dim));
-      const int64_t head = own.HeadOf(begin, turn);
-      if (head >= s.heads) continue;
-      for (int k = 0; k < N; ++k) {
-        v.first.Set(k, r * (g1[k] - v.first[k] * mean));
-        v.second.Set(k, r * (g2[k] - v.second[k] * mean));
+      // g of a pair of each half, times r.
+      const auto gradient = [&](int p, float2* g1, float2* g2) {
+        const float2 d1 = dy[turn].first.Pair(p), d2 = dy[turn].second.Pair(p), c = own.CosOf(p),
+                     s = own.SinOf(p), w1 = own.FirstOf(p, r), w2 = own.SecondOf(p, r);
+        *g1 = {(d1.x * c.x + d2.x * s.x) * w1.x, (d1.y * c.y + d2.y * s.y) * w1.y};
+        *g2 = {(d2.x * c.x - d1.x * s.x) * w2.x, (d2.y * c.y - d1.y * s.y) * w2.y};
+      };
+      float products = 0.0f;
+#pragma unroll
+      for (int p = 0; p < W::P::kPairs; ++p) {
+        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
+        float2 g1, g2;
+        gradient(p, &g1, &g2);
+        products += g1.x * x1.x + g1.y * x1.y + g2.x * x2.x + g2.y * x2.y;
       }
-      v.Store(a.dx(t, head), s.half, own.lane);
+      const float mean = r * r * (W::Sum(products) / static_cast<float>(a.shape.head_dim));
+      const int head = own.HeadOf(begin, turn);
+      if (head >= heads) continue;
+#pragma unroll
+      for (int p = 0; p < W::P::kPairs; ++p) {
+        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
+        float2 g1, g2;
+        gradient(p, &g1, &g2);
+        v.first.SetPair(p, {g1.x - x1.x * mean, g1.y - x1.y * mean});
+        v.second.SetPair(p, {g2.x - x2.x * mean, g2.y - x2.y * mean});
+      }
+      v.Store(a.dx(t, head), own);
     }
   }
 }
@@ -341,15 +376,15 @@ void QkNormForwardCuda(const Exec& exec, const QkNormForwardArgs& a) {
   const Shape shape = ShapeOf(a, a.eps);
   if (shape.units == 0) return;
   const int64_t tokens = a.x.dim(0);
-  const cudaStream_t stream = StreamOf(exec.stream);
   Dispatch(
       shape, a.x.dtype, {&a.x, &a.y, &a.w, &a.cos, &a.sin},
       [&]<typename T, int kLanes>() {
-        WholeForward<T, kLanes>
-            <<<Blocks(tokens), kThreads, 0, stream>>>(ForwardOf<T>(shape, a), tokens);
+        LaunchEarly(exec.stream, {dim3(Blocks(tokens)), dim3(kThreads)}, WholeForward<T, kLanes>,
+                    ForwardOf<T>(shape, a), tokens);
       },
       [&]<typename T, int N>() {
-        ForwardKernel<T, N><<<Blocks(shape.units), kThreads, 0, stream>>>(ForwardOf<T>(shape, a));
+        LaunchEarly(exec.stream, {dim3(Blocks(shape.units)), dim3(kThreads)}, ForwardKernel<T, N>,
+                    ForwardOf<T>(shape, a));
       });
 }
 
@@ -357,15 +392,15 @@ void QkNormBackwardCuda(const Exec& exec, const QkNormBackwardArgs& a) {
   const Shape shape = ShapeOf(a, 0.0);
   if (shape.units == 0) return;
   const int64_t tokens = a.x.dim(0);
-  const cudaStream_t stream = StreamOf(exec.stream);
   Dispatch(
       shape, a.x.dtype, {&a.dy, &a.x, &a.dx, &a.w, &a.cos, &a.sin},
       [&]<typename T, int kLanes>() {
-        WholeBackward<T, kLanes>
-            <<<Blocks(tokens), kThreads, 0, stream>>>(BackwardOf<T>(shape, a), tokens);
+        LaunchEarly(exec.stream, {dim3(Blocks(tokens)), dim3(kThreads)}, WholeBackward<T, kLanes>,
+                    BackwardOf<T>(shape, a), tokens);
       },
       [&]<typename T, int N>() {
-        BackwardKernel<T, N><<<Blocks(shape.units), kThreads, 0, stream>>>(BackwardOf<T>(shape, a));
+        LaunchEarly(exec.stream, {dim3(Blocks(shape.units)), dim3(kThreads)}, BackwardKernel<T, N>,
+                    BackwardOf<T>(shape, a));
       });
 }
 

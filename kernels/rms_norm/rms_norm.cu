@@ -38,6 +38,7 @@ struct Forward {
 
 template <typename T, typename W, int N, int kThreads>
 __global__ __launch_bounds__(kBlockThreads) void ForwardKernel(Forward<T, W> a) {
+  AwaitEarlier();
   const int64_t row = OwnRow();
   if (row >= a.rows) return;
   float squares = 0.0f;
@@ -67,6 +68,7 @@ __global__ __launch_bounds__(kBlockThreads) void ForwardKernel(Forward<T, W> a) 
 // the codes of y.
 template <typename T, typename W, int N, int kThreads, int kHeld, bool kRebuild>
 __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp8RowsOut fp8) {
+  AwaitEarlier();
   const int64_t row = OwnRow();
   if (row >= a.rows) return;
   const auto column = [](int i) { return static_cast<int64_t>(i * kThreads + threadIdx.x) * N; };
@@ -160,6 +162,7 @@ struct Backward {
 
 template <typename T, typename W, int N, int kThreads>
 __global__ __launch_bounds__(kBlockThreads) void BackwardKernel(Backward<T, W> a) {
+  AwaitEarlier();
   const int64_t row = OwnRow();
   if (row >= a.rows) return;
   float products = 0.0f;
@@ -255,10 +258,10 @@ bool RunWithCodes(const Exec& exec, const RmsNormForwardArgs& a) {
   const int64_t rows = a.x.dim(0), columns = a.x.dim(1);
   const auto run = [&]<int kThreads, int kHeld>() {
     constexpr unsigned kRows = kBlockThreads / kThreads;
-    CodesKernel<T, W, N, kThreads, kHeld, kRebuild>
-        <<<static_cast<unsigned>((rows + kRows - 1) / kRows), dim3(kThreads, kRows), 0,
-           StreamOf(exec.stream)>>>(ForwardOf<T, W>(a), Fp8RowsOutOf(a.fp8));
-    CUDA_CHECK(cudaGetLastError());
+    LaunchEarly(exec.stream,
+                {dim3(static_cast<unsigned>((rows + kRows - 1) / kRows)), dim3(kThreads, kRows)},
+                CodesKernel<T, W, N, kThreads, kHeld, kRebuild>, ForwardOf<T, W>(a),
+                Fp8RowsOutOf(a.fp8));
     return true;
   };
   // Sums have the order that they have without codes: a warp's for short rows, else a block's.
@@ -276,9 +279,8 @@ void RunForward(const Exec& exec, const RmsNormForwardArgs& a) {
   DispatchRows<T>(
       args.rows, args.columns, Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
       [&]<int N, int kThreads>(unsigned grid, dim3 block) {
-        ForwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
+        LaunchEarly(exec.stream, {dim3(grid), block}, ForwardKernel<T, W, N, kThreads>, args);
       });
-  CUDA_CHECK(cudaGetLastError());
   if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.y, a.fp8));
 }
 
@@ -326,9 +328,8 @@ void RunBackward(const Exec& exec, const RmsNormBackwardArgs& a) {
   DispatchRows<T>(
       args.rows, args.columns, Packable(kPackSize<T>, {&a.dy, &a.x, &a.dresidual, &a.dx, &a.w}),
       [&]<int N, int kThreads>(unsigned grid, dim3 block) {
-        BackwardKernel<T, W, N, kThreads><<<grid, block, 0, StreamOf(exec.stream)>>>(args);
+        LaunchEarly(exec.stream, {dim3(grid), block}, BackwardKernel<T, W, N, kThreads>, args);
       });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace
