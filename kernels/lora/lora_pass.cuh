@@ -9,10 +9,10 @@
 namespace attune {
 
 __device__ inline int FirstTile(const PassGrid& grid, int block) {
-  return static_cast<int>(int64_t{block} * grid.strips * grid.tiles / grid.blocks);
+  return block * grid.strips * grid.tiles / grid.blocks;
 }
 __device__ inline int BlockOf(const PassGrid& grid, int tile) {
-  return static_cast<int>(((tile + int64_t{1}) * grid.blocks - 1) / (grid.strips * grid.tiles));
+  return ((tile + 1) * grid.blocks - 1) / (grid.strips * grid.tiles);
 }
 __device__ inline int SlotOf(int strip, int block) {
   return strip + block;

@@ -49,6 +49,7 @@ struct PassGrid {
 inline PassGrid PassGridOf(int strips, int64_t rows) {
   constexpr int64_t kProcessors = 132;
   const int tiles = DivideUp(rows, kPassRows);
+  CHECK(int64_t{strips} * tiles <= (int64_t{1} << 31) / kProcessors - 1);  // 32 bits are enough
   return {strips, tiles, static_cast<int>(std::min(kProcessors, int64_t{strips} * tiles))};
 }
 

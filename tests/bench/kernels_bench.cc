@@ -236,7 +236,8 @@ void BenchLoraBackward(Bench* b) {
         Case{"LoraBackward q, k, v 16384x6144 r 16", "  by products", 16384, 16, {kC, 1024, 1024}},
         Case{"LoraBackward q, k, v 2048x6144 r 16", "  by products", 2048, 16, {kC, 1024, 1024}},
         Case{"LoraBackward o 16384x4096 r 16", "  by products", 16384, 16, {kC}},
-        Case{"LoraBackward o 2048x4096 r 16", "  by products", 2048, 16, {kC}}}) {
+        Case{"LoraBackward o 2048x4096 r 16", "  by products", 2048, 16, {kC}},
+        Case{"LoraBackward o 16384x1024 r 16", "  by products", 16384, 16, {1024}}}) {
     const int64_t E = LoraExtension(static_cast<int64_t>(c.rows.size()), c.r);
     int64_t N = 0;
     std::vector<LoraBackwardPart> parts;
