@@ -2,6 +2,8 @@
 // zeros and a fraction of what bits are left, with a sign or with one more bit of fraction.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/core/philox.h"
@@ -51,5 +53,40 @@ ATTUNE_HOST_DEVICE uint8_t NearestDynamicCode(const Map& map, bool is_signed, fl
 ATTUNE_HOST_DEVICE inline uint8_t NearestDynamicCode(const float* map, float x) {
   return NearestDynamicCode(map, map[0] < 0, x);
 }
+
+// The same codes from a table, for who needs many of one map. Floats from 0 to 1 are cut into
+// buckets by their exponent and seven bits of fraction, each narrower than any two values are
+// apart: one code, or up to some float one and then the next.
+struct DynamicCodes {
+  static constexpr uint32_t kFirst = (127 - 24) << 7, kLast = 127 << 7;  // 2^-24 and 1
+  static constexpr int kBuckets = kLast - kFirst + 1;
+
+  const uint32_t* entries;  // kBuckets, of EntryOf
+
+  // The first code, and 8 bits up the low half of the first float with the next one, or what no
+  // half reaches.
+  ATTUNE_HOST_DEVICE static uint32_t EntryOf(const float* map, int bucket) {
+    const uint32_t high = kFirst + static_cast<uint32_t>(bucket);
+    const uint32_t code = NearestDynamicCode(map, std::bit_cast<float>(high << 16));
+    uint32_t next = 0x10000;
+    if (code < 255) {
+      const float middle = (map[code] + map[code + 1]) * 0.5f;  // the even code has it
+      const uint32_t bits = std::bit_cast<uint32_t>(middle) + (code % 2 == 0 ? 1 : 0);
+      if (bits >> 16 == high) next = bits & 0xffff;
+    }
+    return next << 8 | code;
+  }
+  ATTUNE_HOST_DEVICE int Of(float size) const {
+    const uint32_t bits = std::bit_cast<uint32_t>(size), high = bits >> 16;
+    const uint32_t bucket = high < kFirst ? 0 : high > kLast ? kLast - kFirst : high - kFirst;
+    const uint32_t entry = entries[bucket];
+    return static_cast<int>((entry & 0xff) + ((bits & 0xffff) >= entry >> 8));
+  }
+  // Of a map with signs: it is symmetric but for 1, whose negative has the code of the last.
+  ATTUNE_HOST_DEVICE int OfSigned(float x) const {
+    const int code = Of(std::fabs(x)), mirrored = code > 254 ? 0 : 254 - code;
+    return x < 0 ? mirrored : code;
+  }
+};
 
 }  // namespace attune

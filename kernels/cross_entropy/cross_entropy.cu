@@ -276,11 +276,7 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int targ
     } else {
       put([&](int) { return [=](float p) { return fmaf(p, scaled_rise, -scaled_spread); }; });
     }
-    if constexpr (N == 1) {
-      pack.Store(part.x + v);
-    } else {  // said so, since the compiler makes four stores of Store
-      __stwb(reinterpret_cast<uint4*>(part.x + v), reinterpret_cast<const uint4&>(pack));
-    }
+    pack.Store(part.x + v);
   });
 }
 

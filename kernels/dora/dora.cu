@@ -1,5 +1,7 @@
-// A block per row of V; a thread per element; and for the gradient of the magnitudes a block per 32
-// columns, whose warps take every kWarps-th token and add up in the order of the warps.
+// A block per row of V; a thread per pack; and for the gradient of the magnitudes a cluster of
+// blocks per kAcross packs of columns, whose threads take every so many tokens and add up in their
+// order.
+#include "kernels/core/cluster.cuh"
 #include "kernels/core/cuda.cuh"
 #include "kernels/dora/dora.h"
 
@@ -7,7 +9,8 @@ namespace attune {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kAcross = 8, kDown = kThreads / kAcross;
+constexpr int kMostCluster = 8;
 
 __global__ __launch_bounds__(kThreads) void FactorsKernel(Rows<const float> v, int64_t columns,
                                                           const float* magnitude, float* norm,
@@ -35,8 +38,9 @@ struct Scale {
   __device__ void operator()(int64_t row, int64_t c) const {
     Pack<T, N> v = Pack<T, N>::Load(x(row, c));
     const Pack<T, N> before = accumulate ? Pack<T, N>::Load(y(row, c)) : v;
+    const Pack<float, N> factors = Pack<float, N>::Load(factor + c);
     for (int i = 0; i < N; ++i) {
-      const float scaled = alpha * (factor[c + i] + offset) * v[i];
+      const float scaled = alpha * (factors[i] + offset) * v[i];
       v.Set(i, accumulate ? before[i] + scaled : scaled);
     }
     v.Store(y(row, c));
@@ -44,22 +48,48 @@ struct Scale {
 };
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void MagnitudeKernel(Rows<const T> dy, Rows<const T> u,
-                                                            int64_t tokens, int64_t columns,
-                                                            const float* norm, float* dmagnitude,
-                                                            float alpha) {
-  __shared__ float sums[kWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + lane;
-  float sum = 0.0f;
-  if (c < columns) {
-    for (int64_t t = warp; t < tokens; t += kWarps) sum += ToFloat(*dy(t, c)) * ToFloat(*u(t, c));
+struct Magnitude {
+  Rows<const T> dy, u;
+  int64_t tokens, columns;
+  const float* norm;
+  float* dmagnitude;
+  float alpha;
+};
+
+template <typename T, int N>
+__global__ __launch_bounds__(kThreads) void MagnitudeKernel(const Magnitude<T> x) {
+  constexpr int kColumns = kAcross * N;
+  __shared__ float sums[kDown][kColumns];
+  __shared__ float of_block[kColumns];
+  const auto cluster = ThisCluster();
+  const int blocks = static_cast<int>(cluster.num_blocks());
+  const int rank = static_cast<int>(cluster.block_rank());
+  const int across = threadIdx.x % kAcross * N, down = threadIdx.x / kAcross;
+  const int64_t begin = int64_t{blockIdx.x / blocks} * kColumns;
+  Pack<float, N> sum{};
+  if (begin + across < x.columns) {
+#pragma unroll 4
+    for (int64_t t = rank * kDown + down; t < x.tokens; t += blocks * kDown) {
+      const auto dy = Pack<T, N>::Load(x.dy(t, begin + across));
+      const auto u = Pack<T, N>::Load(x.u(t, begin + across));
+      for (int i = 0; i < N; ++i) sum.v[i] += dy[i] * u[i];
+    }
   }
-  sums[warp][lane] = sum;
+  for (int i = 0; i < N; ++i) sums[down][across + i] = sum.v[i];
   __syncthreads();
-  if (warp != 0 || c >= columns) return;
-  for (int w = 1; w < kWarps; ++w) sum += sums[w][lane];
-  if (norm[c] > 0.0f) dmagnitude[c] += alpha * sum / norm[c];
+  if (threadIdx.x < kColumns) {
+    float total = 0.0f;
+    for (int k = 0; k < kDown; ++k) total += sums[k][threadIdx.x];
+    of_block[threadIdx.x] = total;
+  }
+  cluster.sync();
+  const int64_t c = begin + threadIdx.x;
+  if (rank == 0 && threadIdx.x < kColumns && c < x.columns && x.norm[c] > 0.0f) {
+    float total = 0.0f;
+    for (int k = 0; k < blocks; ++k) total += cluster.map_shared_rank(of_block, k)[threadIdx.x];
+    x.dmagnitude[c] += x.alpha * total / x.norm[c];
+  }
+  cluster.sync();  // until the first block has read the others' memory
 }
 
 }  // namespace
@@ -81,7 +111,9 @@ void ScaleColumnsCuda(const Exec& exec, const ScaleColumnsArgs& a) {
                       static_cast<float>(a.offset), static_cast<float>(a.alpha), a.accumulate},
           a.y.dim(0), a.y.dim(1), exec.stream);
     };
-    if (Packable(kPackSize<T>, {&a.x, &a.y})) return run.template operator()<kPackSize<T>>();
+    if (Packable(kPackSize<T>, {&a.x, &a.y, &a.factor})) {
+      return run.template operator()<kPackSize<T>>();
+    }
     run.template operator()<1>();
   });
 }
@@ -90,12 +122,26 @@ void DoraMagnitudeBackwardCuda(const Exec& exec, const DoraMagnitudeBackwardArgs
   const int64_t T = a.dy.dim(0), N = a.dy.dim(1);
   if (N == 0) return;
   DispatchCudaFloat(a.dy.dtype, [&]<typename E>() {
-    MagnitudeKernel<E>
-        <<<static_cast<unsigned>((N + 31) / 32), kThreads, 0, StreamOf(exec.stream)>>>(
-            RowsOf<const E>(a.dy), RowsOf<const E>(a.u), T, N, Data<const float>(a.norm),
-            Data<float>(a.dmagnitude), static_cast<float>(a.alpha));
+    const Magnitude<E> x{
+        RowsOf<const E>(a.dy),     RowsOf<const E>(a.u),       T, N, Data<const float>(a.norm),
+        Data<float>(a.dmagnitude), static_cast<float>(a.alpha)};
+    const auto run = [&]<int kPack>() {
+      const unsigned blocks = HasSm90() ? kMostCluster : 1;
+      const int64_t strips = (N + kAcross * kPack - 1) / (kAcross * kPack);
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {blocks, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(strips) * blocks);
+      config.blockDim = dim3(kThreads);
+      config.stream = StreamOf(exec.stream);
+      config.attrs = &cluster;
+      config.numAttrs = HasSm90() ? 1 : 0;
+      CUDA_CHECK(cudaLaunchKernelEx(&config, MagnitudeKernel<E, kPack>, x));
+    };
+    Packable(kPackSize<E>, {&a.dy, &a.u}) ? run.template operator()<kPackSize<E>>()
+                                          : run.template operator()<1>();
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace attune

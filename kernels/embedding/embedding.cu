@@ -3,6 +3,7 @@
 #include "kernels/core/cuda.cuh"
 #include "kernels/core/philox.h"
 #include "kernels/embedding/embedding.h"
+#include "kernels/fp8/fp8.cuh"
 
 namespace attune {
 namespace {
@@ -28,19 +29,25 @@ __global__ __launch_bounds__(256) void ForwardKernel(const Forward<T> x) {
   const int64_t pack = int64_t{32} * kPacks * (unit - row * x.across) + threadIdx.x % 32;
   const int32_t id = x.ids[row];
   const bool known = 0 <= id && id < x.vocabulary;
-  // Of an id that is not known, what is in its place is read, and dropped.
-  const T* from = known ? x.table + id * x.table_stride : x.y(row, 0);
-  Pack<T, N> v[kPacks];
+  const T* from = x.table + (known ? id : 0) * x.table_stride;
+  using P = Words<T, N>;
+  P v[kPacks] = {};
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
     const int64_t c = (pack + 32 * k) * N;
-    if (c < x.columns) v[k] = Pack<T, N>::Load(from + c);
+    if (known && c < x.columns) v[k] = P::Load(from + c);
   }
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
     const int64_t c = (pack + 32 * k) * N;
     if (c >= x.columns) break;
-    for (int i = 0; i < N; ++i) v[k].Set(i, known ? v[k][i] * x.scale : 0.0f);
+    if (x.scale != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < P::kPairs; ++i) {
+        const float2 pair = v[k].Pair(i);
+        v[k].SetPair(i, {pair.x * x.scale, pair.y * x.scale});
+      }
+    }
     v[k].Store(x.y(row, c));
   }
 }

@@ -40,6 +40,8 @@ struct Words {
   __device__ void Store(T* p) const {
     if constexpr (N == 1) {
       *p = FromFloat<T>(Pair(0).x);
+    } else if constexpr (kWords == 4) {  // said so, since the compiler makes four stores else
+      __stwb(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(words));
     } else {
       words.Store(reinterpret_cast<uint32_t*>(p));
     }

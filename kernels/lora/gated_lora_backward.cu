@@ -239,7 +239,6 @@ template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
-    LetNextStart();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(1024) unsigned char memory[];
     Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
     float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);

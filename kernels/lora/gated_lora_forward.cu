@@ -122,7 +122,6 @@ template <int kGroups, Activation kActivation>
 __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
   if constexpr (kSm90) {
     using S = Shape<kGroups>;
-    LetNextStart();  // AddUpKernel is brought up meanwhile
     extern __shared__ __align__(1024) unsigned char memory[];
     float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
     Block<kGroups, kActivation> block{x, {memory}, sums};

@@ -269,8 +269,8 @@ __device__ inline Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, con
 }
 
 // A thread per pack, 256 to a block: first those of ds, in whole warps, then kSlotLanes for each of
-// the gradients. The blocks may start while the last of the kernel before still run; they wait for
-// its end.
+// the gradients. They begin when the pass is through: while it runs they would pile up on the
+// multiprocessors that end first (H200, 1,024 columns: 40 us for 25).
 __host__ __device__ inline int64_t WholeWarps(int64_t packs) {
   return (packs + 31) / 32 * 32;
 }

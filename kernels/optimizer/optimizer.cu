@@ -48,21 +48,60 @@ struct AdamWBatch {
   DeviceScalar grad_scale;
 };
 
+struct ByIntrinsics {
+  __device__ void Note(float) {}
+  __device__ float Inverse(float) const { return 0.0f; }
+  __device__ float Divide(float a, float b, float) const { return __fdiv_rn(a, b); }
+  __device__ float Root(float x) const { return __fsqrt_rn(x); }
+};
+// The same roundings by the steps that those take where no exponent is far from 0, so without a
+// branch. Dividends and roots' squares are noted: all of them, but for zeros, are to be InRange.
+struct BySteps {
+  static constexpr float kLeast = 0x1p-90f, kMost = 0x1p90f;
+  uint32_t least = 0xffffffffu;  // one less than the bits of the smallest; of 0 it is the largest
+
+  __device__ void Note(float x) { least = min(least, __float_as_uint(fabsf(x)) - 1); }
+  __device__ bool AllInRange() const { return least >= __float_as_uint(kLeast) - 1; }
+  // Of the largest of them, and of divisors.
+  static __device__ bool InRange(float x) { return x >= kLeast && x <= kMost; }
+
+  // For Divide by b.
+  __device__ float Inverse(float b) const {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+    return fmaf(r, fmaf(-b, r, 1.0f), r);
+  }
+  __device__ float Divide(float a, float b, float inverse) const {
+    const float q = __fmul_rn(a, inverse);
+    return fmaf(fmaf(-b, q, a), inverse, q);
+  }
+  __device__ float Root(float x) const {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    const float s = __fmul_rn(x, r);
+    return x == 0.0f ? 0.0f : fmaf(fmaf(-s, s, x), __fmul_rn(r, 0.5f), s);
+  }
+};
+
 // Every product and sum rounded on its own, as on the CPU: the parameters are the same bits.
-template <typename Batch>
+template <typename Batch, typename Math>
 __device__ void Update(const Batch& b, float decay, float minus_step_size, float grad_scale,
-                       float grad, float* param, float* m, float* v) {
+                       float grad, float* param, float* m, float* v, Math* math) {
   const float g = __fmul_rn(grad, grad_scale);
   const float difference = __fsub_rn(g, *m);
   const float m_new = b.lerp_from_end ? __fsub_rn(g, __fmul_rn(difference, b.beta1))
                                       : __fadd_rn(*m, __fmul_rn(b.one_minus_beta1, difference));
   const float v_new =
       __fadd_rn(__fmul_rn(*v, b.beta2), __fmul_rn(__fmul_rn(b.one_minus_beta2, g), g));
-  const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v_new), b.sqrt_correction2), b.eps);
+  const float root = math->Root(v_new), step = __fmul_rn(minus_step_size, m_new);
+  const float denominator =
+      __fadd_rn(math->Divide(root, b.sqrt_correction2, math->Inverse(b.sqrt_correction2)), b.eps);
+  math->Note(v_new);
+  math->Note(step);
   *m = m_new;
   *v = v_new;
   *param = __fadd_rn(__fmul_rn(*param, decay),
-                     __fdiv_rn(__fmul_rn(minus_step_size, m_new), denominator));
+                     math->Divide(step, denominator, math->Inverse(denominator)));
 }
 
 __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
@@ -74,6 +113,7 @@ __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ 
   float *m = b.m[t], *v = b.v[t];
   const float decay = b.decay[t], minus_step_size = b.minus_step_size[t];
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
+  ByIntrinsics math;
   using P = Pack<float, 4>;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(m) |
                               reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(v);
@@ -82,14 +122,15 @@ __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ 
     const P g = P::Load(grad + i);
     P p = P::Load(param + i), first = P::Load(m + i), second = P::Load(v + i);
     for (int k = 0; k < 4; ++k) {
-      Update(b, decay, minus_step_size, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k]);
+      Update(b, decay, minus_step_size, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k],
+             &math);
     }
     p.Store(param + i);
     first.Store(m + i);
     second.Store(v + i);
   }
   for (int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
-    Update(b, decay, minus_step_size, grad_scale, grad[i], &param[i], &m[i], &v[i]);
+    Update(b, decay, minus_step_size, grad_scale, grad[i], &param[i], &m[i], &v[i], &math);
   }
 }
 
@@ -115,8 +156,9 @@ Batch NewBatch(const Args& a) {
 
 constexpr int kBatch8bit = 24;
 constexpr int64_t kBlock = kAdamW8bitBlock;
-// As many as are resident at once: each loads the maps.
-constexpr unsigned kMostBlocks8bit = 132 * 3;
+// One block on a multiprocessor, since each makes tables; all its threads have 64 registers.
+constexpr int kThreads8bit = 1024;
+constexpr unsigned kMostBlocks8bit = 132;
 
 // As AdamWBatch, with 8-bit states. A piece is a block of the states.
 struct AdamW8bitBatch {
@@ -160,13 +202,13 @@ struct AdamW8bitLane {
     m.Store(b.m[t] + i);
     v.Store(b.v[t] + i);
   }
-  // The same of `count` elements, one by one.
+  // The same of `count` elements, one by one; the others are 0.
   __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i, int count) {
     for (int k = 0; k < kElements; ++k) {
       const bool inside = k < count;
       param[k / 4].v[k % 4] = inside ? b.param[t][i + k] : 0.0f;
       grad[k / 4].v[k % 4] = inside ? b.grad[t][i + k] : 0.0f;
-      m.v[k] = inside ? b.m[t][i + k] : uint8_t{0};
+      m.v[k] = inside ? b.m[t][i + k] : uint8_t{127};
       v.v[k] = inside ? b.v[t][i + k] : uint8_t{0};
     }
   }
@@ -181,13 +223,17 @@ struct AdamW8bitLane {
 
 // A lane's own copy of a map: 32 lanes that look up what they like would meet in the same banks.
 struct LaneMap {
-  static constexpr int kBytes = 4 * 256 * 32;  // of all 32 copies
   const float* values;
   __device__ float operator[](int code) const { return values[32 * code]; }
   // By the block of threads, before a barrier.
   __device__ static void Fill(const float* map, float* copies) {
-    for (int i = threadIdx.x; i < 256 * 32; i += kThreads) copies[i] = map[i / 32];
+    for (int i = threadIdx.x; i < 256 * 32; i += kThreads8bit) copies[i] = map[i / 32];
   }
+};
+// What the threads of a block share.
+struct Tables8bit {
+  float m[256 * 32], v[256 * 32];  // LaneMap's
+  uint32_t m_codes[DynamicCodes::kBuckets], v_codes[DynamicCodes::kBuckets];
 };
 
 __device__ bool Aligned8bit(const AdamW8bitBatch& b, int t) {
@@ -196,53 +242,101 @@ __device__ bool Aligned8bit(const AdamW8bitBatch& b, int t) {
          (address(b.m[t]) | address(b.v[t])) % 8 == 0;
 }
 
+// Of floats that are not negative, whose bits ascend as they do.
+__device__ float WarpMaxOfSizes(float x) {
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
+}
+
+// What a lane takes to its elements of a block, and makes of them.
+struct AdamW8bitBlock {
+  static constexpr int kElements = AdamW8bitLane::kElements;
+  const AdamW8bitBatch& b;
+  LaneMap m_map, v_map;
+  DynamicCodes m_codes, v_codes;
+  float grad_scale, decay, minus_step_size;  // the last two of the tensor
+  float m_absmax, v_absmax;                  // old ones, then new ones
+
+  // By all lanes of a warp. False where Math's roundings are not those of ByIntrinsics: *x is not
+  // what it was then, nor are the maxima.
+  template <typename Math>
+  __device__ bool Step(AdamW8bitLane* x) {
+    Math math;
+    float m[kElements], v[kElements], m_most = 0.0f, v_most = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      m[k] = __fmul_rn(m_map[x->m.v[k]], m_absmax);
+      v[k] = __fmul_rn(v_map[x->v.v[k]], v_absmax);
+      Update(b, decay, minus_step_size, grad_scale, x->grad[k / 4].v[k % 4],
+             &x->param[k / 4].v[k % 4], &m[k], &v[k], &math);
+      m_most = fmaxf(m_most, fabsf(m[k]));
+      v_most = fmaxf(v_most, fabsf(v[k]));
+    }
+    m_absmax = WarpMaxOfSizes(m_most);
+    v_absmax = WarpMaxOfSizes(v_most);
+    if constexpr (std::is_same_v<Math, BySteps>) {
+      const bool good = math.AllInRange() && Math::InRange(m_absmax) && Math::InRange(v_absmax) &&
+                        Math::InRange(b.sqrt_correction2) && Math::InRange(b.eps);
+      if (!__all_sync(0xffffffffu, good)) return false;
+    }
+    const float m_inverse = math.Inverse(m_absmax), v_inverse = math.Inverse(v_absmax);
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      const float m_share = m_absmax > 0.0f ? math.Divide(m[k], m_absmax, m_inverse) : 0.0f;
+      const float v_share = v_absmax > 0.0f ? math.Divide(v[k], v_absmax, v_inverse) : 0.0f;
+      x->m.v[k] = static_cast<uint8_t>(m_codes.OfSigned(m_share));
+      x->v.v[k] = static_cast<uint8_t>(v_codes.Of(v_share));
+    }
+    return true;
+  }
+};
+
 // A warp per block of the states.
-__global__ __launch_bounds__(kThreads) void AdamW8bitKernel(
+__global__ __launch_bounds__(kThreads8bit) void AdamW8bitKernel(
     const __grid_constant__ AdamW8bitBatch b, const __grid_constant__ DynamicMaps maps,
     uint32_t pieces) {
   using Lane = AdamW8bitLane;
   constexpr int kElements = Lane::kElements;
-  extern __shared__ float copies[];
-  LaneMap::Fill(maps.m, copies);
-  LaneMap::Fill(maps.v, copies + LaneMap::kBytes / 4);
+  extern __shared__ __align__(16) unsigned char memory[];
+  Tables8bit& tables = *reinterpret_cast<Tables8bit*>(memory);
+  LaneMap::Fill(maps.m, tables.m);
+  LaneMap::Fill(maps.v, tables.v);
+  for (int i = threadIdx.x; i < DynamicCodes::kBuckets; i += kThreads8bit) {
+    tables.m_codes[i] = DynamicCodes::EntryOf(maps.m, i);
+    tables.v_codes[i] = DynamicCodes::EntryOf(maps.v, i);
+  }
   __syncthreads();
-  const LaneMap m_map{copies + threadIdx.x % 32}, v_map{m_map.values + LaneMap::kBytes / 4};
-  const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
-  const uint32_t warps = gridDim.x * (kThreads / 32);
-  for (uint32_t piece = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; piece < pieces;
+  const int lane = threadIdx.x % 32;
+  AdamW8bitBlock own{b,
+                     {tables.m + lane},
+                     {tables.v + lane},
+                     {tables.m_codes},
+                     {tables.v_codes},
+                     static_cast<float>(b.grad_scale.Read(1.0))};
+  const uint32_t warps = gridDim.x * (kThreads8bit / 32);
+  for (uint32_t piece = blockIdx.x * (kThreads8bit / 32) + threadIdx.x / 32; piece < pieces;
        piece += warps) {
     const int t = TensorOf(b.first_piece, b.count, piece);
     const int64_t block = piece - b.first_piece[t];
-    const int64_t i = block * kBlock + threadIdx.x % 32 * kElements;
+    const int64_t i = block * kBlock + lane * kElements;
     const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kElements}, b.size[t] - i)));
     const bool packed = count == kElements && Aligned8bit(b, t);
     Lane x;
-    packed ? x.Load(b, t, i) : x.Load(b, t, i, count);
-    const float m_old = b.m_absmax[t][block], v_old = b.v_absmax[t][block];
-    float m[kElements], v[kElements], m_absmax = 0.0f, v_absmax = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      m[k] = __fmul_rn(m_map[x.m.v[k]], m_old);
-      v[k] = __fmul_rn(v_map[x.v.v[k]], v_old);
-      if (k >= count) continue;
-      Update(b, b.decay[t], b.minus_step_size[t], grad_scale, x.grad[k / 4].v[k % 4],
-             &x.param[k / 4].v[k % 4], &m[k], &v[k]);
-      m_absmax = fmaxf(m_absmax, fabsf(m[k]));
-      v_absmax = fmaxf(v_absmax, fabsf(v[k]));
-    }
-    m_absmax = WarpMax(m_absmax);
-    v_absmax = WarpMax(v_absmax);
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      x.m.v[k] =
-          NearestDynamicCode(m_map, true, m_absmax > 0.0f ? __fdiv_rn(m[k], m_absmax) : 0.0f);
-      x.v.v[k] =
-          NearestDynamicCode(v_map, false, v_absmax > 0.0f ? __fdiv_rn(v[k], v_absmax) : 0.0f);
+    const auto load = [&] {
+      packed ? x.Load(b, t, i) : x.Load(b, t, i, count);
+      own.m_absmax = b.m_absmax[t][block];
+      own.v_absmax = b.v_absmax[t][block];
+    };
+    load();
+    own.decay = b.decay[t];
+    own.minus_step_size = b.minus_step_size[t];
+    if (!own.Step<BySteps>(&x)) {  // seldom
+      load();
+      own.Step<ByIntrinsics>(&x);
     }
     packed ? x.Store(b, t, i) : x.Store(b, t, i, count);
-    if (threadIdx.x % 32 == 0) {  // WarpMax has waited for all: the old ones have been read
-      b.m_absmax[t][block] = m_absmax;
-      b.v_absmax[t][block] = v_absmax;
+    if (lane == 0) {  // all have read the old ones: they have met since
+      b.m_absmax[t][block] = own.m_absmax;
+      b.v_absmax[t][block] = own.v_absmax;
     }
   }
 }
@@ -355,7 +449,7 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   DynamicMaps maps;
   std::memcpy(maps.m, DynamicMap(/*is_signed=*/true), sizeof(maps.m));
   std::memcpy(maps.v, DynamicMap(/*is_signed=*/false), sizeof(maps.v));
-  constexpr int kBytes = 2 * LaneMap::kBytes;
+  constexpr int kBytes = sizeof(Tables8bit);
   CUDA_CHECK(
       cudaFuncSetAttribute(AdamW8bitKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const auto fill = [&](int i, const AdamW8bitTensor& t) {
@@ -371,9 +465,9 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
     return AdamW8bitBlocks(t.param.size());
   };
   InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned pieces) {
-    constexpr unsigned kWarps = kThreads / 32;
+    constexpr unsigned kWarps = kThreads8bit / 32;
     const unsigned blocks = std::min((pieces + kWarps - 1) / kWarps, kMostBlocks8bit);
-    AdamW8bitKernel<<<blocks, kThreads, kBytes, StreamOf(exec.stream)>>>(b, maps, pieces);
+    AdamW8bitKernel<<<blocks, kThreads8bit, kBytes, StreamOf(exec.stream)>>>(b, maps, pieces);
   });
 }
 

@@ -165,6 +165,21 @@ TEST(AdamW8bitTest, NearestCodeIsThatOfASearch) {
       all.push_back(rng() % 2 == 0 ? size : -size);
     }
     for (const float x : all) ASSERT_EQ(NearestDynamicCode(map, x), nearest(x)) << x;
+    // Codes ascend, so the ends of buckets and of codes are enough.
+    std::vector<uint32_t> entries;
+    for (int i = 0; i < DynamicCodes::kBuckets; ++i) {
+      entries.push_back(DynamicCodes::EntryOf(map, i));
+      for (const uint32_t low : {0u, 0xffffu}) {
+        const auto high = DynamicCodes::kFirst + static_cast<uint32_t>(i);
+        const float x = std::bit_cast<float>(high << 16 | low);
+        all.insert(all.end(), {x, -x});
+      }
+    }
+    const DynamicCodes codes{entries.data()};
+    for (const float x : all) {
+      if (!is_signed && x < 0) continue;
+      ASSERT_EQ(is_signed ? codes.OfSigned(x) : codes.Of(std::fabs(x)), nearest(x)) << x;
+    }
   }
 }
 
