@@ -283,6 +283,7 @@ __device__ void StoreGradient(const Args<T>& a, const Part<T, N>& part, int targ
 template <bool kCapped, typename T, int N>
 __global__ __launch_bounds__(kThreads,
                              3) void CrossEntropyKernel(const __grid_constant__ Args<T> a) {
+  AwaitEarlier();
   const auto cluster = ThisCluster();
   const int64_t row = blockIdx.x / cluster.num_blocks();
   const int target = a.targets[row];
@@ -324,16 +325,18 @@ void Run(const Exec& exec, Args<T> args, int64_t rows) {
   unsigned blocks = 1;
   while (HasSm90() && blocks < kMaxCluster && packs(blocks) > kHeld) ++blocks;
   args.held = static_cast<int>(std::min<int64_t>(packs(blocks), kMaxHeld));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {blocks, 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {blocks, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(rows) * blocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(args.held) * kThreads * sizeof(Words<T, N>);
   config.stream = StreamOf(exec.stream);
-  config.attrs = &cluster;
-  config.numAttrs = HasSm90() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = HasSm90() ? 2 : 0;
   const auto kernel =
       args.softcap > 0.0f ? CrossEntropyKernel<true, T, N> : CrossEntropyKernel<false, T, N>;
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

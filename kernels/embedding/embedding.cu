@@ -26,6 +26,7 @@ template <typename T, int N>
 __global__ __launch_bounds__(256) void ForwardKernel(const Forward<T> x) {
   const uint32_t unit = blockIdx.x * 8 + threadIdx.x / 32, row = unit / x.across;
   if (row >= x.tokens) return;
+  AwaitEarlier();
   const int64_t pack = int64_t{32} * kPacks * (unit - row * x.across) + threadIdx.x % 32;
   const int32_t id = x.ids[row];
   const bool known = 0 <= id && id < x.vocabulary;
@@ -211,12 +212,11 @@ void EmbeddingForwardCuda(const Exec& exec, const EmbeddingForwardArgs& a) {
       const int64_t units = tokens * across;
       CHECK(units < std::numeric_limits<int32_t>::max());
       if (units == 0) return;
-      ForwardKernel<T, N>
-          <<<static_cast<unsigned>((units + 7) / 8), 256, 0, StreamOf(exec.stream)>>>(
-              {Data<const int32_t>(a.ids), Data<const T>(a.table), a.table.stride(0),
-               a.table.dim(0), RowsOf<T>(a.y), columns, static_cast<uint32_t>(tokens),
-               static_cast<uint32_t>(across), static_cast<float>(a.scale)});
-      CUDA_CHECK(cudaGetLastError());
+      LaunchEarly(exec.stream, {dim3(static_cast<unsigned>((units + 7) / 8)), dim3(256)},
+                  ForwardKernel<T, N>,
+                  Forward<T>{Data<const int32_t>(a.ids), Data<const T>(a.table), a.table.stride(0),
+                             a.table.dim(0), RowsOf<T>(a.y), columns, static_cast<uint32_t>(tokens),
+                             static_cast<uint32_t>(across), static_cast<float>(a.scale)});
     };
     if (Packable(kPackSize<T>, {&a.table, &a.y})) return run.template operator()<kPackSize<T>>();
     run.template operator()<1>();

@@ -383,6 +383,7 @@ static_assert(sizeof(AdamWBatch) <= 4096 && sizeof(LionBatch) <= 4096 &&
 // In f64: the square of an f32 does not overflow.
 __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_constant__ NormBatch b,
                                                               double* partial) {
+  AwaitEarlier();
   const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
   const int64_t end = min(begin + kCudaPiece, b.size[t]);
@@ -404,6 +405,7 @@ __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_const
 
 __global__ __launch_bounds__(1024) void TotalKernel(const double* partial, int64_t pieces,
                                                     double* out) {
+  AwaitEarlier();
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < pieces; i += 1024) sum += partial[i];
   sum = BlockSum<1024>(sum);
@@ -504,11 +506,11 @@ void GradNormCuda(const Exec& exec, const GradNormArgs& a) {
     return Pieces(grad, kCudaPiece);
   };
   InBatches<kNormBatch>(&b, a.grads, fill, [&](unsigned grid) {
-    PartialNormKernel<<<grid, kThreads, 0, StreamOf(exec.stream)>>>(b, partial + total);
+    LaunchEarly(exec.stream, {dim3(grid), dim3(kThreads)}, PartialNormKernel, b, partial + total);
     total += grid;
   });
-  TotalKernel<<<1, 1024, 0, StreamOf(exec.stream)>>>(partial, total, Data<double>(a.norm_sq));
-  CUDA_CHECK(cudaGetLastError());
+  LaunchEarly(exec.stream, {dim3(1), dim3(1024)}, TotalKernel, partial, total,
+              Data<double>(a.norm_sq));
 }
 
 void ClipScaleCuda(const Exec& exec, const ClipScaleArgs& a) {

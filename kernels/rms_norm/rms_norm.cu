@@ -64,23 +64,27 @@ __global__ __launch_bounds__(kBlockThreads) void ForwardKernel(Forward<T, W> a) 
   }
 }
 
-// The same for a row of which each thread can hold its kHeld packs, or with kRebuild Rebuild; and
-// the codes of y.
-template <typename T, typename W, int N, int kThreads, int kHeld, bool kRebuild>
-__global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp8RowsOut fp8) {
+enum class Held { kForward, kForwardWithCodes, kRebuildWithCodes };
+
+// The same for a row of which each thread can hold its kHeld packs: all is read before the sum. Or
+// Rebuild; and the codes of y.
+template <typename T, typename W, int N, int kThreads, int kHeld, Held kWhat>
+__global__ __launch_bounds__(kBlockThreads) void HeldForwardKernel(Forward<T, W> a,
+                                                                   Fp8RowsOut fp8) {
+  constexpr bool kRebuild = kWhat == Held::kRebuildWithCodes;
   AwaitEarlier();
   const int64_t row = OwnRow();
   if (row >= a.rows) return;
   const auto column = [](int i) { return static_cast<int64_t>(i * kThreads + threadIdx.x) * N; };
   const bool add = !kRebuild && a.delta.data != nullptr;
-  using Held = Words<T, N>;
-  Held x[kHeld], delta[kHeld];
+  using P = Words<T, N>;
+  P x[kHeld], delta[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int64_t c = column(i);
     x[i] = {};
-    if (c < a.columns) x[i] = Held::Load(a.x(row, c));
-    if (add && c < a.columns) delta[i] = Held::Load(a.delta(row, c));
+    if (c < a.columns) x[i] = P::Load(a.x(row, c));
+    if (add && c < a.columns) delta[i] = P::Load(a.delta(row, c));
   }
   float rstd;
   if constexpr (kRebuild) {
@@ -92,14 +96,14 @@ __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp
       const int64_t c = column(i);
       if (add && c < a.columns) {
 #pragma unroll
-        for (int j = 0; j < Held::kPairs; ++j) {
+        for (int j = 0; j < P::kPairs; ++j) {
           const float2 own = x[i].Pair(j), more = delta[i].Pair(j);
           x[i].SetPair(j, {own.x + more.x, own.y + more.y});
         }
         x[i].Store(a.sum(row, c));
       }
 #pragma unroll
-      for (int j = 0; j < Held::kPairs; ++j) {
+      for (int j = 0; j < P::kPairs; ++j) {
         const float2 v = x[i].Pair(j);
         squares += v.x * v.x;
         squares += v.y * v.y;
@@ -116,13 +120,14 @@ __global__ __launch_bounds__(kBlockThreads) void CodesKernel(Forward<T, W> a, Fp
     if (c >= a.columns) continue;
     const Words<W, N> w = Words<W, N>::Load(a.w + c);
 #pragma unroll
-    for (int j = 0; j < Held::kPairs; ++j) {
+    for (int j = 0; j < P::kPairs; ++j) {
       const float2 v = x[i].Pair(j), g = w.Pair(j);
       x[i].SetPair(j, {v.x * rstd * (g.x + a.offset), v.y * rstd * (g.y + a.offset)});
     }
     x[i].Store(a.y(row, c));
-    largest = fmaxf(largest, x[i].Largest());
+    if constexpr (kWhat != Held::kForward) largest = fmaxf(largest, x[i].Largest());
   }
+  if constexpr (kWhat == Held::kForward) return;
   const float scale = Fp8ScaleOf(kThreads == 32 ? WarpMax(largest) : BlockMax(largest));
   const float inverse = Fp8InverseOf(scale);
   if (threadIdx.x == 0) fp8.scale[row] = scale;
@@ -183,6 +188,59 @@ __global__ __launch_bounds__(kBlockThreads) void BackwardKernel(Backward<T, W> a
       dx.Set(i, residual ? norm + dx[i] : norm);
     }
     dx.Store(a.dx(row, c));
+  }
+}
+
+// The same for a row of which each thread can hold its kHeld packs: all is read before the sum.
+template <typename T, typename W, int N, int kThreads, int kHeld>
+__global__ __launch_bounds__(kBlockThreads) void HeldBackwardKernel(Backward<T, W> a) {
+  AwaitEarlier();
+  const int64_t row = OwnRow();
+  if (row >= a.rows) return;
+  const auto column = [](int i) { return static_cast<int64_t>(i * kThreads + threadIdx.x) * N; };
+  using P = Words<T, N>;
+  P dy[kHeld] = {}, x[kHeld] = {}, dx[kHeld] = {};
+  const bool residual = a.dresidual.data != nullptr;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = column(i);
+    if (c >= a.columns) continue;
+    dy[i] = P::Load(a.dy(row, c));
+    x[i] = P::Load(a.x(row, c));
+    if (residual) dx[i] = P::Load(a.dresidual(row, c));
+  }
+  const float rstd = a.rstd[row];
+  // dy (w + offset) of a pair.
+  const auto gradient = [&](const P& of, const Words<W, N>& w, int j) {
+    const float2 d = of.Pair(j), own = w.Pair(j);
+    return float2{d.x * (own.x + a.offset), d.y * (own.y + a.offset)};
+  };
+  float products = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = column(i);
+    if (c >= a.columns) continue;
+    const auto w = Words<W, N>::Load(a.w + c);
+#pragma unroll
+    for (int j = 0; j < P::kPairs; ++j) {
+      const float2 g = gradient(dy[i], w, j), v = x[i].Pair(j);
+      products += g.x * v.x;
+      products += g.y * v.y;
+    }
+  }
+  const float mean = rstd * rstd * (RowSum<kThreads>(products) / static_cast<float>(a.columns));
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = column(i);
+    if (c >= a.columns) continue;
+    const auto w = Words<W, N>::Load(a.w + c);
+#pragma unroll
+    for (int j = 0; j < P::kPairs; ++j) {
+      const float2 g = gradient(dy[i], w, j), v = x[i].Pair(j), more = dx[i].Pair(j);
+      const float2 norm = {rstd * (g.x - v.x * mean), rstd * (g.y - v.y * mean)};
+      dx[i].SetPair(j, residual ? float2{norm.x + more.x, norm.y + more.y} : norm);
+    }
+    dx[i].Store(a.dx(row, c));
   }
 }
 
@@ -249,38 +307,47 @@ Forward<T, W> ForwardOf(const RmsNormForwardArgs& a) {
           static_cast<float>(a.weight_offset)};
 }
 
-// Forward or Rebuild with codes in one kernel; false where rows are too long for that, or cannot be
-// read in packs.
-template <bool kRebuild, typename T, typename W>
-bool RunWithCodes(const Exec& exec, const RmsNormForwardArgs& a) {
-  constexpr int N = kPackSize<T>;
-  if (!Fp8Packable(N, a.fp8) || !Packable(N, {&a.x, &a.delta, &a.sum, &a.y, &a.w})) return false;
-  const int64_t rows = a.x.dim(0), columns = a.x.dim(1);
+// Calls f.operator()<threads per row, packs that a thread holds>(shape) and gives true; false where
+// rows are too long for that. Sums have the order that they have where rows are longer: a warp's
+// for short rows, else a block's.
+template <int N, typename F>
+bool DispatchHeld(int64_t rows, int64_t columns, F&& f) {
   const auto run = [&]<int kThreads, int kHeld>() {
     constexpr unsigned kRows = kBlockThreads / kThreads;
-    LaunchEarly(exec.stream,
-                {dim3(static_cast<unsigned>((rows + kRows - 1) / kRows)), dim3(kThreads, kRows)},
-                CodesKernel<T, W, N, kThreads, kHeld, kRebuild>, ForwardOf<T, W>(a),
-                Fp8RowsOutOf(a.fp8));
+    f.template operator()<kThreads, kHeld>(LaunchShape{
+        dim3(static_cast<unsigned>((rows + kRows - 1) / kRows)), dim3(kThreads, kRows)});
     return true;
   };
-  // Sums have the order that they have without codes: a warp's for short rows, else a block's.
-  if (columns <= kShortRow) {
-    return columns <= 32 * 4 * N && run.template operator()<32, 4>();
-  }
+  if (columns <= kShortRow) return columns <= 32 * 4 * N && run.template operator()<32, 4>();
   if (columns <= kBlockThreads * 2 * N) return run.template operator()<kBlockThreads, 2>();
   return columns <= kBlockThreads * 4 * N && run.template operator()<kBlockThreads, 4>();
 }
 
+// False where rows are too long, or cannot be read in packs.
+template <Held kWhat, typename T, typename W>
+bool RunHeld(const Exec& exec, const RmsNormForwardArgs& a) {
+  constexpr int N = kPackSize<T>;
+  if (kWhat != Held::kForward && !Fp8Packable(N, a.fp8)) return false;
+  if (!Packable(N, {&a.x, &a.delta, &a.sum, &a.y, &a.w})) return false;
+  return DispatchHeld<N>(
+      a.x.dim(0), a.x.dim(1), [&]<int kThreads, int kHeld>(const LaunchShape& shape) {
+        LaunchEarly(exec.stream, shape, HeldForwardKernel<T, W, N, kThreads, kHeld, kWhat>,
+                    ForwardOf<T, W>(a),
+                    kWhat == Held::kForward ? Fp8RowsOut{} : Fp8RowsOutOf(a.fp8));
+      });
+}
+
 template <typename T, typename W>
 void RunForward(const Exec& exec, const RmsNormForwardArgs& a) {
-  if (a.fp8.defined() && RunWithCodes<false, T, W>(exec, a)) return;
-  const Forward<T, W> args = ForwardOf<T, W>(a);
-  DispatchRows<T>(
-      args.rows, args.columns, Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
-      [&]<int N, int kThreads>(unsigned grid, dim3 block) {
-        LaunchEarly(exec.stream, {dim3(grid), block}, ForwardKernel<T, W, N, kThreads>, args);
-      });
+  if (a.fp8.defined() && RunHeld<Held::kForwardWithCodes, T, W>(exec, a)) return;
+  if (!RunHeld<Held::kForward, T, W>(exec, a)) {
+    const Forward<T, W> args = ForwardOf<T, W>(a);
+    DispatchRows<T>(
+        args.rows, args.columns, Packable(kPackSize<T>, {&a.x, &a.delta, &a.sum, &a.y, &a.w}),
+        [&]<int N, int kThreads>(unsigned grid, dim3 block) {
+          LaunchEarly(exec.stream, {dim3(grid), block}, ForwardKernel<T, W, N, kThreads>, args);
+        });
+  }
   if (a.fp8.defined()) Fp8QuantizeCuda(exec, Fp8QuantizeOf(a.y, a.fp8));
 }
 
@@ -288,7 +355,7 @@ template <typename T, typename W>
 void RunRebuild(const Exec& exec, const RmsNormRebuildArgs& a) {
   const RmsNormForwardArgs forward{
       .x = a.x, .w = a.w, .y = a.y, .rstd = a.rstd, .weight_offset = a.weight_offset, .fp8 = a.fp8};
-  if (a.fp8.defined() && RunWithCodes<true, T, W>(exec, forward)) return;
+  if (a.fp8.defined() && RunHeld<Held::kRebuildWithCodes, T, W>(exec, forward)) return;
   const auto run = [&]<int N>() {
     ForEachPack(Rebuild<T, W, N>{RowsOf<const T>(a.x), RowsOf<T>(a.y), Data<const W>(a.w),
                                  Data<const float>(a.rstd), static_cast<float>(a.weight_offset)},
@@ -325,9 +392,14 @@ void RunBackward(const Exec& exec, const RmsNormBackwardArgs& a) {
                             a.x.dim(0),
                             a.x.dim(1),
                             static_cast<float>(a.weight_offset)};
+  constexpr int kPack = kPackSize<T>;
+  const bool packable = Packable(kPack, {&a.dy, &a.x, &a.dresidual, &a.dx, &a.w});
+  const auto held = [&]<int kThreads, int kHeld>(const LaunchShape& shape) {
+    LaunchEarly(exec.stream, shape, HeldBackwardKernel<T, W, kPack, kThreads, kHeld>, args);
+  };
+  if (packable && DispatchHeld<kPack>(args.rows, args.columns, held)) return;
   DispatchRows<T>(
-      args.rows, args.columns, Packable(kPackSize<T>, {&a.dy, &a.x, &a.dresidual, &a.dx, &a.w}),
-      [&]<int N, int kThreads>(unsigned grid, dim3 block) {
+      args.rows, args.columns, packable, [&]<int N, int kThreads>(unsigned grid, dim3 block) {
         LaunchEarly(exec.stream, {dim3(grid), block}, BackwardKernel<T, W, N, kThreads>, args);
       });
 }

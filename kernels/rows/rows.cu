@@ -20,16 +20,18 @@ struct Move {
   uint32_t rows, across;  // warps to a row
 };
 
-// Where an index that ascends, and ends in -1, has `row`; count if it does not.
+// Where an index that ascends, and ends in -1, has `row`; count if it does not. By all lanes of a
+// warp, which look at 32 places at a time: each look waits for memory.
 __device__ uint32_t Find(const int32_t* index, uint32_t count, uint32_t row) {
   uint32_t low = 0, high = count;  // everything before low is smaller, nothing from high on
   while (low < high) {
-    const uint32_t middle = (low + high) / 2;
-    if (static_cast<uint32_t>(index[middle]) < row) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+    const uint32_t step = (high - low + 31) / 32, at = low + threadIdx.x % 32 * step;
+    const bool smaller = at < high && static_cast<uint32_t>(index[at]) < row;
+    const uint32_t passed = __popc(__ballot_sync(0xffffffffu, smaller));  // the first so many
+    if (passed == 0) return index[low] == static_cast<int32_t>(row) ? low : count;
+    const uint32_t last = low + (passed - 1) * step;  // smaller
+    high = min(high, last + step);
+    low = last + 1;
   }
   return low < count && static_cast<uint32_t>(index[low]) == row ? low : count;
 }
@@ -39,6 +41,7 @@ template <typename Word, bool kGather>
 __global__ __launch_bounds__(256) void MoveKernel(const Move<Word> x) {
   const uint32_t unit = blockIdx.x * 8 + threadIdx.x / 32, row = unit / x.across;
   if (row >= x.rows) return;
+  AwaitEarlier();
   const int64_t begin = int64_t{32} * kWords * (unit - row * x.across) + threadIdx.x % 32;
   const int64_t at = kGather ? x.index[row] : int64_t{Find(x.index, x.count, row)};
   const bool any = 0 <= at && at < x.from_rows;
@@ -67,17 +70,16 @@ void Run(const Exec& exec, const TensorView& from, const TensorView& index, cons
     const int64_t across = (columns + 32 * kWords - 1) / (32 * kWords);
     const int64_t units = to.dim(0) * across;
     CHECK(units < int64_t{1} << 31);
-    MoveKernel<Word, kGather>
-        <<<static_cast<unsigned>((units + 7) / 8), 256, 0, StreamOf(exec.stream)>>>(
-            {Data<const int32_t>(index),
-             static_cast<uint32_t>(index.dim(0)),
-             from.dim(0),
-             {Data<const Word>(from), stride(from)},
-             {Data<Word>(to), stride(to)},
-             columns,
-             static_cast<uint32_t>(to.dim(0)),
-             static_cast<uint32_t>(across)});
-    CUDA_CHECK(cudaGetLastError());
+    LaunchEarly(exec.stream, {dim3(static_cast<unsigned>((units + 7) / 8)), dim3(256)},
+                MoveKernel<Word, kGather>,
+                Move<Word>{Data<const int32_t>(index),
+                           static_cast<uint32_t>(index.dim(0)),
+                           from.dim(0),
+                           {Data<const Word>(from), stride(from)},
+                           {Data<Word>(to), stride(to)},
+                           columns,
+                           static_cast<uint32_t>(to.dim(0)),
+                           static_cast<uint32_t>(across)});
   };
   if (Packable(16 / width, {&from, &to})) return run.template operator()<uint4>();
   switch (width) {
