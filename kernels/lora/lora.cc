@@ -4,9 +4,11 @@
 
 namespace attune {
 
-ATTUNE_BACKENDS(LoraExtend);
+ATTUNE_BACKENDS(LoraExtendAll);
 
-void LoraExtend(const Exec& exec, const LoraExtendArgs& args) {
+namespace {
+
+void CheckArgs(const LoraExtendArgs& args) {
   CHECK(!args.parts.empty() && args.parts.size() <= kMaxLoraParts);
   const LoraExtendPart& first = args.parts.front();
   const int64_t r = first.a.dim(0), K = first.a.dim(1);
@@ -24,7 +26,21 @@ void LoraExtend(const Exec& exec, const LoraExtendArgs& args) {
     end = part.row_begin + part.b.dim(0);
   }
   CHECK(end <= N);
-  ATTUNE_RUN(LoraExtend, exec, args);
+}
+
+}  // namespace
+
+void LoraExtend(const Exec& exec, const LoraExtendArgs& args) {
+  LoraExtendAll(exec, {.all = {&args, 1}});
+}
+
+void LoraExtendAll(const Exec& exec, const LoraExtendAllArgs& args) {
+  if (args.all.empty()) return;
+  for (const LoraExtendArgs& one : args.all) {
+    CheckArgs(one);
+    CHECK(one.w.dtype == args.all.front().w.dtype);
+  }
+  ATTUNE_RUN(LoraExtendAll, exec, args);
 }
 
 }  // namespace attune

@@ -1,4 +1,4 @@
-// A thread per pack: first those of [. | scale B], then those of A.
+// A thread per pack of an expansion: first those of [. | scale B], then those of A.
 #include "kernels/core/cuda.cuh"
 #include "kernels/lora/lora.h"
 
@@ -23,11 +23,19 @@ struct Extension {
   float scale;
 };
 
+constexpr int kMostAtOnce = 128;  // what 32 KiB of parameters hold
+template <typename T, int kCount>
+struct Extensions {
+  Extension<T> of[kCount];
+};
+
 // N divides r, so that a pack beside W belongs to one part.
-template <typename T, int N>
-__global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__ Extension<T> x) {
+template <typename T, int N, int kCount>
+__global__ __launch_bounds__(kThreads) void ExtendKernel(
+    const __grid_constant__ Extensions<T, kCount> all) {
   using P = Pack<T, N>;
   AwaitEarlier();
+  const Extension<T>& x = all.of[blockIdx.y];
   uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   P value;
   for (int j = 0; j < N; ++j) value.Set(j, 0.0f);
@@ -48,17 +56,23 @@ __global__ __launch_bounds__(kThreads) void ExtendKernel(const __grid_constant__
 }
 
 template <typename T>
-void Run(const Exec& exec, const LoraExtendArgs& a) {
+bool InPacks(const LoraExtendArgs& a) {
+  constexpr int N = kPackSize<T>;
+  bool packs = a.parts[0].a.dim(0) % N == 0 && Packable(N, {&a.w});
+  for (const LoraExtendPart& part : a.parts) packs = packs && Packable(N, {&part.a, &part.b});
+  return packs;
+}
+
+template <typename T, int N>
+Extension<T> ExtensionOf(const LoraExtendArgs& a) {
   Extension<T> x{};
   x.parts = static_cast<uint32_t>(a.parts.size());
   x.r = static_cast<uint32_t>(a.parts[0].a.dim(0));
-  bool packs = x.r % kPackSize<T> == 0 && Packable(kPackSize<T>, {&a.w});
   for (uint32_t i = 0; i < x.parts; ++i) {
     const LoraExtendPart& part = a.parts[i];
     x.part[i] = {Data<const T>(part.a), Data<const T>(part.b),
                  static_cast<uint32_t>(part.row_begin),
                  static_cast<uint32_t>(part.row_begin + part.b.dim(0))};
-    packs = packs && Packable(kPackSize<T>, {&part.a, &part.b});
   }
   x.k = static_cast<uint32_t>(a.parts[0].a.dim(1));
   x.e = static_cast<uint32_t>(a.w.dim(1)) - x.k;
@@ -66,23 +80,46 @@ void Run(const Exec& exec, const LoraExtendArgs& a) {
   x.w = Data<T>(a.w);
   x.stride = a.w.stride(0);
   x.scale = static_cast<float>(a.scale);
-  const auto run = [&]<int N>() {
-    const int64_t beside = a.beside ? int64_t{x.n} * x.e / N : 0;
-    const int64_t below = a.below ? int64_t{x.k} * x.e / N : 0;
-    if (beside + below == 0) return;
-    CHECK(beside + below < int64_t{1} << 31);
-    x.beside = static_cast<uint32_t>(beside);
-    x.below = static_cast<uint32_t>(below);
-    const unsigned blocks = static_cast<unsigned>((beside + below + kThreads - 1) / kThreads);
-    LaunchEarly(exec.stream, {dim3(blocks), dim3(kThreads)}, ExtendKernel<T, N>, x);
-  };
-  packs ? run.template operator()<kPackSize<T>>() : run.template operator()<1>();
+  const int64_t beside = a.beside ? int64_t{x.n} * x.e / N : 0;
+  const int64_t below = a.below ? int64_t{x.k} * x.e / N : 0;
+  CHECK(beside + below < int64_t{1} << 31);
+  x.beside = static_cast<uint32_t>(beside);
+  x.below = static_cast<uint32_t>(below);
+  return x;
+}
+
+// kCount: room for `all`.
+template <typename T, int N, int kCount>
+void Launch(const Exec& exec, std::span<const LoraExtendArgs> all) {
+  Extensions<T, kCount> extensions{};
+  uint32_t most = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    extensions.of[i] = ExtensionOf<T, N>(all[i]);
+    most = std::max(most, extensions.of[i].beside + extensions.of[i].below);
+  }
+  if (most == 0) return;
+  const dim3 grid((most + kThreads - 1) / kThreads, static_cast<unsigned>(all.size()));
+  LaunchEarly(exec.stream, {grid, dim3(kThreads)}, ExtendKernel<T, N, kCount>, extensions);
+}
+
+template <typename T, int N>
+void Run(const Exec& exec, std::span<const LoraExtendArgs> all) {
+  if (all.size() == 1) return Launch<T, N, 1>(exec, all);
+  for (size_t begin = 0; begin < all.size(); begin += kMostAtOnce) {
+    const size_t count = std::min<size_t>(kMostAtOnce, all.size() - begin);
+    Launch<T, N, kMostAtOnce>(exec, all.subspan(begin, count));
+  }
 }
 
 }  // namespace
 
-void LoraExtendCuda(const Exec& exec, const LoraExtendArgs& a) {
-  DispatchCudaFloat(a.w.dtype, [&]<typename T>() { Run<T>(exec, a); });
+void LoraExtendAllCuda(const Exec& exec, const LoraExtendAllArgs& a) {
+  DispatchCudaFloat(a.all.front().w.dtype, [&]<typename T>() {
+    if (std::all_of(a.all.begin(), a.all.end(), InPacks<T>)) {
+      return Run<T, kPackSize<T>>(exec, a.all);
+    }
+    Run<T, 1>(exec, a.all);
+  });
 }
 
 }  // namespace attune

@@ -38,5 +38,10 @@ struct LoraExtendArgs {
   bool below = true;   // whether A is
 };
 void LoraExtend(const Exec& exec, const LoraExtendArgs& args);
+// Many at once, all of one dtype: one by one they are short operations for a GPU.
+struct LoraExtendAllArgs {
+  std::span<const LoraExtendArgs> all;
+};
+void LoraExtendAll(const Exec& exec, const LoraExtendAllArgs& args);
 
 }  // namespace attune

@@ -44,10 +44,12 @@ void PutBelow(const LoraExtendArgs& a) {
 
 }  // namespace
 
-void LoraExtendCpu(const Exec& exec, const LoraExtendArgs& a) {
-  DispatchFloat(a.w.dtype, [&]<typename T>() {
-    if (a.beside) PutBeside<T>(a);
-    if (a.below) PutBelow<T>(a);
+void LoraExtendAllCpu(const Exec&, const LoraExtendAllArgs& args) {
+  DispatchFloat(args.all.front().w.dtype, [&]<typename T>() {
+    for (const LoraExtendArgs& a : args.all) {
+      if (a.beside) PutBeside<T>(a);
+      if (a.below) PutBelow<T>(a);
+    }
   });
 }
 

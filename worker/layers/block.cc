@@ -27,6 +27,16 @@ QkvHeads Split(const TensorView& qkv, const BlockShape& shape) {
           .v = Heads(qkv, shape.q_size() + shape.kv_size(), shape.kv_heads, D)};
 }
 
+// The other way: (T, H, D) whose heads lie one behind the other as (T, H * D).
+TensorView AsRows(const TensorView& heads) {
+  CHECK(heads.stride(1) == heads.dim(2));
+  TensorView out = heads;
+  out.rank = 2;
+  out.shape[1] *= out.shape[2];
+  out.strides[1] = 1;
+  return out;
+}
+
 // The heads in buffers of their own.
 QkvHeads HeadsOf(const TensorView& q, const TensorView& k, const TensorView& v,
                  const BlockShape& shape) {
@@ -217,12 +227,12 @@ void TransformerBlock::PositionHeadsBackward(const LayerContext& ctx, const Pack
                                              const QkvHeads& to, const TensorView& d_rows) const {
   const RotaryTable& table = batch.rotary[shape.rope];
   const QkvHeads d_from = Split(d_rows, shape);
-  const RopeHeads v = {d_to.v, d_from.v, /*turned=*/false};
   if (!shape.qk_norm) {
-    return MoveHeads(ctx, table, {{d_to.q, d_from.q}, {d_to.k, d_from.k}, v}, shape.rotary_dim,
-                     /*inverse=*/true);
+    return MoveHeads(ctx, table,
+                     {{d_to.q, d_from.q}, {d_to.k, d_from.k}, {d_to.v, d_from.v, /*turned=*/false}},
+                     shape.rotary_dim, /*inverse=*/true);
   }
-  MoveHeads(ctx, table, {v}, 0, /*inverse=*/true);
+  Copy(ctx.exec, {.x = AsRows(d_to.v), .y = AsRows(d_from.v)});
   const QkvHeads from = Split(rows, shape);
   QkNormBackwardArgs norm = {.dy = d_to.q,
                              .x = from.q,

@@ -124,6 +124,10 @@ void LoraLinear::GiveBack(const LayerContext& ctx) const {
   if (!w->expanded() && ctx.prefetcher != nullptr) ctx.prefetcher->Release(ctx);
 }
 
+bool LoraLinear::Extends(const LayerContext& ctx) const {
+  return w->expanded() && !w->fp8() && !adapters.empty() && !IsDora() && ctx.fused_lora;
+}
+
 void LoraLinear::Refresh(const LayerContext& ctx) const {
   if (IsDora()) {
     ArenaScope scope(ctx.arena);
@@ -131,13 +135,7 @@ void LoraLinear::Refresh(const LayerContext& ctx) const {
     for (const LoraPart& adapter : adapters) MeasureRows(ctx, adapter, expansion, true);
     return;
   }
-  if (!w->expanded() || adapters.empty() || !(ctx.fused_lora || w->fp8())) return;
-  if (!w->fp8()) {  // one expansion, for both
-    const std::array<LoraExtendPart, kMaxLoraParts> parts = ExtendParts();
-    return LoraExtend(ctx.exec, {.parts = {parts.data(), adapters.size()},
-                                 .w = w->Expand(ctx, Direction::kForward),
-                                 .scale = scale});
-  }
+  if (!w->expanded() || adapters.empty() || !w->fp8()) return;
   for (Direction direction : {Direction::kForward, Direction::kBackward}) {
     Extend(ctx, direction, w->Expand(ctx, direction));
   }

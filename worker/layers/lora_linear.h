@@ -121,9 +121,12 @@ struct LoraLinear {
   // W and, where base and adapter are one product, the adapter, into memory for an expansion.
   void FillExpansion(const LayerContext& ctx, Direction direction,
                      const TensorView& expansion) const;
-  // What is derived from the adapter: its share of lasting expansions, and DoRA's factors. After
-  // every change of it, and behind the making of its room.
+  // What is derived from the adapter: its share of lasting expansions in 8 bits, and DoRA's
+  // factors. After every change of it, and behind the making of its room.
   void Refresh(const LayerContext& ctx) const;
+  // Whether there is a lasting expansion for both directions, whose share of the adapter is to be
+  // written then.
+  bool Extends(const LayerContext& ctx) const;
   // DoRA's magnitudes as they start: the lengths of W's rows.
   void ResetMagnitudes(const LayerContext& ctx) const;
 

@@ -611,10 +611,27 @@ void Model::MakeRooms(const LayerContext& ctx) const {
   Fp8AdapterRoom(ctx.exec, all);
 }
 
+void Model::ExtendAll(const LayerContext& ctx) const {
+  std::vector<std::array<LoraExtendPart, kMaxLoraParts>> parts;
+  std::vector<LoraExtendArgs> all;
+  parts.reserve(4 * blocks_.size());  // spans of it stay
+  for (const TransformerBlock& block : blocks_) {
+    for (const LoraLinear* linear : block.linears()) {
+      if (!linear->Extends(ctx)) continue;
+      parts.push_back(linear->ExtendParts());
+      all.push_back({.parts = {parts.back().data(), linear->adapters.size()},
+                     .w = linear->w->Expand(ctx, Direction::kForward),
+                     .scale = linear->scale});
+    }
+  }
+  LoraExtendAll(ctx.exec, {.all = all});
+}
+
 void Model::RefreshLinears(const LayerContext& ctx) const {
   if (adapters_ == nullptr || adapters_->version() == refreshed_version_) return;
   const auto enqueue = [&] {
     MakeRooms(ctx);
+    ExtendAll(ctx);
     for (const TransformerBlock& block : blocks_) {
       for (const LoraLinear* linear : block.linears()) linear->Refresh(ctx);
     }

@@ -134,6 +134,8 @@ class Model {
   double EmbeddingScale(const LayerContext& ctx) const;
   void Embed(const LayerContext& ctx, const PackBatch& batch, const TensorView& x) const;
   void MakeRooms(const LayerContext& ctx) const;
+  // The adapters' shares of lasting expansions, all at once.
+  void ExtendAll(const LayerContext& ctx) const;
   void RefreshLinears(const LayerContext& ctx) const;
   // The context of a pass, with what lasts as long as it does.
   LayerContext BeginPass(const LayerContext& ctx) const;
