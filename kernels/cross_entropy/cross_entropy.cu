@@ -84,18 +84,21 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMostPeaks = kWarps * kMaxCluster;
 
 // The peaks of all warps of a cluster, on their way into each of its blocks. No block waits for
-// what it has stored, nor at its end for the others: none writes to it once it has all.
+// what it has stored, nor at its end for the others: none writes to it once it has all. A block by
+// itself (there are no others before compute capability 9.0) only meets.
 struct Peaks {
   Peak* peaks;        // kMostPeaks
   uint64_t* arrived;  // kMostPeaks of them
+  unsigned blocks = ThisCluster().num_blocks();
 
   // By all threads, first of all.
   __device__ void Prepare() const {
     if constexpr (kSm90) {
+      if (blocks == 1) return;
       if (threadIdx.x == 0) {
         InitBarrier(arrived, 1);
         FenceBarriers();
-        ExpectBytes(arrived, static_cast<int>(ThisCluster().num_blocks() * kWarps * sizeof(Peak)));
+        ExpectBytes(arrived, static_cast<int>(blocks * kWarps * sizeof(Peak)));
       }
       ClusterArriveRelaxed();  // others wait for it before they Send
     }
@@ -104,19 +107,19 @@ struct Peaks {
   __device__ void Send(const Peak& peak) const {
     const unsigned lane = threadIdx.x % 32;
     Peak* to = peaks + ThisCluster().block_rank() * kWarps + threadIdx.x / 32;
-    if constexpr (kSm90) {
-      ThisCluster().barrier_wait();
-      if (lane < ThisCluster().num_blocks()) StoreRemote(lane, to, peak, arrived);
-    } else {
+    if (blocks == 1) {
       if (lane == 0) *to = peak;
       __syncthreads();
+    } else if constexpr (kSm90) {
+      ThisCluster().barrier_wait();
+      if (lane < blocks) StoreRemote(lane, to, peak, arrived);
     }
   }
   // The same in every warp, and the same bits.
   template <bool kCapped>
   __device__ Peak Merge(float softcap) const {
-    if constexpr (kSm90) WaitFor(arrived, 0);
-    const unsigned lane = threadIdx.x % 32, count = ThisCluster().num_blocks() * kWarps;
+    if (blocks > 1) WaitFor(arrived, 0);
+    const unsigned lane = threadIdx.x % 32, count = blocks * kWarps;
     const Peak nothing{-Infinity(), 0.0f, 0.0f, 0};
     const Peak first = lane < count ? peaks[lane] : nothing;
     const Peak second = lane + 32 < count ? peaks[lane + 32] : nothing;
