@@ -37,10 +37,9 @@ ATTUNE_HOST_DEVICE inline int GuessDynamicCode(bool is_signed, float x) {
   return x >= 0 ? code : code > 254 ? 0 : 254 - code;
 }
 
-// The code of the value of `map`, which map[i] reads, nearest to x; of two equally near ones the
-// even code. For host and device code; without a branch, so that the device overlaps many of them.
-template <typename Map>
-ATTUNE_HOST_DEVICE uint8_t NearestDynamicCode(const Map& map, bool is_signed, float x) {
+// The code of the value of `map` nearest to x; of two equally near ones the even code. For host and
+// device code.
+ATTUNE_HOST_DEVICE inline uint8_t NearestDynamicCode(const float* map, bool is_signed, float x) {
   // x is in its step: above the value or below it. At an edge either step will do.
   const int guess = GuessDynamicCode(is_signed, x);
   const int at = guess < 1 ? 1 : guess > 254 ? 254 : guess;
@@ -54,38 +53,36 @@ ATTUNE_HOST_DEVICE inline uint8_t NearestDynamicCode(const float* map, float x) 
   return NearestDynamicCode(map, map[0] < 0, x);
 }
 
-// The same codes from a table, for who needs many of one map. Floats from 0 to 1 are cut into
-// buckets by their exponent and seven bits of fraction, each narrower than any two values are
-// apart: one code, or up to some float one and then the next.
-struct DynamicCodes {
-  static constexpr uint32_t kFirst = (127 - 24) << 7, kLast = 127 << 7;  // 2^-24 and 1
-  static constexpr int kBuckets = kLast - kFirst + 1;
+// The same code in a few operations, for x from -1 to 1 (0 to 1 without signs). A bin has the sizes
+// |x| with one exponent and one start of the fraction: between them is one border of codes at most.
+template <bool kSigned>
+struct DynamicCodeBins {
+  static constexpr int kShift = kSigned ? 17 : 16;    // bits of an f32 that do not matter
+  static constexpr uint32_t kSmallest = 0x34000000u;  // of 2^-23: its code is that of all below
+  static constexpr uint32_t kFirst = kSmallest >> kShift;
+  static constexpr int kCount = (0x3f800000u >> kShift) - kFirst + 1;
 
-  const uint32_t* entries;  // kBuckets, of EntryOf
-
-  // The first code, and 8 bits up the low half of the first float with the next one, or what no
-  // half reaches.
-  ATTUNE_HOST_DEVICE static uint32_t EntryOf(const float* map, int bucket) {
-    const uint32_t high = kFirst + static_cast<uint32_t>(bucket);
-    const uint32_t code = NearestDynamicCode(map, std::bit_cast<float>(high << 16));
-    uint32_t next = 0x10000;
+  // What to add to the bits of a size of the bin, so that its code is in the highest byte: where
+  // they reach the border, the sum of the lower bits carries.
+  ATTUNE_HOST_DEVICE static uint32_t Bin(const float* map, int bin) {
+    const uint32_t begin = (kFirst + static_cast<uint32_t>(bin)) << kShift;
+    const uint32_t code = NearestDynamicCode(map, kSigned, std::bit_cast<float>(begin));
+    uint32_t to_border = 1u << kShift;
     if (code < 255) {
-      const float middle = (map[code] + map[code + 1]) * 0.5f;  // the even code has it
-      const uint32_t bits = std::bit_cast<uint32_t>(middle) + (code % 2 == 0 ? 1 : 0);
-      if (bits >> 16 == high) next = bits & 0xffff;
+      const float middle = (map[code] + map[code + 1]) * 0.5f;
+      const uint32_t border = std::bit_cast<uint32_t>(middle) + (code % 2 == 0 ? 1 : 0);
+      to_border = border - begin < to_border ? border - begin : to_border;
     }
-    return next << 8 | code;
+    return ((code + 1) << 24) - to_border - begin;
   }
-  ATTUNE_HOST_DEVICE int Of(float size) const {
-    const uint32_t bits = std::bit_cast<uint32_t>(size), high = bits >> 16;
-    const uint32_t bucket = high < kFirst ? 0 : high > kLast ? kLast - kFirst : high - kFirst;
-    const uint32_t entry = entries[bucket];
-    return static_cast<int>((entry & 0xff) + ((bits & 0xffff) >= entry >> 8));
-  }
-  // Of a map with signs: it is symmetric but for 1, whose negative has the code of the last.
-  ATTUNE_HOST_DEVICE int OfSigned(float x) const {
-    const int code = Of(std::fabs(x)), mirrored = code > 254 ? 0 : 254 - code;
-    return x < 0 ? mirrored : code;
+  // The code is the highest byte.
+  ATTUNE_HOST_DEVICE static uint32_t Find(const uint32_t* bins, float x) {
+    // -1 has no value of its own.
+    if constexpr (kSigned) x = std::fmax(x, -0.99f);
+    const float size = std::fmax(std::fabs(x), std::bit_cast<float>(kSmallest));
+    const uint32_t bits = std::bit_cast<uint32_t>(size);
+    const uint32_t sum = bins[(bits >> kShift) - kFirst] + bits;
+    return kSigned && x < 0 ? (254u << 24 | 0xffffffu) - sum : sum;  // 254 - code
   }
 };
 

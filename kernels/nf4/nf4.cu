@@ -308,14 +308,16 @@ __global__ __launch_bounds__(kThreads) void ToFp8Kernel(
   }
 }
 
-// W^T: a block of threads turns a square of W, in which a thread first has one block of 64, then 16
-// rows of 4 columns. In between the rows lie in shared memory in the order 0, 16, 32, ..., 1, 17,
-// ...: so, and with kPitch, neither way of reading it meets a bank twice.
-constexpr int kSquare = 128;
-constexpr int kRun = 16;  // rows, the bytes of a store
-constexpr int kRuns = kSquare / kRun;
-constexpr int kPitch = kSquare + 16;
-static_assert(kThreads == kSquare * (kSquare / kNf4Block) && kThreads == kRuns * (kSquare / 4));
+// W^T: a block of threads turns a square of W, of which a thread first has half of a block of 64,
+// twice, then 16 rows of 4 columns. In between the rows lie in shared memory in the order 0, 16,
+// 32, ..., 1, 17, ...: so, and with kPitch, neither way of reading it meets a bank twice.
+constexpr uint32_t kSquare = 128;
+constexpr uint32_t kRun = 16;  // rows, the bytes of a store
+constexpr uint32_t kRuns = kSquare / kRun;
+constexpr uint32_t kPitch = kSquare + 16;
+constexpr uint32_t kTurnedSteps = 2;
+static_assert(kTurnedSteps * kThreads == kSquare * (kSquare / 32));
+static_assert(kThreads == kRuns * (kSquare / 4) && kSquare == 2 * kNf4Block);
 
 // The bytes of four words the other way round: byte i of word j is byte j of word i of `out`.
 __device__ void Transpose(const uint32_t* words, uint32_t (&out)[4]) {
@@ -329,84 +331,80 @@ __device__ void Transpose(const uint32_t* words, uint32_t (&out)[4]) {
   out[3] = __byte_perm(high[0], high[1], 0x7632);
 }
 
-// A unit is a square. The next one is read before this one is written.
-__global__ __launch_bounds__(kThreads) void ToFp8TurnedKernel(
+// A unit is a square, a block of threads. So many of them run at once that some read while others
+// write.
+constexpr int kTurnedBlocks = 6;
+__global__ __launch_bounds__(kThreads, kTurnedBlocks) void ToFp8TurnedKernel(
     const __grid_constant__ Tables tables, const __grid_constant__ Parts<ToFp8> parts) {
   __shared__ SharedTables shared;
   __shared__ alignas(16) uint8_t square[kSquare * kPitch];
-  struct Loaded {
-    uint4 bytes[2];
-    Maximum maximum;
-  };
-  const int thread = static_cast<int>(threadIdx.x);
-  const auto load = [&](uint32_t unit) {
-    const ToFp8& x = parts.Find(&unit);
-    const uint32_t down = x.by_across.Quotient(unit);
-    const int64_t across = int64_t{2} * (unit - down * x.across) + thread % 2;
-    const int64_t row =
-        static_cast<int64_t>(down) * kSquare + thread / 2 % kRuns * kRun + thread / 2 / kRuns;
-    const int64_t in_row = x.columns / kNf4Block;
-    const auto block =
-        static_cast<uint32_t>(min(row, x.rows - 1) * in_row + min(across, in_row - 1));
-    const uint4* packed =
-        reinterpret_cast<const uint4*>(x.source.packed) + 2 * static_cast<int64_t>(block);
-    return Loaded{{__ldg(packed), __ldg(packed + 1)}, x.source.Load(block)};
-  };
+  LetNextStart();
   shared.Fill(tables);
-  Loaded now = load(blockIdx.x);
+  const uint32_t thread = threadIdx.x, half = thread % 2;
+  AwaitEarlier();
+  uint32_t unit = blockIdx.x;
+  const ToFp8& x = parts.Find(&unit);
+  const uint32_t down = x.by_across.Quotient(unit), across = unit - down * x.across;
+  const auto last_row = static_cast<uint32_t>(x.rows) - 1;
+  const uint32_t in_row = static_cast<uint32_t>(x.columns) / kNf4Block;
+  uint4 bytes[kTurnedSteps];
+  Maximum maximum[kTurnedSteps];
+#pragma unroll
+  for (uint32_t u = 0; u < kTurnedSteps; ++u) {
+    const uint32_t place = (u * kThreads + thread) / 4;
+    const uint32_t row = min(down * kSquare + place % kRuns * kRun + place / kRuns, last_row);
+    const uint32_t block = row * in_row + min(2 * across + thread % 4 / 2, in_row - 1);
+    bytes[u] = __ldg(reinterpret_cast<const uint4*>(x.source.packed) + 2 * block + half);
+    maximum[u] = x.source.Load(block);
+  }
   const float inverse = __frcp_rn(*parts.part[0].scale);
-  for (uint32_t turn = blockIdx.x; turn < parts.units(); turn += gridDim.x) {
-    {
-      const float absmax = now.maximum.Value(shared.map);
-      CodeTable table;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) table.words[w] = CodesOf(tables.nf4 + 4 * w, absmax, inverse);
-      uint4* to = reinterpret_cast<uint4*>(square + thread / 2 * kPitch + thread % 2 * kNf4Block);
+  for (uint32_t u = 0; u < kTurnedSteps; ++u) {
+    const uint32_t place = (u * kThreads + thread) / 4;
+    const float absmax = maximum[u].Value(shared.map);
+    const float* values = shared.nf4 + 8 * half;  // each of two lanes has half of the codes
+    const uint32_t first = CodesOf(values, absmax, inverse);
+    const uint32_t second = CodesOf(values + 4, absmax, inverse);
+    CodeTable table;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 bytes = now.bytes[half];
-        const uint2 a = table.Eight(bytes.x), b = table.Eight(bytes.y), c = table.Eight(bytes.z),
-                    d = table.Eight(bytes.w);
-        to[2 * half] = {a.x, a.y, b.x, b.y};
-        to[2 * half + 1] = {c.x, c.y, d.x, d.y};
-      }
+    for (int w = 0; w < 4; ++w) {
+      table.words[w] = __shfl_sync(0xffffffffu, w % 2 == 0 ? first : second, w / 2, 2);
     }
-    if (turn + gridDim.x < parts.units()) now = load(turn + gridDim.x);
-    uint32_t unit = turn;
-    const ToFp8& x = parts.Find(&unit);
-    const uint32_t down = x.by_across.Quotient(unit);
-    const int64_t row0 = static_cast<int64_t>(down) * kSquare;
-    const int64_t column0 = static_cast<int64_t>(unit - down * x.across) * kSquare;
-    __syncthreads();
-    const int run = thread % kRuns, column = thread / kRuns * 4;
-    const int64_t row = row0 + run * kRun;
-    uint32_t turned[4][kRun / 4];  // [column][four rows]
+    uint4* to = reinterpret_cast<uint4*>(square + place * kPitch + thread % 4 * 32);
+    const uint2 a = table.Eight(bytes[u].x), b = table.Eight(bytes[u].y);
+    to[0] = {a.x, a.y, b.x, b.y};
+    const uint2 c = table.Eight(bytes[u].z), d = table.Eight(bytes[u].w);
+    to[1] = {c.x, c.y, d.x, d.y};
+  }
+  __syncthreads();
+  const uint32_t run = thread % kRuns, column = thread / kRuns * 4;
+  const int64_t row = static_cast<int64_t>(down) * kSquare + run * kRun;
+  const int64_t column0 = static_cast<int64_t>(across) * kSquare + column;
+  uint32_t turned[4][kRun / 4];  // [column][four rows]
 #pragma unroll
-    for (int four = 0; four < kRun / 4; ++four) {
-      uint32_t words[4], out[4];
+  for (uint32_t four = 0; four < kRun / 4; ++four) {
+    uint32_t words[4], out[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int place = (4 * four + i) * kRuns + run;
-        words[i] = *reinterpret_cast<const uint32_t*>(square + place * kPitch + column);
-      }
-      Transpose(words, out);
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t place = (4 * four + i) * kRuns + run;
+      words[i] = *reinterpret_cast<const uint32_t*>(square + place * kPitch + column);
+    }
+    Transpose(words, out);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) turned[i][four] = out[i];
+    for (int i = 0; i < 4; ++i) turned[i][four] = out[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column0 >= x.columns) break;
+    uint8_t* to = x.q + (column0 + i) * x.stride + row;
+    if (row + kRun <= x.rows) {
+      *reinterpret_cast<uint4*>(to) = {turned[i][0], turned[i][1], turned[i][2], turned[i][3]};
+      continue;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (column0 + column >= x.columns) break;
-      uint8_t* to = x.q + (column0 + column + i) * x.stride + row;
-      if (row + kRun <= x.rows) {
-        *reinterpret_cast<uint4*>(to) = {turned[i][0], turned[i][1], turned[i][2], turned[i][3]};
-        continue;
-      }
-#pragma unroll
-      for (int r = 0; r < kRun; ++r) {
-        if (row + r < x.rows) to[r] = static_cast<uint8_t>(turned[i][r / 4] >> (8 * (r % 4)));
-      }
+    for (uint32_t r = 0; r < kRun; ++r) {
+      if (row + r < x.rows) to[r] = static_cast<uint8_t>(turned[i][r / 4] >> (8 * (r % 4)));
     }
-    __syncthreads();  // before the next square
   }
 }
 
@@ -437,14 +435,8 @@ void Nf4ToFp8Cuda(const Exec& exec, std::span<const Nf4ToFp8Args> all) {
   Parts<ToFp8> parts;
   const auto launch = [&] {
     if (parts.count == 0) return;
-    if (turned) {
-      ToFp8TurnedKernel<<<GridOf(ToFp8TurnedKernel, parts.units()), kThreads, 0,
-                          StreamOf(exec.stream)>>>(MakeTables(), parts);
-      CUDA_CHECK(cudaGetLastError());
-    } else {
-      LaunchEarly(exec.stream, {dim3(parts.units()), dim3(kThreads)}, ToFp8Kernel, MakeTables(),
-                  parts);
-    }
+    LaunchEarly(exec.stream, {dim3(parts.units()), dim3(kThreads)},
+                turned ? ToFp8TurnedKernel : ToFp8Kernel, MakeTables(), parts);
     parts = {};
   };
   for (const Nf4ToFp8Args& a : all) {

@@ -5,10 +5,12 @@
 //   the update
 // A warp has a tile. What all tiles gave is added up by each block of threads that needs it, in one
 // order, in f64.
-// Every product and sum of the rest is rounded on its own, as on the CPU.
+// Each pass starts while the one before ends. It lets the next one start after it has waited for
+// the one before: so from the second pass on, what no pass writes before may be loaded at once.
 #include <cmath>
 #include <utility>
 
+#include "kernels/core/early_launch.cuh"
 #include "kernels/optimizer/batches.cuh"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/optimizer/pieces.h"
@@ -49,33 +51,31 @@ static_assert(sizeof(AdafactorBatch) <= 32764);
 struct Tile {
   int index, across, down;  // which one, and where it is
   int64_t row, end;
-  int64_t column[kPerLane];
+  int64_t column, columns;  // of the thread: `column` and those 32, 64.. behind it
 
   __device__ Tile(const AdafactorTiles& tiles, int block)
       : index(block * kWarps + static_cast<int>(threadIdx.x) / 32),
         across(index % tiles.across),
         down(index / tiles.across),
         row(static_cast<int64_t>(down) * tiles.tile_rows),
-        end(min(row + tiles.tile_rows, static_cast<int64_t>(tiles.rows))) {
-    for (int k = 0; k < kPerLane; ++k) {
-      column[k] = across * AdafactorTiles::kColumns + threadIdx.x % 32 + k * 32;
-    }
-  }
+        end(min(row + tiles.tile_rows, static_cast<int64_t>(tiles.rows))),
+        column(static_cast<int64_t>(across) * AdafactorTiles::kColumns + threadIdx.x % 32),
+        columns(tiles.columns) {}
+  __device__ bool Has(int k) const { return column + 32 * k < columns; }
 };
 
 // A lane's elements of kRows rows from `row` on; 0 where there are none.
 struct Elements {
   float v[kRows][kPerLane];
 };
-__device__ Elements Load(const float* x, const AdafactorTiles& tiles, const Tile& tile,
-                         int64_t row) {
+__device__ Elements Load(const float* x, const Tile& tile, int64_t row) {
   Elements out;
+  x += row * tile.columns + tile.column;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r, x += tile.columns) {
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
-      const bool there = row + r < tile.end && tile.column[k] < tiles.columns;
-      out.v[r][k] = there ? x[(row + r) * tiles.columns + tile.column[k]] : 0.0f;
+      out.v[r][k] = row + r < tile.end && tile.Has(k) ? x[32 * k] : 0.0f;
     }
   }
   return out;
@@ -92,36 +92,54 @@ __device__ double SumOf(const double* x, int64_t n) {
   return BlockSum<kThreads>(sum);
 }
 
+// The sums over the warp of x[r], for r = lane / 8.
+__device__ double SumOfRow(const double (&x)[kRows]) {
+  const auto from = [](double value, int offset) {
+    return __shfl_xor_sync(0xffffffffu, value, offset);
+  };
+  const bool lower = (threadIdx.x & 16) != 0, odd = (threadIdx.x & 8) != 0;
+  // Each half of the warp goes on with two rows, each quarter with one.
+  const double even_row = (lower ? x[2] : x[0]) + from(lower ? x[0] : x[2], 16);
+  const double odd_row = (lower ? x[3] : x[1]) + from(lower ? x[1] : x[3], 16);
+  double sum = (odd ? odd_row : even_row) + from(odd ? even_row : odd_row, 8);
+  for (int offset = 4; offset > 0; offset /= 2) sum += from(sum, offset);
+  return sum;
+}
+
 __global__ __launch_bounds__(kThreads) void SumSquares(const __grid_constant__ AdafactorBatch b) {
   const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const AdafactorTiles tiles = b.tiles[t];
   const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
+  AwaitEarlier();
+  LetNextStart();
   if (tile.index >= tiles.count()) return;
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
   double* const row_sums = b.sums[t] + static_cast<int64_t>(tile.across) * tiles.rows;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   double of_column[kPerLane] = {};
+  Elements next = Load(b.grad[t], tile, tile.row);
   for (int64_t row = tile.row; row < tile.end; row += kRows) {
-    const Elements grad = Load(b.grad[t], tiles, tile, row);
+    const Elements grad = next;
+    next = Load(b.grad[t], tile, row + kRows);
+    double of_row[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (row + r >= tile.end) break;
-      double of_row = 0.0;
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) {
-        if (tile.column[k] >= tiles.columns) continue;
         const float g = __fmul_rn(grad.v[r][k], grad_scale);
-        const double square = static_cast<double>(__fadd_rn(__fmul_rn(g, g), b.eps));
-        of_row += square;
+        const bool there = row + r < tile.end && tile.Has(k);
+        const double square = static_cast<double>(there ? __fadd_rn(__fmul_rn(g, g), b.eps) : 0.0f);
+        of_row[r] += square;
         of_column[k] += square;
       }
-      of_row = WarpSum(of_row);
-      if (threadIdx.x % 32 == 0) row_sums[row + r] = of_row;
     }
+    const double sum = SumOfRow(of_row);
+    if (lane % 8 == 0 && row + lane / 8 < tile.end) row_sums[row + lane / 8] = sum;
   }
   double* const column_sums =
       b.sums[t] + tiles.column_sums() + static_cast<int64_t>(tile.down) * tiles.columns;
   for (int k = 0; k < kPerLane; ++k) {
-    if (tile.column[k] < tiles.columns) column_sums[tile.column[k]] = of_column[k];
+    if (tile.Has(k)) column_sums[tile.column + 32 * k] = of_column[k];
   }
 }
 
@@ -130,6 +148,8 @@ __global__ __launch_bounds__(kThreads) void SumSquares(const __grid_constant__ A
 __global__ __launch_bounds__(kThreads) void AverageLines(const __grid_constant__ AdafactorBatch b) {
   __shared__ double partial[kWarps][32];
   const int t = TensorOf(b.first_line, b.count, blockIdx.x);
+  AwaitEarlier();
+  LetNextStart();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const AdafactorTiles tiles = b.tiles[t];
   int64_t block = blockIdx.x - b.first_line[t];
@@ -169,60 +189,81 @@ __global__ __launch_bounds__(kThreads) void AverageLines(const __grid_constant__
 class Direction {
  public:
   __device__ Direction(const AdafactorBatch& b, int t, const Tile& tile)
-      : v_row_(b.v_row[t]), grad_scale_(static_cast<float>(b.grad_scale.Read(1.0))) {
+      : v_row_(b.v_row[t]), tile_(tile), grad_scale_(static_cast<float>(b.grad_scale.Read(1.0))) {
     const AdafactorTiles tiles = b.tiles[t];
     if (v_row_ != nullptr) {
       const double sum = SumOf(b.sums[t] + tiles.average_sums(), tiles.row_pieces());
       mean_row_ = static_cast<float>(sum / static_cast<double>(tiles.rows));
     }
     for (int k = 0; k < kPerLane; ++k) {
-      const bool inside = tile.column[k] < tiles.columns;
-      column_factor_[k] = inside ? Inverse(__fsqrt_rn(b.v_column[t][tile.column[k]])) : 0.0f;
+      const float* const v = b.v_column[t] + tile.column + 32 * k;
+      column_factor_[k] = tile.Has(k) ? Inverse(__fsqrt_rn(*v)) : 0.0f;
     }
   }
-  __device__ float RowFactor(int64_t row) const {
-    return v_row_ == nullptr ? 1.0f : Inverse(__fsqrt_rn(__fdiv_rn(v_row_[row], mean_row_)));
+  // Makes the factors of rows from `row` on, one of the tile's after the other: those of 32 rows
+  // at once, each in a lane. By all threads of a warp.
+  __device__ void RowFactors(int64_t row, float (&factor)[kRows]) {
+    const int at = static_cast<int>(row - tile_.row) % 32;
+    if (at == 0) {
+      const int64_t of_lane = row + threadIdx.x % 32;
+      row_factor_ = v_row_ == nullptr || of_lane >= tile_.end
+                        ? 1.0f
+                        : Inverse(__fsqrt_rn(__fdiv_rn(v_row_[of_lane], mean_row_)));
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) factor[r] = __shfl_sync(0xffffffffu, row_factor_, at + r);
   }
   __device__ float Of(float grad, float row_factor, int k) const {
     return __fmul_rn(__fmul_rn(row_factor, column_factor_[k]), __fmul_rn(grad, grad_scale_));
   }
 
  private:
-  __device__ static float Inverse(float x) { return __fdiv_rn(1.0f, x); }
+  __device__ static float Inverse(float x) {
+    return __fdiv_rn(1.0f, x);
+  }
 
   const float* v_row_;
-  float grad_scale_, mean_row_ = 1.0f;
+  const Tile& tile_;
+  float grad_scale_, mean_row_ = 1.0f, row_factor_ = 1.0f;
   float column_factor_[kPerLane];
 };
 
+template <bool kParams>  // their squares, too
 __global__ __launch_bounds__(kThreads) void SumDirections(
     const __grid_constant__ AdafactorBatch b) {
-  const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
+  // From the end: what the first pass read last is still in the L2 cache; the update then begins
+  // with what is read last here.
+  const int piece = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  const int t = TensorOf(b.first_piece, b.count, piece);
   const AdafactorTiles tiles = b.tiles[t];
-  const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
-  const Direction direction(b, t, tile);
+  const Tile tile(tiles, piece - b.first_piece[t]);
+  Elements next = Load(b.grad[t], tile, tile.row);
+  AwaitEarlier();
+  LetNextStart();
+  Direction direction(b, t, tile);
   if (tile.index >= tiles.count()) return;
   double directions = 0.0, params = 0.0;
   for (int64_t row = tile.row; row < tile.end; row += kRows) {
-    const Elements grad = Load(b.grad[t], tiles, tile, row);
-    const Elements param = b.scale_parameter ? Load(b.param[t], tiles, tile, row) : Elements{};
+    const Elements grad = next;
+    next = Load(b.grad[t], tile, row + kRows);
+    const Elements param = kParams ? Load(b.param[t], tile, row) : Elements{};
+    float factor[kRows];
+    direction.RowFactors(row, factor);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (row + r >= tile.end) break;
-      const float factor = direction.RowFactor(row + r);
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) {
-        if (tile.column[k] >= tiles.columns) continue;
-        directions += Square(direction.Of(grad.v[r][k], factor, k));
-        params += Square(param.v[r][k]);
+        if (row + r >= tile.end || !tile.Has(k)) continue;
+        directions += Square(direction.Of(grad.v[r][k], factor[r], k));
+        if constexpr (kParams) params += Square(param.v[r][k]);
       }
     }
   }
   directions = WarpSum(directions);
-  params = WarpSum(params);
+  if constexpr (kParams) params = WarpSum(params);
   if (threadIdx.x % 32 != 0) return;
   b.sums[t][tiles.direction_sums() + tile.index] = directions;
-  b.sums[t][tiles.param_sums() + tile.index] = params;
+  if constexpr (kParams) b.sums[t][tiles.param_sums() + tile.index] = params;
 }
 
 template <bool kMoment>
@@ -231,7 +272,17 @@ __global__ __launch_bounds__(kThreads, kMoment ? 2 : 3) void UpdateTiles(
   const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const AdafactorTiles tiles = b.tiles[t];
   const Tile tile(tiles, static_cast<int>(blockIdx.x) - b.first_piece[t]);
-  const Direction direction(b, t, tile);
+  float* const m = b.m[t];
+  Elements grad, param, moment;
+  const auto load = [&](int64_t row) {
+    grad = Load(b.grad[t], tile, row);
+    param = Load(b.param[t], tile, row);
+    if constexpr (kMoment) moment = Load(m, tile, row);
+  };
+  load(tile.row);
+  AwaitEarlier();
+  LetNextStart();
+  Direction direction(b, t, tile);
   const auto rms_of = [&](int64_t sums) {
     const double sum = SumOf(b.sums[t] + sums, tiles.count());
     return static_cast<float>(sqrt(sum / (static_cast<double>(tiles.rows) * tiles.columns)));
@@ -240,26 +291,20 @@ __global__ __launch_bounds__(kThreads, kMoment ? 2 : 3) void UpdateTiles(
   const float clip = over > 1.0f ? over : 1.0f;
   double lr = b.lr[t];
   if (b.scale_parameter) lr *= fmax(1e-3, static_cast<double>(rms_of(tiles.param_sums())));
-  const float step = static_cast<float>(lr);
+  const float step = static_cast<float>(lr / clip);
   const float decay = static_cast<float>(-b.weight_decay[t] * lr);
-  float* const m = b.m[t];
   for (int64_t row = tile.row; row < tile.end; row += kRows) {
-    const Elements grad = Load(b.grad[t], tiles, tile, row);
-    const Elements param = Load(b.param[t], tiles, tile, row);
-    const Elements moment = kMoment ? Load(m, tiles, tile, row) : Elements{};
     float factor[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      factor[r] = row + r < tile.end ? direction.RowFactor(row + r) : 0.0f;
-    }
+    direction.RowFactors(row, factor);
+    const int64_t first = row * tile.columns + tile.column;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) {
-        if (row + r >= tile.end || tile.column[k] >= tiles.columns) continue;
-        const int64_t i = (row + r) * tiles.columns + tile.column[k];
+        if (row + r >= tile.end || !tile.Has(k)) continue;
+        const int64_t i = first + r * tile.columns + 32 * k;
         const float p = param.v[r][k];
-        float u = __fmul_rn(__fdiv_rn(direction.Of(grad.v[r][k], factor[r], k), clip), step);
+        float u = __fmul_rn(direction.Of(grad.v[r][k], factor[r], k), step);
         if constexpr (kMoment) {
           u = __fadd_rn(__fmul_rn(moment.v[r][k], b.beta1), __fmul_rn(b.one_minus_beta1, u));
           m[i] = u;
@@ -267,6 +312,7 @@ __global__ __launch_bounds__(kThreads, kMoment ? 2 : 3) void UpdateTiles(
         b.param[t][i] = __fsub_rn(__fadd_rn(p, __fmul_rn(decay, p)), u);
       }
     }
+    load(row + kRows);
   }
 }
 
@@ -309,12 +355,13 @@ void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
     return AdafactorTiles::Ceil(tiles.count(), kWarps);
   };
   InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
-    const cudaStream_t stream = StreamOf(exec.stream);
-    SumSquares<<<grid, kThreads, 0, stream>>>(b);
-    AverageLines<<<static_cast<unsigned>(std::exchange(lines, 0)), kThreads, 0, stream>>>(b);
-    SumDirections<<<grid, kThreads, 0, stream>>>(b);
-    const auto update = a.beta1 > 0 ? UpdateTiles<true> : UpdateTiles<false>;
-    update<<<grid, kThreads, 0, stream>>>(b);
+    const unsigned line_grid = static_cast<unsigned>(std::exchange(lines, 0));
+    LaunchEarly(exec.stream, {dim3(grid), dim3(kThreads)}, SumSquares, b);
+    LaunchEarly(exec.stream, {dim3(line_grid), dim3(kThreads)}, AverageLines, b);
+    LaunchEarly(exec.stream, {dim3(grid), dim3(kThreads)},
+                a.scale_parameter ? SumDirections<true> : SumDirections<false>, b);
+    LaunchEarly(exec.stream, {dim3(grid), dim3(kThreads)},
+                a.beta1 > 0 ? UpdateTiles<true> : UpdateTiles<false>, b);
   });
 }
 

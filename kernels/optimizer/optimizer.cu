@@ -3,7 +3,9 @@
 #include <cstring>
 
 #include "kernels/core/dynamic_map.h"
+#include "kernels/core/early_launch.cuh"
 #include "kernels/optimizer/batches.cuh"
+#include "kernels/optimizer/division.cuh"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/optimizer/pieces.h"
 
@@ -43,65 +45,30 @@ struct AdamWBatch {
   int32_t first_piece[kBatch];
   int count = 0;
   // Common to all; rounded from f64 once.
-  float one_minus_beta1, beta1, beta2, one_minus_beta2, sqrt_correction2, eps;
-  bool lerp_from_end;  // torch's lerp starts at the nearer end
+  float lerp, beta2, one_minus_beta2, sqrt_correction2, eps;
+  bool lerp_from_end;  // torch's lerp starts at the nearer end: then `lerp` is -beta1, else 1 -
+                       // beta1
   DeviceScalar grad_scale;
 };
 
-struct ByIntrinsics {
-  __device__ void Note(float) {}
-  __device__ float Inverse(float) const { return 0.0f; }
-  __device__ float Divide(float a, float b, float) const { return __fdiv_rn(a, b); }
-  __device__ float Root(float x) const { return __fsqrt_rn(x); }
-};
-// The same roundings by the steps that those take where no exponent is far from 0, so without a
-// branch. Dividends and roots' squares are noted: all of them, but for zeros, are to be InRange.
-struct BySteps {
-  static constexpr float kLeast = 0x1p-90f, kMost = 0x1p90f;
-  uint32_t least = 0xffffffffu;  // one less than the bits of the smallest; of 0 it is the largest
-
-  __device__ void Note(float x) { least = min(least, __float_as_uint(fabsf(x)) - 1); }
-  __device__ bool AllInRange() const { return least >= __float_as_uint(kLeast) - 1; }
-  // Of the largest of them, and of divisors.
-  static __device__ bool InRange(float x) { return x >= kLeast && x <= kMost; }
-
-  // For Divide by b.
-  __device__ float Inverse(float b) const {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-    return fmaf(r, fmaf(-b, r, 1.0f), r);
-  }
-  __device__ float Divide(float a, float b, float inverse) const {
-    const float q = __fmul_rn(a, inverse);
-    return fmaf(fmaf(-b, q, a), inverse, q);
-  }
-  __device__ float Root(float x) const {
-    float r;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    const float s = __fmul_rn(x, r);
-    return x == 0.0f ? 0.0f : fmaf(fmaf(-s, s, x), __fmul_rn(r, 0.5f), s);
-  }
-};
-
 // Every product and sum rounded on its own, as on the CPU: the parameters are the same bits.
-template <typename Batch, typename Math>
-__device__ void Update(const Batch& b, float decay, float minus_step_size, float grad_scale,
-                       float grad, float* param, float* m, float* v, Math* math) {
-  const float g = __fmul_rn(grad, grad_scale);
+template <typename Batch>
+__device__ void UpdateMoments(const Batch& b, float g, float* m, float* v) {
   const float difference = __fsub_rn(g, *m);
-  const float m_new = b.lerp_from_end ? __fsub_rn(g, __fmul_rn(difference, b.beta1))
-                                      : __fadd_rn(*m, __fmul_rn(b.one_minus_beta1, difference));
-  const float v_new =
-      __fadd_rn(__fmul_rn(*v, b.beta2), __fmul_rn(__fmul_rn(b.one_minus_beta2, g), g));
-  const float root = math->Root(v_new), step = __fmul_rn(minus_step_size, m_new);
-  const float denominator =
-      __fadd_rn(math->Divide(root, b.sqrt_correction2, math->Inverse(b.sqrt_correction2)), b.eps);
-  math->Note(v_new);
-  math->Note(step);
-  *m = m_new;
-  *v = v_new;
-  *param = __fadd_rn(__fmul_rn(*param, decay),
-                     math->Divide(step, denominator, math->Inverse(denominator)));
+  *m = __fadd_rn(b.lerp_from_end ? g : *m, __fmul_rn(b.lerp, difference));
+  *v = __fadd_rn(__fmul_rn(*v, b.beta2), __fmul_rn(__fmul_rn(b.one_minus_beta2, g), g));
+}
+template <typename Batch>
+__device__ float Updated(const Batch& b, float decay, float minus_step_size, float param, float m,
+                         float v) {
+  const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v), b.sqrt_correction2), b.eps);
+  return __fadd_rn(__fmul_rn(param, decay), __fdiv_rn(__fmul_rn(minus_step_size, m), denominator));
+}
+template <typename Batch>
+__device__ void Update(const Batch& b, float decay, float minus_step_size, float grad_scale,
+                       float grad, float* param, float* m, float* v) {
+  UpdateMoments(b, __fmul_rn(grad, grad_scale), m, v);
+  *param = Updated(b, decay, minus_step_size, *param, *m, *v);
 }
 
 __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ AdamWBatch b) {
@@ -113,7 +80,6 @@ __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ 
   float *m = b.m[t], *v = b.v[t];
   const float decay = b.decay[t], minus_step_size = b.minus_step_size[t];
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
-  ByIntrinsics math;
   using P = Pack<float, 4>;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(m) |
                               reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(v);
@@ -122,15 +88,14 @@ __global__ __launch_bounds__(kThreads) void AdamWKernel(const __grid_constant__ 
     const P g = P::Load(grad + i);
     P p = P::Load(param + i), first = P::Load(m + i), second = P::Load(v + i);
     for (int k = 0; k < 4; ++k) {
-      Update(b, decay, minus_step_size, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k],
-             &math);
+      Update(b, decay, minus_step_size, grad_scale, g.v[k], &p.v[k], &first.v[k], &second.v[k]);
     }
     p.Store(param + i);
     first.Store(m + i);
     second.Store(v + i);
   }
   for (int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
-    Update(b, decay, minus_step_size, grad_scale, grad[i], &param[i], &m[i], &v[i], &math);
+    Update(b, decay, minus_step_size, grad_scale, grad[i], &param[i], &m[i], &v[i]);
   }
 }
 
@@ -143,21 +108,21 @@ template <typename Batch, typename Args>
 Batch NewBatch(const Args& a) {
   Batch b{};
   const double correction2 = 1.0 - std::pow(a.beta2, static_cast<double>(a.step));
-  b.one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
-  b.beta1 = 1.0f - b.one_minus_beta1;
+  const float one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
+  b.lerp_from_end = one_minus_beta1 >= 0.5f;
+  b.lerp = b.lerp_from_end ? one_minus_beta1 - 1.0f : one_minus_beta1;
   b.beta2 = static_cast<float>(a.beta2);
   b.one_minus_beta2 = static_cast<float>(1.0 - a.beta2);
   b.sqrt_correction2 = static_cast<float>(std::sqrt(correction2));
   b.eps = static_cast<float>(a.eps);
-  b.lerp_from_end = b.one_minus_beta1 >= 0.5f;
   b.grad_scale = DeviceScalarOf(a.grad_scale);
   return b;
 }
 
-constexpr int kBatch8bit = 24;
+constexpr int kBatch8bit = 48;
 constexpr int64_t kBlock = kAdamW8bitBlock;
-// One block on a multiprocessor, since each makes tables; all its threads have 64 registers.
-constexpr int kThreads8bit = 1024;
+constexpr int kThreads8bit = 1024, kWarps8bit = kThreads8bit / 32;
+// As many as are resident at once: each makes the tables.
 constexpr unsigned kMostBlocks8bit = 132;
 
 // As AdamWBatch, with 8-bit states. A piece is a block of the states.
@@ -173,170 +138,197 @@ struct AdamW8bitBatch {
   float minus_step_size[kBatch8bit];
   int32_t first_piece[kBatch8bit];
   int count = 0;
-  float one_minus_beta1, beta1, beta2, one_minus_beta2, sqrt_correction2, eps;
+  float lerp, beta2, one_minus_beta2, sqrt_correction2, eps;
   bool lerp_from_end;
   DeviceScalar grad_scale;
+  // Moments below this are updated by the short divisions.
+  float ordinary = 0x1p20f;
+  float scaled_correction, its_reciprocal;  // 2^24 sqrt_correction2
 };
 struct DynamicMaps {
   float m[256], v[256];
 };
 
-// Of a block of the states, what a lane has: elements 8 lane to 8 lane + 7.
+// Updated, of moments below 2^20 with a step size of at most 1 and an eps of at least 2^-40.
+__device__ float UpdatedOrdinary(const AdamW8bitBatch& b, float decay, float minus_step_size,
+                                 float param, float m, float v) {
+  const float denominator =
+      __fadd_rn(Quotient(ScaledRoot(v), b.scaled_correction, b.its_reciprocal), b.eps);
+  // Scaled, that the remainder keeps its bits. A step below the smallest normal number is rounded
+  // with the sum only, which no parameter above 2^-102 shows.
+  const float step = Quotient(__fmul_rn(__fmul_rn(minus_step_size, m), 0x1p64f), denominator);
+  return __fmaf_rn(step, 0x1p-64f, __fmul_rn(param, decay));
+}
+
+// Of a block of the states, what a lane has: of each half, elements 4 lane to 4 lane + 3.
 struct AdamW8bitLane {
   static constexpr int kElements = kBlock / 32;
   using Floats = Pack<float, 4>;
-  using Codes = Pack<uint8_t, kElements>;
   Floats param[2], grad[2];
-  Codes m, v;
+  uint32_t m[2], v[2];  // four codes each
+
+  // Where element k is, from the lane's first one on.
+  __device__ static constexpr int At(int k) { return k / 4 * static_cast<int>(kBlock / 2) + k % 4; }
 
   __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i) {
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      param[half] = Floats::Load(b.param[t] + i + 4 * half);
-      grad[half] = Floats::Load(b.grad[t] + i + 4 * half);
+      const int64_t at = i + At(4 * half);
+      param[half] = Floats::Load(b.param[t] + at);
+      grad[half] = Floats::Load(b.grad[t] + at);
+      m[half] = *reinterpret_cast<const uint32_t*>(b.m[t] + at);
+      v[half] = *reinterpret_cast<const uint32_t*>(b.v[t] + at);
     }
-    m = Codes::Load(b.m[t] + i);
-    v = Codes::Load(b.v[t] + i);
   }
   __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i) const {
-    for (int half = 0; half < 2; ++half) param[half].Store(b.param[t] + i + 4 * half);
-    m.Store(b.m[t] + i);
-    v.Store(b.v[t] + i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = i + At(4 * half);
+      param[half].Store(b.param[t] + at);
+      *reinterpret_cast<uint32_t*>(b.m[t] + at) = m[half];
+      *reinterpret_cast<uint32_t*>(b.v[t] + at) = v[half];
+    }
   }
-  // The same of `count` elements, one by one; the others are 0.
-  __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i, int count) {
+  // The same one by one, of those before `left` elements from i on; zeros for the others.
+  __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i, int64_t left) {
+#pragma unroll
     for (int k = 0; k < kElements; ++k) {
-      const bool inside = k < count;
-      param[k / 4].v[k % 4] = inside ? b.param[t][i + k] : 0.0f;
-      grad[k / 4].v[k % 4] = inside ? b.grad[t][i + k] : 0.0f;
-      m.v[k] = inside ? b.m[t][i + k] : uint8_t{127};
-      v.v[k] = inside ? b.v[t][i + k] : uint8_t{0};
+      const bool inside = At(k) < left;
+      const int64_t at = i + At(k);
+      param[k / 4].v[k % 4] = inside ? b.param[t][at] : 0.0f;
+      grad[k / 4].v[k % 4] = inside ? b.grad[t][at] : 0.0f;
+      SetCode(&m[k / 4], k, inside ? b.m[t][at] : 127);
+      SetCode(&v[k / 4], k, inside ? b.v[t][at] : 0);
     }
   }
-  __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i, int count) const {
-    for (int k = 0; k < count; ++k) {
-      b.param[t][i + k] = param[k / 4].v[k % 4];
-      b.m[t][i + k] = m.v[k];
-      b.v[t][i + k] = v.v[k];
+  __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i, int64_t left) const {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      if (At(k) >= left) continue;
+      b.param[t][i + At(k)] = param[k / 4].v[k % 4];
+      b.m[t][i + At(k)] = static_cast<uint8_t>(Code(m, k));
+      b.v[t][i + At(k)] = static_cast<uint8_t>(Code(v, k));
     }
   }
-};
-
-// A lane's own copy of a map: 32 lanes that look up what they like would meet in the same banks.
-struct LaneMap {
-  const float* values;
-  __device__ float operator[](int code) const { return values[32 * code]; }
-  // By the block of threads, before a barrier.
-  __device__ static void Fill(const float* map, float* copies) {
-    for (int i = threadIdx.x; i < 256 * 32; i += kThreads8bit) copies[i] = map[i / 32];
+  __device__ static uint32_t Code(const uint32_t* codes, int k) {
+    return codes[k / 4] >> 8 * (k % 4) & 0xff;
   }
-};
-// What the threads of a block share.
-struct Tables8bit {
-  float m[256 * 32], v[256 * 32];  // LaneMap's
-  uint32_t m_codes[DynamicCodes::kBuckets], v_codes[DynamicCodes::kBuckets];
+  __device__ static void SetCode(uint32_t* four, int k, uint32_t code) {
+    *four = (k % 4 == 0 ? 0 : *four) | code << 8 * (k % 4);
+  }
 };
 
 __device__ bool Aligned8bit(const AdamW8bitBatch& b, int t) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   return (address(b.param[t]) | address(b.grad[t])) % 16 == 0 &&
-         (address(b.m[t]) | address(b.v[t])) % 8 == 0;
+         (address(b.m[t]) | address(b.v[t])) % 4 == 0;
 }
 
-// Of floats that are not negative, whose bits ascend as they do.
-__device__ float WarpMaxOfSizes(float x) {
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
-}
-
-// What a lane takes to its elements of a block, and makes of them.
-struct AdamW8bitBlock {
-  static constexpr int kElements = AdamW8bitLane::kElements;
-  const AdamW8bitBatch& b;
-  LaneMap m_map, v_map;
-  DynamicCodes m_codes, v_codes;
-  float grad_scale, decay, minus_step_size;  // the last two of the tensor
-  float m_absmax, v_absmax;                  // old ones, then new ones
-
-  // By all lanes of a warp. False where Math's roundings are not those of ByIntrinsics: *x is not
-  // what it was then, nor are the maxima.
-  template <typename Math>
-  __device__ bool Step(AdamW8bitLane* x) {
-    Math math;
-    float m[kElements], v[kElements], m_most = 0.0f, v_most = 0.0f;
+// The codes of a lane's elements, all below 2^20, relative to the block's absolute maximum.
+template <typename Bins>
+__device__ void QuantizeOrdinary(const uint32_t* bins, float absmax, float* x, uint32_t* codes) {
+  constexpr int kElements = AdamW8bitLane::kElements;
+  if (absmax < 0x1p-60f) {  // scaled, that remainders keep their bits
+    absmax *= 0x1p80f;
 #pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      m[k] = __fmul_rn(m_map[x->m.v[k]], m_absmax);
-      v[k] = __fmul_rn(v_map[x->v.v[k]], v_absmax);
-      Update(b, decay, minus_step_size, grad_scale, x->grad[k / 4].v[k % 4],
-             &x->param[k / 4].v[k % 4], &m[k], &v[k], &math);
-      m_most = fmaxf(m_most, fabsf(m[k]));
-      v_most = fmaxf(v_most, fabsf(v[k]));
-    }
-    m_absmax = WarpMaxOfSizes(m_most);
-    v_absmax = WarpMaxOfSizes(v_most);
-    if constexpr (std::is_same_v<Math, BySteps>) {
-      const bool good = math.AllInRange() && Math::InRange(m_absmax) && Math::InRange(v_absmax) &&
-                        Math::InRange(b.sqrt_correction2) && Math::InRange(b.eps);
-      if (!__all_sync(0xffffffffu, good)) return false;
-    }
-    const float m_inverse = math.Inverse(m_absmax), v_inverse = math.Inverse(v_absmax);
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      const float m_share = m_absmax > 0.0f ? math.Divide(m[k], m_absmax, m_inverse) : 0.0f;
-      const float v_share = v_absmax > 0.0f ? math.Divide(v[k], v_absmax, v_inverse) : 0.0f;
-      x->m.v[k] = static_cast<uint8_t>(m_codes.OfSigned(m_share));
-      x->v.v[k] = static_cast<uint8_t>(v_codes.Of(v_share));
-    }
-    return true;
+    for (int k = 0; k < kElements; ++k) x[k] *= 0x1p80f;
   }
-};
+  const float reciprocal = absmax > 0.0f ? __frcp_rn(absmax) : 0.0f;
+#pragma unroll
+  for (int half = 0; half < kElements / 4; ++half) {
+    uint32_t found[4];  // a code in the highest byte
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      found[k] = Bins::Find(bins, Quotient(x[4 * half + k], absmax, reciprocal));
+    }
+    codes[half] = __byte_perm(__byte_perm(found[0], found[1], 0x73),
+                              __byte_perm(found[2], found[3], 0x73), 0x5410);
+  }
+}
+
+// The same of any elements.
+__device__ void QuantizeAny(const float* map, bool is_signed, float absmax, const float* x,
+                            uint32_t* codes) {
+#pragma unroll
+  for (int k = 0; k < AdamW8bitLane::kElements; ++k) {
+    const float ratio = absmax > 0.0f ? __fdiv_rn(x[k], absmax) : 0.0f;
+    AdamW8bitLane::SetCode(&codes[k / 4], k, NearestDynamicCode(map, is_signed, ratio));
+  }
+}
 
 // A warp per block of the states.
-__global__ __launch_bounds__(kThreads8bit) void AdamW8bitKernel(
-    const __grid_constant__ AdamW8bitBatch b, const __grid_constant__ DynamicMaps maps,
-    uint32_t pieces) {
+__global__ __launch_bounds__(kThreads8bit,
+                             1) void AdamW8bitKernel(const __grid_constant__ AdamW8bitBatch b,
+                                                     const __grid_constant__ DynamicMaps maps,
+                                                     uint32_t pieces) {
   using Lane = AdamW8bitLane;
+  using MBins = DynamicCodeBins<true>;
+  using VBins = DynamicCodeBins<false>;
   constexpr int kElements = Lane::kElements;
-  extern __shared__ __align__(16) unsigned char memory[];
-  Tables8bit& tables = *reinterpret_cast<Tables8bit*>(memory);
-  LaneMap::Fill(maps.m, tables.m);
-  LaneMap::Fill(maps.v, tables.v);
-  for (int i = threadIdx.x; i < DynamicCodes::kBuckets; i += kThreads8bit) {
-    tables.m_codes[i] = DynamicCodes::EntryOf(maps.m, i);
-    tables.v_codes[i] = DynamicCodes::EntryOf(maps.v, i);
+  __shared__ float m_map[256], v_map[256];
+  __shared__ uint32_t m_bins[MBins::kCount], v_bins[VBins::kCount];
+  LetNextStart();
+  if (threadIdx.x < 256) {
+    m_map[threadIdx.x] = maps.m[threadIdx.x];
+    v_map[threadIdx.x] = maps.v[threadIdx.x];
   }
   __syncthreads();
-  const int lane = threadIdx.x % 32;
-  AdamW8bitBlock own{b,
-                     {tables.m + lane},
-                     {tables.v + lane},
-                     {tables.m_codes},
-                     {tables.v_codes},
-                     static_cast<float>(b.grad_scale.Read(1.0))};
-  const uint32_t warps = gridDim.x * (kThreads8bit / 32);
-  for (uint32_t piece = blockIdx.x * (kThreads8bit / 32) + threadIdx.x / 32; piece < pieces;
+  for (int i = threadIdx.x; i < MBins::kCount; i += kThreads8bit) m_bins[i] = MBins::Bin(m_map, i);
+  for (int i = threadIdx.x; i < VBins::kCount; i += kThreads8bit) v_bins[i] = VBins::Bin(v_map, i);
+  __syncthreads();
+  AwaitEarlier();
+  const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
+  const uint32_t warps = gridDim.x * kWarps8bit;
+  int t = 0;
+  for (uint32_t piece = blockIdx.x * kWarps8bit + threadIdx.x / 32; piece < pieces;
        piece += warps) {
-    const int t = TensorOf(b.first_piece, b.count, piece);
+    while (t + 1 < b.count && b.first_piece[t + 1] <= static_cast<int64_t>(piece)) ++t;
     const int64_t block = piece - b.first_piece[t];
-    const int64_t i = block * kBlock + lane * kElements;
-    const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kElements}, b.size[t] - i)));
-    const bool packed = count == kElements && Aligned8bit(b, t);
+    const int64_t i = block * kBlock + threadIdx.x % 32 * 4;
+    const bool packed = (block + 1) * kBlock <= b.size[t] && Aligned8bit(b, t);
+    const float m_old = b.m_absmax[t][block], v_old = b.v_absmax[t][block];
     Lane x;
-    const auto load = [&] {
-      packed ? x.Load(b, t, i) : x.Load(b, t, i, count);
-      own.m_absmax = b.m_absmax[t][block];
-      own.v_absmax = b.v_absmax[t][block];
-    };
-    load();
-    own.decay = b.decay[t];
-    own.minus_step_size = b.minus_step_size[t];
-    if (!own.Step<BySteps>(&x)) {  // seldom
-      load();
-      own.Step<ByIntrinsics>(&x);
+    packed ? x.Load(b, t, i) : x.Load(b, t, i, b.size[t] - i);
+    float m[kElements], v[kElements];
+    uint32_t m_most = 0, v_most = 0;  // bits, whose order is that of numbers; NaN is the largest
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      m[k] = __fmul_rn(m_map[Lane::Code(x.m, k)], m_old);
+      v[k] = __fmul_rn(v_map[Lane::Code(x.v, k)], v_old);
+      UpdateMoments(b, __fmul_rn(x.grad[k / 4].v[k % 4], grad_scale), &m[k], &v[k]);
+      m_most = max(m_most, __float_as_uint(m[k]) << 1);  // without the sign
+      v_most = max(v_most, __float_as_uint(v[k]));
     }
-    packed ? x.Store(b, t, i) : x.Store(b, t, i, count);
-    if (lane == 0) {  // all have read the old ones: they have met since
-      b.m_absmax[t][block] = own.m_absmax;
-      b.v_absmax[t][block] = own.v_absmax;
+    m_most = __reduce_max_sync(0xffffffffu, m_most) >> 1;
+    v_most = __reduce_max_sync(0xffffffffu, v_most);
+    float m_absmax = __uint_as_float(m_most), v_absmax = __uint_as_float(v_most);
+    const float decay = b.decay[t], minus_step_size = b.minus_step_size[t];
+    if (max(m_most, v_most) < __float_as_uint(b.ordinary)) {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        float* const param = &x.param[k / 4].v[k % 4];
+        *param = UpdatedOrdinary(b, decay, minus_step_size, *param, m[k], v[k]);
+      }
+      QuantizeOrdinary<MBins>(m_bins, m_absmax, m, x.m);
+      QuantizeOrdinary<VBins>(v_bins, v_absmax, v, x.v);
+    } else {
+      m_absmax = v_absmax = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        float* const param = &x.param[k / 4].v[k % 4];
+        *param = Updated(b, decay, minus_step_size, *param, m[k], v[k]);
+        m_absmax = fmaxf(m_absmax, fabsf(m[k]));
+        v_absmax = fmaxf(v_absmax, fabsf(v[k]));
+      }
+      m_absmax = WarpMax(m_absmax);
+      v_absmax = WarpMax(v_absmax);
+      QuantizeAny(m_map, true, m_absmax, m, x.m);
+      QuantizeAny(v_map, false, v_absmax, v, x.v);
+    }
+    packed ? x.Store(b, t, i) : x.Store(b, t, i, b.size[t] - i);
+    if (threadIdx.x % 32 == 0) {  // the warp's maxima have waited for all: the old ones were read
+      b.m_absmax[t][block] = m_absmax;
+      b.v_absmax[t][block] = v_absmax;
     }
   }
 }
@@ -383,11 +375,12 @@ static_assert(sizeof(AdamWBatch) <= 4096 && sizeof(LionBatch) <= 4096 &&
 // In f64: the square of an f32 does not overflow.
 __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_constant__ NormBatch b,
                                                               double* partial) {
-  AwaitEarlier();
   const int t = TensorOf(b.first_piece, b.count, blockIdx.x);
   const int64_t begin = (blockIdx.x - b.first_piece[t]) * kCudaPiece;
   const int64_t end = min(begin + kCudaPiece, b.size[t]);
   const float* grad = b.grad[t];
+  AwaitEarlier();
+  LetNextStart();
   double sum = 0.0;
   const auto include = [&](float x) { sum += static_cast<double>(x) * static_cast<double>(x); };
   using P = Pack<float, 4>;
@@ -406,6 +399,7 @@ __global__ __launch_bounds__(kThreads) void PartialNormKernel(const __grid_const
 __global__ __launch_bounds__(1024) void TotalKernel(const double* partial, int64_t pieces,
                                                     double* out) {
   AwaitEarlier();
+  LetNextStart();
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < pieces; i += 1024) sum += partial[i];
   sum = BlockSum<1024>(sum);
@@ -451,9 +445,9 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   DynamicMaps maps;
   std::memcpy(maps.m, DynamicMap(/*is_signed=*/true), sizeof(maps.m));
   std::memcpy(maps.v, DynamicMap(/*is_signed=*/false), sizeof(maps.v));
-  constexpr int kBytes = sizeof(Tables8bit);
-  CUDA_CHECK(
-      cudaFuncSetAttribute(AdamW8bitKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  b.scaled_correction = 0x1p24f * b.sqrt_correction2;
+  b.its_reciprocal = 1.0f / b.scaled_correction;
+  if (!(b.eps >= 0x1p-40f && b.sqrt_correction2 >= 0x1p-12f)) b.ordinary = 0.0f;
   const auto fill = [&](int i, const AdamW8bitTensor& t) {
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
@@ -464,12 +458,12 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
     b.size[i] = t.param.size();
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
+    if (!(std::abs(b.minus_step_size[i]) <= 1.0f)) b.ordinary = 0.0f;
     return AdamW8bitBlocks(t.param.size());
   };
   InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned pieces) {
-    constexpr unsigned kWarps = kThreads8bit / 32;
-    const unsigned blocks = std::min((pieces + kWarps - 1) / kWarps, kMostBlocks8bit);
-    AdamW8bitKernel<<<blocks, kThreads8bit, kBytes, StreamOf(exec.stream)>>>(b, maps, pieces);
+    const unsigned blocks = std::min((pieces + kWarps8bit - 1) / kWarps8bit, kMostBlocks8bit);
+    LaunchEarly(exec.stream, {dim3(blocks), dim3(kThreads8bit)}, AdamW8bitKernel, b, maps, pieces);
   });
 }
 
