@@ -126,6 +126,7 @@ class Model {
   BlockShape ShapeOfBlock(int64_t layer) const;
   void MakeRopes(const LayerContext& ctx);
   void MakeTables(const LayerContext& ctx, const ModelOptions& options);
+  static TensorView& NormOf(TransformerBlock* block, BlockNorm norm);
   absl::Status LoadTables(const LayerContext& ctx, const WeightNames& names,
                           const WeightSource& source);
   // The table that is trained as the embeddings (or the head), null if it is frozen.
