@@ -56,12 +56,14 @@ class Quickstart(unittest.TestCase):
                 if ".quickstart" in c or "quickstart" in c]
         self.assertEqual(mine, [])
 
-    def test_the_job_takes_at_most_two_minutes(self):
-        self.assertLess(self.whole_s, 12 * 60)
+    # On two cores that do nothing else the job takes 70 to 90 s. How fast a machine is is not what
+    # a test says: this tells minutes from hours.
+    def test_the_job_takes_minutes(self):
+        self.assertLess(self.whole_s, 30 * 60)
         times = [60 * (60 * int(h) + int(m)) + int(s) for h, m, s in re.findall(
             r"^(\d\d):(\d\d):(\d\d)  (?:VALIDATING|SUCCEEDED)", self.parts["Fine"], re.MULTILINE)]
         self.assertEqual(len(times), 2, self.parts["Fine"])
-        self.assertLess((times[1] - times[0]) % 86400, 120)
+        self.assertLess((times[1] - times[0]) % 86400, 6 * 60)
 
 
 if __name__ == "__main__":
