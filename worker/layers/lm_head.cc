@@ -27,15 +27,15 @@ std::vector<int64_t> ProductRows(int64_t T, int64_t chunk) {
 }  // namespace
 
 int64_t LmHead::ChunkRows(int64_t tokens) const {
-  const int64_t most = logits_bytes / (weight.dim(0) * DTypeBytes(weight.dtype));
-  if (most >= tokens) return tokens;
-  const int64_t least = std::max<int64_t>(most / 64 * 64, 64);
+  const int64_t room = logits_bytes / (weight.dim(0) * DTypeBytes(weight.dtype));
+  if (room >= tokens) return tokens;
+  const int64_t most = std::max<int64_t>(room / 64 * 64, 64);
   // As many chunks as it takes, and of whole tiles of a product (Qwen3's vocabulary: 1,664 rows ten
   // times for 1,728, which cost as much as 1,792).
   constexpr int64_t kTile = 128;
-  const int64_t chunks = (tokens + least - 1) / least;
+  const int64_t chunks = (tokens + most - 1) / most;
   const int64_t rows = ((tokens + chunks - 1) / chunks + kTile - 1) / kTile * kTile;
-  return std::min(rows, least);
+  return std::min(rows, most);
 }
 
 void LmHead::Loss(const LayerContext& ctx, const PackBatch& batch, const LossArgs& args) const {

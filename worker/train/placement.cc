@@ -92,15 +92,17 @@ SavedSizes SavedSizesOf(const EngineOptions& options) {
       .exec = {.device = options.device, .plan = true}, .arena = &arena, .dtype = options.dtype};
   AdapterSet adapters(ctx, options.adapters, /*train=*/true);
   const Model model(ctx, options.model, {}, &adapters);
-  const Model saves_heads(ctx, options.model, {.activations = {.heads_saved = true}}, &adapters);
   const int64_t tokens = options.spec.batch().micro_batch_tokens();
   SavedSizes sizes{.gate_up = model.GateUpBytes(ctx, tokens)};
   for (StreamSaved saved :
        {StreamSaved::kAll, StreamSaved::kInputAndAttention, StreamSaved::kInput}) {
     sizes.stream[static_cast<int>(saved)] = model.StreamBytes(ctx, tokens, saved);
   }
-  sizes.heads = saves_heads.StreamBytes(ctx, tokens, StreamSaved::kAll) -
-                sizes.stream[static_cast<int>(StreamSaved::kAll)];
+  if (options.model.qk_norm) {
+    const Model saves_heads(ctx, options.model, {.activations = {.heads_saved = true}}, &adapters);
+    sizes.heads = saves_heads.StreamBytes(ctx, tokens, StreamSaved::kAll) -
+                  sizes.stream[static_cast<int>(StreamSaved::kAll)];
+  }
   return sizes;
 }
 
