@@ -43,33 +43,47 @@ TEST_F(CudaOptimizer, AdamWAndTheNorm) {
   });
 }
 
-TEST_F(CudaOptimizer, AdamW8bit) {
-  std::vector<Operand> operands;
-  operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
-  for (int i = 0; i < 50; ++i) {  // more than one launch takes
-    const int64_t n = i % 3 == 0 ? 1 : i % 3 == 1 ? 600 : 8192;
-    const int64_t blocks = AdamW8bitBlocks(n);
-    operands.push_back({Random(DType::kF32, {n})});
-    operands.push_back({Random(DType::kF32, {n})});
-    for (const int64_t factor : {37, 91}) {
-      Tensor codes(DType::kU8, {n});
-      for (int64_t e = 0; e < n; ++e) codes.Set(e, static_cast<double>(e * factor % 256));
-      operands.push_back({codes});
+class CudaAdamW8bit : public CudaOps {
+ protected:
+  void Expect(const std::vector<int64_t>& sizes) {
+    std::vector<Operand> operands;
+    operands.push_back({Tensor(DType::kF32, {1}).Constant(0.5)});
+    for (const int64_t n : sizes) {
+      const int64_t blocks = AdamW8bitBlocks(n);
+      operands.push_back({Random(DType::kF32, {n})});
+      operands.push_back({Random(DType::kF32, {n})});
+      for (const int64_t factor : {37, 91}) {
+        Tensor codes(DType::kU8, {n});
+        for (int64_t e = 0; e < n; ++e) codes.Set(e, static_cast<double>(e * factor % 256));
+        operands.push_back({codes});
+      }
+      for (int k = 0; k < 2; ++k) {
+        Tensor absmax = Random(DType::kF32, {blocks});
+        for (int64_t e = 0; e < blocks; ++e) absmax.Set(e, e % 5 == 4 ? 0 : std::abs(absmax[e]));
+        operands.push_back({absmax});
+      }
     }
-    for (int k = 0; k < 2; ++k) {
-      Tensor absmax = Random(DType::kF32, {blocks});
-      for (int64_t e = 0; e < blocks; ++e) absmax.Set(e, e % 5 == 4 ? 0 : std::abs(absmax[e]));
-      operands.push_back({absmax});
-    }
+    ExpectGpuAsCpu("adamw 8-bit", operands, [](const Exec& exec, const Views& v, Scratch&) {
+      std::vector<AdamW8bitTensor> tensors;
+      for (size_t i = 1; i < v.size(); i += 6) {
+        tensors.push_back(
+            {v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], 0.1, i % 12 == 1 ? 4.0 : 1.0});
+      }
+      AdamW8bit(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
+    });
   }
-  ExpectGpuAsCpu("adamw 8-bit", operands, [](const Exec& exec, const Views& v, Scratch&) {
-    std::vector<AdamW8bitTensor> tensors;
-    for (size_t i = 1; i < v.size(); i += 6) {
-      tensors.push_back(
-          {v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], 0.1, i % 12 == 1 ? 4.0 : 1.0});
-    }
-    AdamW8bit(exec, {.tensors = tensors, .grad_scale = v[0], .lr = 1e-2, .step = 3});
-  });
+};
+
+// More than one launch takes.
+TEST_F(CudaAdamW8bit, Many) {
+  std::vector<int64_t> sizes;
+  for (int i = 0; i < 50; ++i) sizes.push_back(i % 3 == 0 ? 1 : i % 3 == 1 ? 600 : 8192);
+  Expect(sizes);
+}
+
+// A warp has several blocks of states, of one tensor and of another.
+TEST_F(CudaAdamW8bit, Long) {
+  Expect({2500000, 300, 1200001});
 }
 
 TEST_F(CudaOptimizer, Lion) {
@@ -155,6 +169,14 @@ TEST_F(CudaAdafactor, Many) {
   Expect("plain", Operands(shapes, 0.5), {.lr = 1e-2});
   Expect("with options", Operands(shapes, 0.5), kOptions);
   Expect("not finite", Operands({{3, 5}, {7, 0}}, NAN), {.lr = 1e-2});
+}
+
+// Some that fit into shared memory four, two and one at a time.
+TEST_F(CudaAdafactor, Wide) {
+  const Shapes shapes = {{16, 5851}, {5, 33333}, {32, 5000},  {600, 600},
+                         {64, 5851}, {30001, 0}, {150000, 0}, {16, 4096}};
+  Expect("wide, plain", Operands(shapes, 0.5), {.lr = 1e-2});
+  Expect("wide, with options", Operands(shapes, 0.5), kOptions);
 }
 
 // Tiles of more than 1024 elements.

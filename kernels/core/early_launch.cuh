@@ -39,21 +39,24 @@ __device__ inline void AwaitEarlier() {
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks
 };
 // The kernel is to call AwaitEarlier.
 template <typename... Params, typename... Args>
 void LaunchEarly(void* stream, const LaunchShape& shape, void (*kernel)(Params...),
                  const Args&... args) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {shape.cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = StreamOf(stream);
-  config.attrs = &early;
-  config.numAttrs = HasSm90() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !HasSm90() ? 0 : shape.cluster > 1 ? 2 : 1;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 

@@ -51,6 +51,10 @@ inline CUtensorMap BoxesOf(const Bf16* data, int64_t rows, int64_t columns, int6
   return map;
 }
 
+// A kernel's first use of a map waits for it: by one thread, before there is something to copy.
+__device__ inline void PrefetchMap(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // By one thread, of a map in the kernel's parameters. The whole box counts for the barrier.
 __device__ inline void LoadBox(Bf16* to, const CUtensorMap& map, int row, int column,
                                uint64_t* barrier) {

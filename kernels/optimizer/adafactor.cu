@@ -1,4 +1,5 @@
-// Adafactor on CUDA, in four passes over up to kBatch tensors:
+// Adafactor on CUDA of tensors that no cluster of blocks holds (see adafactor_strips.cu), in four
+// passes over up to AdafactorBatch::kMost of them:
 //   sums of g^2 + eps of each tile's rows and columns   -> workspace
 //   averages of rows and columns                        -> v_row, v_column; sums of v_row
 //   sums of each tile's squared directions (and params) -> workspace
@@ -7,11 +8,13 @@
 // order, in f64.
 // Each pass starts while the one before ends. It lets the next one start after it has waited for
 // the one before: so from the second pass on, what no pass writes before may be loaded at once.
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
+#include <vector>
 
-#include "kernels/core/early_launch.cuh"
-#include "kernels/optimizer/batches.cuh"
+#include "kernels/optimizer/adafactor.cuh"
 #include "kernels/optimizer/optimizer.h"
 #include "kernels/optimizer/pieces.h"
 
@@ -19,32 +22,10 @@ namespace attune {
 namespace {
 
 constexpr int kThreads = kOptimizerThreads, kWarps = kThreads / 32;
-constexpr int kBatch = 350;  // what 32 KiB of parameters hold
 // A lane has columns 32 apart.
 constexpr int kPerLane = AdafactorTiles::kColumns / 32;
 constexpr int kRows = 4;  // that are loaded at once, before any is stored
 static_assert(AdafactorTiles::kLines == 32 && AdafactorTiles::kShares == kWarps);
-
-// A vector is one row here, whose v is v_column; its v_row is null.
-struct AdafactorBatch {
-  float* param[kBatch];
-  const float* grad[kBatch];
-  float* v_row[kBatch];
-  float* v_column[kBatch];
-  float* m[kBatch];  // or null
-  double* sums[kBatch];
-  double lr[kBatch];
-  double weight_decay[kBatch];
-  AdafactorTiles tiles[kBatch];
-  int32_t first_piece[kBatch];  // of the tiles
-  int32_t first_line[kBatch];   // of the blocks that make averages
-  int count = 0;
-  // Common to all; rounded from f64 once.
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, clip_threshold;
-  bool scale_parameter;
-  DeviceScalar grad_scale;
-};
-static_assert(sizeof(AdafactorBatch) <= 32764);
 
 // The tile of a warp of a tensor's `block`, and the columns of its thread. Without rows, if it is
 // none of the tensor's.
@@ -79,10 +60,6 @@ __device__ Elements Load(const float* x, const Tile& tile, int64_t row) {
     }
   }
   return out;
-}
-
-__device__ double Square(float x) {
-  return static_cast<double>(x) * static_cast<double>(x);
 }
 
 // The sum of x[0, n), in every thread of the block.
@@ -333,28 +310,52 @@ AdafactorBatch NewBatch(const AdafactorArgs& a) {
 }  // namespace
 
 void AdafactorCuda(const Exec& exec, const AdafactorArgs& a) {
+  // Up to so many bytes of strips: for four, two and one block of threads a multiprocessor.
+  constexpr int64_t kHeld[] = {55 << 10, 111 << 10, 222 << 10};
+  std::vector<AdafactorTensor> held[std::size(kHeld)], tiled;
+  for (const AdafactorTensor& t : a.tensors) {
+    const AdafactorTiles tiles = AdafactorTiles::Of(t.param);
+    const int64_t bytes = AdafactorStrip{tiles.rows, tiles.columns}.bytes();
+    const size_t fit = std::lower_bound(std::begin(kHeld), std::end(kHeld), bytes) - kHeld;
+    const bool strips = HasSm90() && tiles.rows <= tiles.columns && fit < std::size(kHeld);
+    (strips ? held[fit] : tiled).push_back(t);
+  }
+
   AdafactorBatch b = NewBatch(a);
   double* sums = static_cast<double*>(a.workspace.data);
-  int64_t lines = 0;
+  int64_t lines = 0, bytes = 0;
   const auto fill = [&](int i, const AdafactorTensor& t) {
     CHECK(t.param.dtype == DType::kF32 && "the CUDA backend keeps parameters in f32");
     const bool vector = t.param.rank == 1;
-    const AdafactorTiles tiles = AdafactorTiles::Of(t.param);
     b.param[i] = Data<float>(t.param);
     b.grad[i] = Data<const float>(t.grad);
     b.v_row[i] = vector ? nullptr : Data<float>(t.v_row);
     b.v_column[i] = Data<float>(vector ? t.v_row : t.v_column);
     b.m[i] = a.beta1 > 0 ? Data<float>(t.m) : nullptr;
-    b.sums[i] = sums;
     b.lr[i] = a.lr * t.lr_scale;
     b.weight_decay[i] = t.weight_decay;
-    b.tiles[i] = tiles;
+    b.tiles[i] = AdafactorTiles::Of(t.param);
+    return b.tiles[i];
+  };
+  const auto fill_strips = [&](int i, const AdafactorTensor& t) {
+    const AdafactorTiles tiles = fill(i, t);
+    bytes = std::max(bytes, AdafactorStrip{tiles.rows, tiles.columns}.bytes());
+    return tiles.count() > 0 ? AdafactorStrip::kBlocks : 0;
+  };
+  for (const std::vector<AdafactorTensor>& tensors : held) {
+    InBatches<AdafactorBatch::kMost>(&b, tensors, fill_strips, [&](unsigned grid) {
+      LaunchAdafactorStrips(b, grid, std::exchange(bytes, 0), exec.stream);
+    });
+  }
+  const auto fill_tiles = [&](int i, const AdafactorTensor& t) {
+    const AdafactorTiles tiles = fill(i, t);
+    b.sums[i] = sums;
     b.first_line[i] = static_cast<int32_t>(lines);
     sums += tiles.sums();
     lines += tiles.row_blocks() + tiles.column_blocks();
     return AdafactorTiles::Ceil(tiles.count(), kWarps);
   };
-  InBatches<kBatch>(&b, a.tensors, fill, [&](unsigned grid) {
+  InBatches<AdafactorBatch::kMost>(&b, tiled, fill_tiles, [&](unsigned grid) {
     const unsigned line_grid = static_cast<unsigned>(std::exchange(lines, 0));
     LaunchEarly(exec.stream, {dim3(grid), dim3(kThreads)}, SumSquares, b);
     LaunchEarly(exec.stream, {dim3(line_grid), dim3(kThreads)}, AverageLines, b);
