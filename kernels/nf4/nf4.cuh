@@ -26,16 +26,6 @@ inline Tables MakeTables() {
   return out;
 }
 
-// Blocks of threads, each of which takes every so many-th of `units`: as many as run at once.
-template <typename... Params>
-uint32_t GridOf(void (*kernel)(Params...), int64_t units) {
-  int device = 0, multiprocessors = 0, each = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0));
-  return static_cast<uint32_t>(std::min<int64_t>(units, int64_t{each} * multiprocessors));
-}
-
 inline bool Aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
