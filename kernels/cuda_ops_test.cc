@@ -54,7 +54,7 @@ TEST_F(CudaOps, MatMul) {
 }
 
 TEST_F(CudaOps, Nf4) {
-  for (int64_t size : {64, 4096, 64 * 256 * 3 + 128, 1000, 77}) {
+  for (int64_t size : {64, 4096, 64 * 256 * 3 + 128, 64 * 256 * 20 + 1000, 1000, 77}) {
     for (DType dtype : kDTypes) {
       ExpectGpuAsCpu("quantize " + std::to_string(size),
                      {{Random(dtype, {size})},
@@ -379,20 +379,22 @@ TEST_F(CudaOps, EmbeddingAndRows) {
   }
 }
 
-// Ids that come once, often, and across the pieces that a block looks at.
+// Ids that come once, often, and more often than a block lists; and the one that is left out.
 TEST_F(CudaOps, EmbeddingBackward) {
-  std::vector<int32_t> ids(2700);  // more than a tile of ids
-  for (size_t t = 0; t < ids.size(); ++t) ids[t] = t % 3 == 0 ? 5 : static_cast<int32_t>(t % 41);
+  std::vector<int32_t> ids(2700);
+  for (size_t t = 0; t < ids.size(); ++t) ids[t] = t % 3 == 0 ? 5 : static_cast<int32_t>(t % 1013);
+  ids[7] = 1014;
   for (DType dtype : kDTypes) {
     for (const Width& w : kWidths) {
-      ExpectGpuAsCpu("embedding backward " + Name(dtype, w),
-                     {{Ints(ids)},
-                      {Random(dtype, {2700, w.columns}, w.padding)},
-                      {Random(DType::kF32, {43, w.columns}, w.padding), 1e-6}},
-                     [](const Exec& exec, const Views& v, Scratch&) {
-                       EmbeddingBackward(exec,
-                                         {.ids = v[0], .dy = v[1], .dtable = v[2], .scale = 1.5});
-                     });
+      ExpectGpuAsCpu(
+          "embedding backward " + Name(dtype, w),
+          {{Ints(ids)},
+           {Random(dtype, {2700, w.columns}, w.padding)},
+           {Random(DType::kF32, {1015, w.columns}, w.padding), 1e-6}},
+          [](const Exec& exec, const Views& v, Scratch&) {
+            EmbeddingBackward(
+                exec, {.ids = v[0], .dy = v[1], .dtable = v[2], .scale = 1.5, .padding_id = 17});
+          });
     }
   }
 }
@@ -547,26 +549,30 @@ TEST_F(CudaOps, Elementwise) {
 }
 
 TEST_F(CudaOps, DropoutDrawsTheSameMask) {
-  for (DType dtype : kDTypes) {
-    for (const Width& w : kWidths) {
-      for (const bool accumulate : {false, true}) {
-        ExpectGpuAsCpu("dropout " + Name(dtype, w),
-                       {{Random(dtype, {21, w.columns}, w.padding)},
-                        {Random(dtype, {21, w.columns}, w.padding)},
-                        {Ints({17, 3})}},
-                       [&](const Exec& exec, const Views& v, Scratch&) {
-                         Dropout(exec, {.x = v[0],
-                                        .y = v[1],
-                                        .step_pack = v[2],
-                                        .p = 0.3,
-                                        .seed = 0x123456789abcdefULL,
-                                        .layer = 5,
-                                        .module = 2,
-                                        .first_row = 1000003,
-                                        .accumulate = accumulate});
-                       });
-      }
+  const auto expect = [&](DType dtype, int64_t rows, const Width& w) {
+    for (const bool accumulate : {false, true}) {
+      ExpectGpuAsCpu("dropout " + Name(dtype, w),
+                     {{Random(dtype, {rows, w.columns}, w.padding)},
+                      {Random(dtype, {rows, w.columns}, w.padding)},
+                      {Ints({17, 3})}},
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       Dropout(exec, {.x = v[0],
+                                      .y = v[1],
+                                      .step_pack = v[2],
+                                      .p = 0.3,
+                                      .seed = 0x123456789abcdefULL,
+                                      .layer = 5,
+                                      .module = 2,
+                                      .first_row = 1000003,
+                                      .accumulate = accumulate});
+                     });
     }
+  };
+  for (DType dtype : kDTypes) {
+    for (const Width& w : kWidths) expect(dtype, 21, w);
+    // A thread has several rows.
+    expect(dtype, 3001, {2056, 8});
+    expect(dtype, 1501, {515, 0});
   }
 }
 

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <limits>
 
 #include "kernels/core/cuda.cuh"
@@ -53,83 +54,160 @@ __global__ __launch_bounds__(256) void ForwardKernel(const Forward<T> x) {
   }
 }
 
-// A block of threads per token and kBackwardThreads packs of columns. That of an id's first token
-// sums its row, the others end at once. It lists the id's tokens of a tile of ids, in order, and
-// reads some of them before it adds.
-constexpr int kBackwardThreads = 256, kTileIds = 1024, kAhead = 4;
+// Ids fall into buckets, as many as make blocks for all multiprocessors at once: a block has the
+// ids of a bucket and a strip of columns, a pack for each thread. It looks at all ids, lists the
+// tokens of its own in the order of (id, token), and sums the rows of each id, the next one's
+// beginning on its way. So no block waits for another, and nothing is left between two kernels.
+constexpr int kBackwardThreads = 256, kBackwardBlocks = 4;  // of a multiprocessor
+constexpr int kMostBuckets = 1024;
+constexpr int kListed = 512;  // tokens at a time
+constexpr int kLooks = 4;     // of four ids each, read at once
+constexpr int kAhead = 8;     // rows of dy, read at once
 
 template <typename T>
 struct Backward {
   const int32_t* ids;
   Rows<const T> dy;
-  int64_t tokens, columns;
+  int tokens;
+  int64_t columns;
   float* dtable;
   int64_t table_stride, vocabulary;
   float scale;
   int64_t padding_id;
+  uint32_t bucket_width;
 };
 
-// Of the tokens of a tile those that have the id, in `list`; their number.
-struct TokensOfId {
-  static constexpr int kWords = kTileIds / 32;
-  uint32_t words[kWords];
-  int16_t list[kTileIds];
+// The tokens of a bucket, at first as they are found, then in order.
+struct TokensOfBucket {
+  int count;
+  int2 found[kListed];                 // (id, token)
+  int64_t row[kListed], sum[kListed];  // where dy's rows and dtable's begin
+  int end[kListed];                    // of the run of equal ids
 
-  __device__ int Find(const int32_t* ids, int64_t begin, int64_t tokens, int32_t id) {
+  // Ids are spread over 32 bits, of which a bucket has a range: less than its width for its ids.
+  __device__ static uint32_t InRange(int32_t id, uint32_t range_begin) {
+    return static_cast<uint32_t>(id) * 0x9e3779b1u - range_begin;
+  }
+
+  // Those of [begin, behind); more than kListed are only counted.
+  template <typename T>
+  __device__ int Find(const Backward<T>& x, int begin, int behind) {
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    const uint32_t range_begin = blockIdx.y * x.bucket_width;
+    const bool last = blockIdx.y == gridDim.y - 1;
+    const uint32_t width = last ? 0u - range_begin : x.bucket_width;
+    const auto note = [&](int t) {
+      const int32_t id = x.ids[t];
+      if (InRange(id, range_begin) >= width) return;
+      if (id < 0 || id >= x.vocabulary || id == x.padding_id) return;
+      const int at = atomicAdd(&count, 1);
+      if (at < kListed) found[at] = {id, t};
+    };
     __syncthreads();  // what was listed has been read
-#pragma unroll
-    for (int i = threadIdx.x; i < kTileIds; i += kBackwardThreads) {
-      const bool match = begin + i < tokens && ids[begin + i] == id;
-      const uint32_t word = __ballot_sync(0xffffffffu, match);
-      if (i % 32 == 0) words[i / 32] = word;
-    }
+    if (thread == 0) count = 0;
     __syncthreads();
-    const int bit = threadIdx.x % 32;  // of a word, that the first warp's thread lists
-    int count = 0;
-    static_assert(kWords == 32);
-    for (uint32_t left = __ballot_sync(0xffffffffu, words[bit] != 0); left != 0; left &= left - 1) {
-      const int w = __ffs(static_cast<int>(left)) - 1;
-      const uint32_t word = words[w];
-      if (threadIdx.x < 32 && (word >> bit & 1) != 0) {
-        list[count + __popc(word & ((1u << bit) - 1))] = static_cast<int16_t>(w * 32 + bit);
+    int t = begin;
+    if (reinterpret_cast<uintptr_t>(x.ids + begin) % sizeof(int4) == 0) {
+      for (; behind - t >= kLooks * 4 * threads; t += kLooks * 4 * threads) {
+        int4 four[kLooks];
+        const int own = t + 4 * thread;
+#pragma unroll
+        for (int k = 0; k < kLooks; ++k) {
+          four[k] = *reinterpret_cast<const int4*>(x.ids + own + k * 4 * threads);
+        }
+#pragma unroll
+        for (int k = 0; k < kLooks; ++k) {
+          const auto in_range = [&](int32_t id) { return InRange(id, range_begin); };
+          const uint32_t nearest = min(min(in_range(four[k].x), in_range(four[k].y)),
+                                       min(in_range(four[k].z), in_range(four[k].w)));
+          if (nearest >= width) continue;
+#pragma unroll 1
+          for (int i = 0; i < 4; ++i) note(own + k * 4 * threads + i);
+        }
       }
-      count += __popc(word);
     }
+#pragma unroll 4
+    for (t += thread; t < behind; t += threads) note(t);
     __syncthreads();
     return count;
+  }
+
+  // A token's place is the number of those before it.
+  template <typename T>
+  __device__ void Order(const Backward<T>& x) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const int2 own = found[i];
+      int before = 0, to_end = 0;
+#pragma unroll 4
+      for (int j = 0; j < count; ++j) {
+        const int2 other = found[j];
+        to_end += other.x <= own.x;
+        before += other.x < own.x || (other.x == own.x && other.y < own.y);
+      }
+      row[before] = own.y * x.dy.stride;
+      sum[before] = own.x * x.table_stride;
+      end[before] = to_end;
+    }
+    __syncthreads();
   }
 };
 
 template <typename T, int N>
-__global__ __launch_bounds__(kBackwardThreads) void BackwardKernel(const Backward<T> x) {
-  __shared__ TokensOfId found;
-  const int64_t first = blockIdx.x;
-  const int32_t id = x.ids[first];
-  if (id < 0 || id >= x.vocabulary || id == x.padding_id) return;
-  bool earlier = false;
-  for (int64_t t = threadIdx.x; t < first; t += kBackwardThreads) earlier |= x.ids[t] == id;
-  if (__syncthreads_or(earlier)) return;
-  const int64_t c = (int64_t{blockIdx.y} * kBackwardThreads + threadIdx.x) * N;
-  const bool any = c < x.columns;
-  float* place = x.dtable + id * x.table_stride + c;
-  Pack<float, N> sum{};
-  if (any) sum = Pack<float, N>::Load(place);
-  for (int64_t begin = first; begin < x.tokens; begin += kTileIds) {
-    const int count = found.Find(x.ids, begin, x.tokens, id);
-    for (int k = 0; any && k < count; k += kAhead) {
-      Pack<T, N> dy[kAhead];
+__device__ void SumRuns(const Backward<T>& x, const TokensOfBucket& listed, int64_t c) {
+  const T* rows = x.dy(0, c);
+  float* sums = x.dtable + c;
+  using P = Words<T, N>;
+  using Sum = Pack<float, N>;
+  const auto add = [&](const P& dy, Sum* sum) {
+#pragma unroll
+    for (int i = 0; i < P::kPairs; ++i) {
+      const float2 pair = dy.Pair(i);
+      sum->v[2 * i] = __fadd_rn(sum->v[2 * i], __fmul_rn(x.scale, pair.x));
+      if constexpr (N > 1)
+        sum->v[2 * i + 1] = __fadd_rn(sum->v[2 * i + 1], __fmul_rn(x.scale, pair.y));
+    }
+  };
+  const int count = listed.count;
+  for (int run = 0; run < count;) {
+    const int end = listed.end[run];
+    float* to = sums + listed.sum[run];
+    Sum sum{};
+    for (int k = run; k < end; k += kAhead) {
+      P dy[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (k + j < count) dy[j] = Pack<T, N>::Load(x.dy(begin + found.list[k + j], c));
+        if (k + j < end) dy[j] = P::Load(rows + listed.row[k + j]);
       }
+      // Not ahead of them: the compiler would have them wait for it.
+      if (k == run) sum = Sum::Load(to);
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (k + j >= count) break;
-        for (int i = 0; i < N; ++i) sum.v[i] = __fadd_rn(sum.v[i], __fmul_rn(x.scale, dy[j][i]));
+        if (k + j >= end) break;
+        add(dy[j], &sum);
       }
     }
+    sum.Store(to);
+    run = end;
   }
-  if (any) sum.Store(place);
+}
+
+template <typename T, int N>
+__global__ __launch_bounds__(kBackwardThreads,
+                             kBackwardBlocks) void BackwardKernel(const Backward<T> x) {
+  __shared__ TokensOfBucket listed;
+  AwaitEarlier();
+  const int64_t c = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
+  for (int begin = 0, span = x.tokens; begin < x.tokens;) {
+    const int looked_at = min(span, x.tokens - begin);
+    const int count = listed.Find(x, begin, begin + looked_at);
+    if (count > kListed) {
+      span = looked_at / 2;
+      continue;
+    }
+    listed.Order(x);
+    if (count > 0 && c < x.columns) SumRuns<T, N>(x, listed, c);
+    begin += looked_at;
+  }
 }
 
 // A block of threads per token, a Philox block per thread and turn. Every product and sum is
@@ -188,20 +266,28 @@ void EmbeddingNoiseCuda(const Exec& exec, const EmbeddingNoiseArgs& a) {
 
 void EmbeddingBackwardCuda(const Exec& exec, const EmbeddingBackwardArgs& a) {
   if (a.dy.size() == 0) return;
-  const int64_t T = a.dy.dim(0), C = a.dy.dim(1);
-  DispatchCudaFloat(a.dy.dtype, [&]<typename E>() {
+  const int64_t tokens = a.dy.dim(0), columns = a.dy.dim(1);
+  CHECK(tokens <= std::numeric_limits<int32_t>::max() / 2);
+  DispatchCudaFloat(a.dy.dtype, [&]<typename T>() {
     const auto run = [&]<int N>() {
-      constexpr int kColumns = kBackwardThreads * N;
-      const dim3 grid(static_cast<unsigned>(T),
-                      static_cast<unsigned>((C + kColumns - 1) / kColumns));
-      BackwardKernel<E, N><<<grid, kBackwardThreads, 0, StreamOf(exec.stream)>>>(
-          {Data<const int32_t>(a.ids), RowsOf<const E>(a.dy), T, C, Data<float>(a.dtable),
-           a.dtable.stride(0), a.dtable.dim(0), static_cast<float>(a.scale), a.padding_id});
+      const int64_t packs = columns / N, strips = (packs + kBackwardThreads - 1) / kBackwardThreads;
+      const int64_t threads = ((packs + strips - 1) / strips + 31) / 32 * 32;
+      // For the multiprocessors of an H100.
+      const int64_t blocks = 132 * (kBackwardThreads * kBackwardBlocks / threads);
+      const int64_t buckets = std::clamp<int64_t>(blocks / strips, 2, kMostBuckets);
+      LaunchEarly(
+          exec.stream,
+          {dim3(static_cast<unsigned>(strips), static_cast<unsigned>(buckets)),
+           dim3(static_cast<unsigned>(threads))},
+          BackwardKernel<T, N>,
+          Backward<T>{Data<const int32_t>(a.ids), RowsOf<const T>(a.dy), static_cast<int>(tokens),
+                      columns, Data<float>(a.dtable), a.dtable.stride(0), a.dtable.dim(0),
+                      static_cast<float>(a.scale), a.padding_id,
+                      std::numeric_limits<uint32_t>::max() / static_cast<uint32_t>(buckets)});
     };
-    Packable(kPackSize<E>, {&a.dy, &a.dtable}) ? run.template operator()<kPackSize<E>>()
+    Packable(kPackSize<T>, {&a.dy, &a.dtable}) ? run.template operator()<kPackSize<T>>()
                                                : run.template operator()<1>();
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 void EmbeddingForwardCuda(const Exec& exec, const EmbeddingForwardArgs& a) {

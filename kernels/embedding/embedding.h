@@ -18,7 +18,8 @@ void EmbeddingForward(const Exec& exec, const EmbeddingForwardArgs& args);
 
 // Its gradient, for a table that is trained: dtable[id] += scale * sum of dy[t] over t with
 // ids[t] = id, in the order of t, but for padding_id, as torch's Embedding with its padding_idx.
-// Cost: one pass over dy and the rows of dtable that it names; on CUDA also T^2 looks at ids.
+// Cost: one pass over dy and the rows of dtable that it names; on CUDA also a
+// few hundred looks at each id.
 struct EmbeddingBackwardArgs {
   TensorView ids;     // (T)     i32
   TensorView dy;      // (T, C)  f64, f32 or bf16; rows may be strided
