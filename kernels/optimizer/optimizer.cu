@@ -121,7 +121,10 @@ Batch NewBatch(const Args& a) {
 
 constexpr int kBatch8bit = 48;
 constexpr int64_t kBlock = kAdamW8bitBlock;
-constexpr int kThreads8bit = 1024, kWarps8bit = kThreads8bit / 32;
+using MBins = DynamicCodeBins<true>;
+using VBins = DynamicCodeBins<false>;
+// Registers are enough for no more.
+constexpr int kThreads8bit = 896, kWarps8bit = kThreads8bit / 32;
 // As many as are resident at once: each makes the tables.
 constexpr unsigned kMostBlocks8bit = 132;
 
@@ -137,6 +140,7 @@ struct AdamW8bitBatch {
   float decay[kBatch8bit];
   float minus_step_size[kBatch8bit];
   int32_t first_piece[kBatch8bit];
+  int32_t whole_blocks[kBatch8bit];  // of the states, that may be loaded by words
   int count = 0;
   float lerp, beta2, one_minus_beta2, sqrt_correction2, eps;
   bool lerp_from_end;
@@ -160,55 +164,13 @@ __device__ float UpdatedOrdinary(const AdamW8bitBatch& b, float decay, float min
   return __fmaf_rn(step, 0x1p-64f, __fmul_rn(param, decay));
 }
 
-// Of a block of the states, what a lane has: of each half, elements 4 lane to 4 lane + 3.
+// Of a block of the states, a lane has elements 4 lane to 4 lane + 3 of each half.
 struct AdamW8bitLane {
   static constexpr int kElements = kBlock / 32;
-  using Floats = Pack<float, 4>;
-  Floats param[2], grad[2];
-  uint32_t m[2], v[2];  // four codes each
 
-  // Where element k is, from the lane's first one on.
-  __device__ static constexpr int At(int k) { return k / 4 * static_cast<int>(kBlock / 2) + k % 4; }
-
-  __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + At(4 * half);
-      param[half] = Floats::Load(b.param[t] + at);
-      grad[half] = Floats::Load(b.grad[t] + at);
-      m[half] = *reinterpret_cast<const uint32_t*>(b.m[t] + at);
-      v[half] = *reinterpret_cast<const uint32_t*>(b.v[t] + at);
-    }
-  }
-  __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + At(4 * half);
-      param[half].Store(b.param[t] + at);
-      *reinterpret_cast<uint32_t*>(b.m[t] + at) = m[half];
-      *reinterpret_cast<uint32_t*>(b.v[t] + at) = v[half];
-    }
-  }
-  // The same one by one, of those before `left` elements from i on; zeros for the others.
-  __device__ void Load(const AdamW8bitBatch& b, int t, int64_t i, int64_t left) {
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      const bool inside = At(k) < left;
-      const int64_t at = i + At(k);
-      param[k / 4].v[k % 4] = inside ? b.param[t][at] : 0.0f;
-      grad[k / 4].v[k % 4] = inside ? b.grad[t][at] : 0.0f;
-      SetCode(&m[k / 4], k, inside ? b.m[t][at] : 127);
-      SetCode(&v[k / 4], k, inside ? b.v[t][at] : 0);
-    }
-  }
-  __device__ void Store(const AdamW8bitBatch& b, int t, int64_t i, int64_t left) const {
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      if (At(k) >= left) continue;
-      b.param[t][i + At(k)] = param[k / 4].v[k % 4];
-      b.m[t][i + At(k)] = static_cast<uint8_t>(Code(m, k));
-      b.v[t][i + At(k)] = static_cast<uint8_t>(Code(v, k));
-    }
+  // Where element k is, from the block's first one on.
+  __device__ static uint32_t At(int k) {
+    return threadIdx.x % 32 * 4 + k / 4 * static_cast<uint32_t>(kBlock / 2) + k % 4;
   }
   __device__ static uint32_t Code(const uint32_t* codes, int k) {
     return codes[k / 4] >> 8 * (k % 4) & 0xff;
@@ -216,13 +178,75 @@ struct AdamW8bitLane {
   __device__ static void SetCode(uint32_t* four, int k, uint32_t code) {
     *four = (k % 4 == 0 ? 0 : *four) | code << 8 * (k % 4);
   }
+
+  // Elements of x from `begin` on; singly, zeros for those not before `end`.
+  __device__ static void Load(const float* x, int64_t begin, float (&out)[kElements]) {
+    const float* const from = x + begin + At(0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = *reinterpret_cast<const float4*>(from + half * kBlock / 2);
+      out[4 * half] = four.x;
+      out[4 * half + 1] = four.y;
+      out[4 * half + 2] = four.z;
+      out[4 * half + 3] = four.w;
+    }
+  }
+  __device__ static void LoadSingly(const float* x, int64_t begin, int64_t end,
+                                    float (&out)[kElements]) {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      out[k] = begin + At(k) < end ? x[begin + At(k)] : 0.0f;
+    }
+  }
+  __device__ static void Load(const uint8_t* x, int64_t begin, uint32_t (&out)[2]) {
+    const uint8_t* const from = x + begin + At(0);
+    out[0] = *reinterpret_cast<const uint32_t*>(from);
+    out[1] = *reinterpret_cast<const uint32_t*>(from + kBlock / 2);
+  }
+  __device__ static void LoadSingly(const uint8_t* x, int64_t begin, int64_t end, uint8_t zero,
+                                    uint32_t (&out)[2]) {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      SetCode(&out[k / 4], k, begin + At(k) < end ? x[begin + At(k)] : zero);
+    }
+  }
+  __device__ static void Store(float* x, int64_t begin, const float (&in)[kElements]) {
+    float* const to = x + begin + At(0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<float4*>(to + half * kBlock / 2) =
+          float4{in[4 * half], in[4 * half + 1], in[4 * half + 2], in[4 * half + 3]};
+    }
+  }
+  __device__ static void Store(uint8_t* x, int64_t begin, const uint32_t (&in)[2]) {
+    uint8_t* const to = x + begin + At(0);
+    *reinterpret_cast<uint32_t*>(to) = in[0];
+    *reinterpret_cast<uint32_t*>(to + kBlock / 2) = in[1];
+  }
 };
 
-__device__ bool Aligned8bit(const AdamW8bitBatch& b, int t) {
-  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  return (address(b.param[t]) | address(b.grad[t])) % 16 == 0 &&
-         (address(b.m[t]) | address(b.v[t])) % 4 == 0;
-}
+// What the new moments of a lane's elements are made of.
+struct AdamW8bitInputs {
+  float grad[AdamW8bitLane::kElements];
+  uint32_t m[2], v[2];
+  float m_absmax, v_absmax;
+
+  __device__ void Load(const AdamW8bitBatch& b, int t, int32_t block) {
+    using Lane = AdamW8bitLane;
+    const int64_t begin = block * kBlock, end = b.size[t];
+    m_absmax = b.m_absmax[t][block];
+    v_absmax = b.v_absmax[t][block];
+    if (block < b.whole_blocks[t]) {
+      Lane::Load(b.grad[t], begin, grad);
+      Lane::Load(b.m[t], begin, m);
+      Lane::Load(b.v[t], begin, v);
+    } else {
+      Lane::LoadSingly(b.grad[t], begin, end, grad);
+      Lane::LoadSingly(b.m[t], begin, end, 127, m);
+      Lane::LoadSingly(b.v[t], begin, end, 0, v);
+    }
+  }
+};
 
 // The codes of a lane's elements, all below 2^20, relative to the block's absolute maximum.
 template <typename Bins>
@@ -256,15 +280,49 @@ __device__ void QuantizeAny(const float* map, bool is_signed, float absmax, cons
   }
 }
 
-// A warp per block of the states.
+// The maps' values in shared memory, a copy of each for every lane, in a bank of its own: the
+// lanes' codes are not the same. m's, then v's, each at a multiple of their size.
+struct LaneValues {
+  static constexpr uint32_t kMapBytes = 256 * 32 * 4;
+  // That two maps lie behind `before` bytes, at a multiple of their size.
+  static constexpr uint32_t Bytes(uint32_t before) { return 3 * kMapBytes - before; }
+
+  uint32_t of_lane;  // the address of m's first value
+
+  __device__ explicit LaneValues(const void* shared)
+      : of_lane((static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + kMapBytes - 1) /
+                    kMapBytes * kMapBytes +
+                threadIdx.x % 32 * 4) {}
+  // A warp's part, of every so many-th code.
+  __device__ void Make(const float* m_map, const float* v_map, int first, int step) const {
+    for (int code = first; code < 256; code += step) {
+      const uint32_t at = of_lane + code * 128;
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(m_map[code]) : "memory");
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + kMapBytes), "f"(v_map[code]) : "memory");
+    }
+  }
+  // Of code k % 4 of four; of v's map, if `of_v`.
+  template <bool of_v>
+  __device__ float Of(uint32_t four, int k) const {
+    const int left = 7 - 8 * (k % 4);
+    const uint32_t at = (left > 0 ? four << left : four >> -left) & 0x7f80u;
+    float value;
+    asm("ld.shared.f32 %0, [%1 + %2];"
+        : "=f"(value)
+        : "r"(at | of_lane), "n"(of_v ? kMapBytes : 0));
+    return value;
+  }
+};
+
+// A warp per block of the states. It loads what it first needs of its next one before it goes on
+// with the moments of this one.
 __global__ __launch_bounds__(kThreads8bit,
                              1) void AdamW8bitKernel(const __grid_constant__ AdamW8bitBatch b,
                                                      const __grid_constant__ DynamicMaps maps,
-                                                     uint32_t pieces) {
+                                                     int32_t pieces) {
   using Lane = AdamW8bitLane;
-  using MBins = DynamicCodeBins<true>;
-  using VBins = DynamicCodeBins<false>;
   constexpr int kElements = Lane::kElements;
+  extern __shared__ float lane_values[];
   __shared__ float m_map[256], v_map[256];
   __shared__ uint32_t m_bins[MBins::kCount], v_bins[VBins::kCount];
   LetNextStart();
@@ -273,62 +331,83 @@ __global__ __launch_bounds__(kThreads8bit,
     v_map[threadIdx.x] = maps.v[threadIdx.x];
   }
   __syncthreads();
+  const LaneValues values(lane_values);
+  values.Make(m_map, v_map, threadIdx.x / 32, kWarps8bit);
   for (int i = threadIdx.x; i < MBins::kCount; i += kThreads8bit) m_bins[i] = MBins::Bin(m_map, i);
   for (int i = threadIdx.x; i < VBins::kCount; i += kThreads8bit) v_bins[i] = VBins::Bin(v_map, i);
   __syncthreads();
   AwaitEarlier();
   const float grad_scale = static_cast<float>(b.grad_scale.Read(1.0));
-  const uint32_t warps = gridDim.x * kWarps8bit;
+  int32_t piece = blockIdx.x * kWarps8bit + threadIdx.x / 32;
   int t = 0;
-  for (uint32_t piece = blockIdx.x * kWarps8bit + threadIdx.x / 32; piece < pieces;
-       piece += warps) {
-    while (t + 1 < b.count && b.first_piece[t + 1] <= static_cast<int64_t>(piece)) ++t;
-    const int64_t block = piece - b.first_piece[t];
-    const int64_t i = block * kBlock + threadIdx.x % 32 * 4;
-    const bool packed = (block + 1) * kBlock <= b.size[t] && Aligned8bit(b, t);
-    const float m_old = b.m_absmax[t][block], v_old = b.v_absmax[t][block];
-    Lane x;
-    packed ? x.Load(b, t, i) : x.Load(b, t, i, b.size[t] - i);
-    float m[kElements], v[kElements];
-    uint32_t m_most = 0, v_most = 0;  // bits, whose order is that of numbers; NaN is the largest
+  AdamW8bitInputs in;
+  const auto load = [&] {
+    if (piece >= pieces) return;
+    while (t + 1 < b.count && b.first_piece[t + 1] <= piece) ++t;
+    in.Load(b, t, piece - b.first_piece[t]);
+  };
+  load();
+  while (piece < pieces) {
+    const int now = t;
+    const int32_t block = piece - b.first_piece[now];
+    const bool whole = block < b.whole_blocks[now];
+    const int64_t begin = block * kBlock;
+    float param[kElements], m[kElements], v[kElements], m_absmax = 0.0f;
+    whole ? Lane::Load(b.param[now], begin, param)
+          : Lane::LoadSingly(b.param[now], begin, b.size[now], param);
+    uint32_t v_most = 0;  // bits, whose order is that of numbers; NaN is the largest
 #pragma unroll
     for (int k = 0; k < kElements; ++k) {
-      m[k] = __fmul_rn(m_map[Lane::Code(x.m, k)], m_old);
-      v[k] = __fmul_rn(v_map[Lane::Code(x.v, k)], v_old);
-      UpdateMoments(b, __fmul_rn(x.grad[k / 4].v[k % 4], grad_scale), &m[k], &v[k]);
-      m_most = max(m_most, __float_as_uint(m[k]) << 1);  // without the sign
+      m[k] = __fmul_rn(values.Of<false>(in.m[k / 4], k), in.m_absmax);
+      v[k] = __fmul_rn(values.Of<true>(in.v[k / 4], k), in.v_absmax);
+      UpdateMoments(b, __fmul_rn(in.grad[k], grad_scale), &m[k], &v[k]);
+      m_absmax = fmaxf(m_absmax, fabsf(m[k]));
       v_most = max(v_most, __float_as_uint(v[k]));
     }
-    m_most = __reduce_max_sync(0xffffffffu, m_most) >> 1;
+    // If m is NaN, so is v, or m's old maximum was not finite.
+    const bool m_ordinary = in.m_absmax < b.ordinary;
+    piece += gridDim.x * kWarps8bit;
+    load();
+    m_absmax = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(m_absmax)));
     v_most = __reduce_max_sync(0xffffffffu, v_most);
-    float m_absmax = __uint_as_float(m_most), v_absmax = __uint_as_float(v_most);
-    const float decay = b.decay[t], minus_step_size = b.minus_step_size[t];
-    if (max(m_most, v_most) < __float_as_uint(b.ordinary)) {
+    float v_absmax = __uint_as_float(v_most);
+    const float decay = b.decay[now], minus_step_size = b.minus_step_size[now];
+    uint32_t m_codes[2], v_codes[2];
+    if (m_ordinary && m_absmax < b.ordinary && v_most < __float_as_uint(b.ordinary)) {
 #pragma unroll
       for (int k = 0; k < kElements; ++k) {
-        float* const param = &x.param[k / 4].v[k % 4];
-        *param = UpdatedOrdinary(b, decay, minus_step_size, *param, m[k], v[k]);
+        param[k] = UpdatedOrdinary(b, decay, minus_step_size, param[k], m[k], v[k]);
       }
-      QuantizeOrdinary<MBins>(m_bins, m_absmax, m, x.m);
-      QuantizeOrdinary<VBins>(v_bins, v_absmax, v, x.v);
+      QuantizeOrdinary<MBins>(m_bins, m_absmax, m, m_codes);
+      QuantizeOrdinary<VBins>(v_bins, v_absmax, v, v_codes);
     } else {
-      m_absmax = v_absmax = 0.0f;
+      v_absmax = 0.0f;
 #pragma unroll
       for (int k = 0; k < kElements; ++k) {
-        float* const param = &x.param[k / 4].v[k % 4];
-        *param = Updated(b, decay, minus_step_size, *param, m[k], v[k]);
-        m_absmax = fmaxf(m_absmax, fabsf(m[k]));
+        param[k] = Updated(b, decay, minus_step_size, param[k], m[k], v[k]);
         v_absmax = fmaxf(v_absmax, fabsf(v[k]));
       }
-      m_absmax = WarpMax(m_absmax);
       v_absmax = WarpMax(v_absmax);
-      QuantizeAny(m_map, true, m_absmax, m, x.m);
-      QuantizeAny(v_map, false, v_absmax, v, x.v);
+      QuantizeAny(m_map, true, m_absmax, m, m_codes);
+      QuantizeAny(v_map, false, v_absmax, v, v_codes);
     }
-    packed ? x.Store(b, t, i) : x.Store(b, t, i, b.size[t] - i);
+    if (whole) {
+      Lane::Store(b.param[now], begin, param);
+      Lane::Store(b.m[now], begin, m_codes);
+      Lane::Store(b.v[now], begin, v_codes);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        const int64_t at = begin + Lane::At(k);
+        if (at >= b.size[now]) continue;
+        b.param[now][at] = param[k];
+        b.m[now][at] = static_cast<uint8_t>(Lane::Code(m_codes, k));
+        b.v[now][at] = static_cast<uint8_t>(Lane::Code(v_codes, k));
+      }
+    }
     if (threadIdx.x % 32 == 0) {  // the warp's maxima have waited for all: the old ones were read
-      b.m_absmax[t][block] = m_absmax;
-      b.v_absmax[t][block] = v_absmax;
+      b.m_absmax[now][block] = m_absmax;
+      b.v_absmax[now][block] = v_absmax;
     }
   }
 }
@@ -440,6 +519,13 @@ void AdamWCuda(const Exec& exec, const AdamWArgs& a) {
   });
 }
 
+namespace {
+bool Packable8bit(const AdamW8bitTensor& t) {
+  const auto address = [](const TensorView& x) { return reinterpret_cast<uintptr_t>(x.data); };
+  return (address(t.param) | address(t.grad)) % 16 == 0 && (address(t.m) | address(t.v)) % 4 == 0;
+}
+}  // namespace
+
 void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   auto b = NewBatch<AdamW8bitBatch>(a);
   DynamicMaps maps;
@@ -447,6 +533,10 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   std::memcpy(maps.v, DynamicMap(/*is_signed=*/false), sizeof(maps.v));
   b.scaled_correction = 0x1p24f * b.sqrt_correction2;
   b.its_reciprocal = 1.0f / b.scaled_correction;
+  constexpr unsigned kShared =
+      LaneValues::Bytes(sizeof(DynamicMaps) + 4 * MBins::kCount + 4 * VBins::kCount);
+  CUDA_CHECK(cudaFuncSetAttribute(AdamW8bitKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(kShared)));
   if (!(b.eps >= 0x1p-40f && b.sqrt_correction2 >= 0x1p-12f)) b.ordinary = 0.0f;
   const auto fill = [&](int i, const AdamW8bitTensor& t) {
     b.param[i] = Data<float>(t.param);
@@ -456,6 +546,7 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
     b.m_absmax[i] = Data<float>(t.m_absmax);
     b.v_absmax[i] = Data<float>(t.v_absmax);
     b.size[i] = t.param.size();
+    b.whole_blocks[i] = Packable8bit(t) ? static_cast<int32_t>(t.param.size() / kBlock) : 0;
     b.decay[i] = static_cast<float>(1.0 - a.lr * t.lr_scale * t.weight_decay);
     b.minus_step_size[i] = static_cast<float>(-StepSize(a, t.lr_scale));
     if (!(std::abs(b.minus_step_size[i]) <= 1.0f)) b.ordinary = 0.0f;
@@ -463,7 +554,8 @@ void AdamW8bitCuda(const Exec& exec, const AdamW8bitArgs& a) {
   };
   InBatches<kBatch8bit>(&b, a.tensors, fill, [&](unsigned pieces) {
     const unsigned blocks = std::min((pieces + kWarps8bit - 1) / kWarps8bit, kMostBlocks8bit);
-    LaunchEarly(exec.stream, {dim3(blocks), dim3(kThreads8bit)}, AdamW8bitKernel, b, maps, pieces);
+    LaunchEarly(exec.stream, {dim3(blocks), dim3(kThreads8bit), kShared}, AdamW8bitKernel, b, maps,
+                static_cast<int32_t>(pieces));
   });
 }
 
