@@ -231,7 +231,8 @@ TEST_F(CudaLora, NormedGradient) {
     int64_t T, J, C, padding;
   };
   for (const Case& c : {Case{64, 32, 128, 0}, Case{1, 3, 37, 1}, Case{333, 48, 1280, 8},
-                        Case{2049, 16, 200, 0}, Case{100, 20, 51, 5}}) {
+                        Case{2049, 16, 200, 0}, Case{100, 20, 51, 5}, Case{700, 24, 2056, 8},
+                        Case{1, 16, 2048, 0}, Case{1025, 48, 1800, 8}, Case{1600, 64, 2048, 0}}) {
     for (DType dtype : kDTypes) {
       ExpectGpuAsCpu("normed gradient of " + std::to_string(c.T) + ", " + DTypeName(dtype),
                      {{Random(dtype, {c.T, c.J}, c.padding)},

@@ -4,6 +4,10 @@
 #include "kernels/matmul/matmul.h"
 
 namespace attune {
+
+// False, and nothing done, where shapes, addresses or the GPU do not suit the one pass.
+bool NormedGradientCuda(const Exec& exec, const NormedGradientArgs& a);
+
 namespace {
 
 void CheckArgs(const NormedGradientArgs& a) {
@@ -50,6 +54,10 @@ int64_t NormedGradientWorkspaceBytes(const Exec& exec, const NormedGradientArgs&
 
 void NormedGradient(const Exec& exec, const NormedGradientArgs& args) {
   CheckWorkspace(args.workspace, NormedGradientWorkspaceBytes(exec, args));
+#ifdef ATTUNE_HAS_CUDA
+  const bool runs_on_cuda = exec.device == DeviceKind::kCuda && !exec.plan;
+  if (runs_on_cuda && NormedGradientCuda(exec, args)) return;
+#endif
   const Pieces pieces(exec, args);
   const auto scale = [&](const ScaleRowsArgs& a) { ATTUNE_RUN(ScaleRows, exec, a); };
   const auto add = [&](const AddColumnsArgs& a) { ATTUNE_RUN(AddColumns, exec, a); };
