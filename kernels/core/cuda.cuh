@@ -136,7 +136,7 @@ template <typename Op>
 void ForEachPack(const Op& op, int64_t rows, int64_t columns, void* stream) {
   if (rows == 0 || columns == 0) return;
   const int64_t packs = columns / Op::kPack;
-  unsigned width = 32;
+  unsigned width = 1;
   while (width < 256 && width < packs) width *= 2;
   const dim3 block(width, 256 / width);
   const int64_t grid_y = std::min<int64_t>((rows + block.y - 1) / block.y, 65535);

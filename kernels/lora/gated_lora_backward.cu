@@ -275,8 +275,8 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   const int matrix = rest / rank_packs;
   const bool real = matrix < S::kMatrices;
   const float* from = x.matrix_sums + (matrix * S::kColumns + n % S::kColumns) * S::kRank + c;
-  const Pack<float, 4> sum =
-      SumOfStrip(x.grid, real ? n / S::kColumns : -1, from, S::kMatrices * S::kColumns * S::kRank);
+  const Pack<float, 4> sum = SumOfStrip<kSlotLanes>(x.grid, real ? n / S::kColumns : -1, from,
+                                                    S::kMatrices * S::kColumns * S::kRank);
   if (!real || threadIdx.x % kSlotLanes != 0) return;
   if (matrix == kDown) {
     float* to = x.down_da + c * x.down_da_stride + n;

@@ -217,8 +217,8 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
   }
 }
 
-// A thread per four elements of ds, then kSlotLanes per column of a strip and four ranks.
-template <int kGroups>
+// A thread per four elements of ds, then kLanes per column of a strip and four ranks.
+template <int kGroups, int kLanes>
 __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
   using S = Shape<kGroups>;
   AwaitEarlier();  // the sums are there
@@ -241,15 +241,15 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
     ds.Store(x.ds + row * x.ds_stride + column);
     return;
   }
-  at = (at - ds_threads) / kSlotLanes;
+  at = (at - ds_threads) / kLanes;
   const int line = at / rank_packs, c = (at - line * rank_packs) * 4;
   const int strip = line / S::kColumns, column = line % S::kColumns;
   const Part& part = x.part[PartOf(x, strip)];
   const int n = (strip - part.first_strip) * S::kColumns + column;
   const bool real = strip < x.grid.strips && n < part.columns;
-  const Pack<float, 4> sum = SumOfStrip(x.grid, real ? strip : -1,
-                                        x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
-  if (!real || threadIdx.x % kSlotLanes != 0) return;
+  const Pack<float, 4> sum = SumOfStrip<kLanes>(
+      x.grid, real ? strip : -1, x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
+  if (!real || threadIdx.x % kLanes != 0) return;
   float* to = part.db + n * part.db_stride + c;
   Pack<float, 4> db = Pack<float, 4>::Load(to);
   for (int k = 0; k < 4; ++k) db.v[k] += x.db_scale * sum.v[k];
@@ -325,8 +325,14 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
     const Params x = ParamsOf<kGroups>(a, begin, std::min(step, T - begin));
     LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kPassBlock), S::kBytes},
                 PassKernel<kGroups>, x);
-    LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.ds_columns / 4),
-                 int64_t{x.grid.strips} * S::kColumns * (x.r / 4));
+    const int64_t ds_packs = int64_t{x.rows} * (x.ds_columns / 4);
+    const int64_t db_packs = int64_t{x.grid.strips} * S::kColumns * (x.r / 4);
+    if (x.grid.strips == 1) {
+      LaunchBehind(exec, AddUpKernel<kGroups, kSlotLanesOfOne>, x, ds_packs, db_packs,
+                   kSlotLanesOfOne);
+    } else {
+      LaunchBehind(exec, AddUpKernel<kGroups, kSlotLanes>, x, ds_packs, db_packs);
+    }
   }
   return true;
 }

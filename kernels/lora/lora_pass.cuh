@@ -222,8 +222,8 @@ struct WarpSums {
   }
 };
 
-// Lanes that share the slots of a strip.
-constexpr int kSlotLanes = 4;
+// Lanes that share the slots of a strip, and where a single strip has those of all blocks.
+constexpr int kSlotLanes = 4, kSlotLanesOfOne = 16;
 
 // A pair of bf16.
 __device__ inline uint32_t RoundedPair(float2 x) {
@@ -247,28 +247,29 @@ __device__ inline Pack<float, 4> SumOf(const float* from, int64_t stride, int co
 }
 
 // The same of what the blocks have left of a strip in their slots of `slot_size`, of which the
-// first is at `from`. Two or more lanes side by side share the slots: few strips have many. By all
-// lanes of a warp; strip < 0 adds up nothing.
-__device__ inline Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, const float* from,
-                                            int64_t slot_size) {
+// first is at `from`. kLanes lanes side by side share the slots. By all lanes of a warp; strip < 0
+// adds up nothing.
+template <int kLanes>
+__device__ Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, const float* from,
+                                     int64_t slot_size) {
   Pack<float, 4> sum{};
   if (strip >= 0) {
     const int begin = BlockOf(grid, strip * grid.tiles);
     const int count = BlockOf(grid, (strip + 1) * grid.tiles - 1) - begin + 1;
-    const int lane = threadIdx.x % kSlotLanes;
+    const int lane = threadIdx.x % kLanes;
     from += (SlotOf(strip, begin) + lane) * slot_size;
-    sum = SumOf(from, kSlotLanes * slot_size, (count - lane + kSlotLanes - 1) / kSlotLanes);
+    sum = SumOf(from, kLanes * slot_size, (count - lane + kLanes - 1) / kLanes);
   }
   for (int k = 0; k < 4; ++k) {
 #pragma unroll
-    for (int other = kSlotLanes / 2; other > 0; other /= 2) {
+    for (int other = kLanes / 2; other > 0; other /= 2) {
       sum.v[k] += __shfl_xor_sync(0xffffffffu, sum.v[k], other);
     }
   }
   return sum;
 }
 
-// A thread per pack, 256 to a block: first those of ds, in whole warps, then kSlotLanes for each of
+// A thread per pack, 256 to a block: first those of ds, in whole warps, then `lanes` for each of
 // the gradients. They begin when the pass is through: while it runs they would pile up on the
 // multiprocessors that end first (H200, 1,024 columns: 40 us for 25).
 __host__ __device__ inline int64_t WholeWarps(int64_t packs) {
@@ -276,8 +277,8 @@ __host__ __device__ inline int64_t WholeWarps(int64_t packs) {
 }
 template <typename Params>
 void LaunchBehind(const Exec& exec, void (*kernel)(Params), const Params& x, int64_t ds_packs,
-                  int64_t gradient_packs) {
-  const int64_t threads = WholeWarps(ds_packs) + kSlotLanes * gradient_packs;
+                  int64_t gradient_packs, int lanes = kSlotLanes) {
+  const int64_t threads = WholeWarps(ds_packs) + lanes * gradient_packs;
   LaunchEarly(exec.stream, {dim3(DivideUp(threads, 256)), dim3(256)}, kernel, x);
 }
 
