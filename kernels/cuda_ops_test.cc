@@ -217,50 +217,63 @@ TEST_F(CudaOps, RmsNorm) {
 }
 
 // Heads 1..13 of fused rows of 15, into and from buffers of their own.
+// q and k: the first two heads of their buffers are nobody's.
 TEST_F(CudaOps, QkNorm) {
-  constexpr int64_t kT = 45, kH = 13;
+  constexpr int64_t kT = 45, kHq = 13, kHk = 3;
   struct Case {
     int64_t head_dim, rotary;
   };
+  enum { kX, kKx, kW, kKw, kCos, kSin, kY, kKy, kRstd, kKRstd, kDy, kKdy, kDx, kKdx };
   for (const Case& c : {Case{128, 128}, Case{256, 256}, Case{64, 64}, Case{512, 512}, Case{64, 20},
                         Case{40, 40}, Case{41, 34}, Case{96, 0}}) {
     for (DType dtype : kDTypes) {
       for (int64_t pad : {0, 3, 8}) {
         const std::string what = "qk norm " + std::to_string(c.head_dim) + ", turned " +
                                  std::to_string(c.rotary) + ", " + DTypeName(dtype);
-        const std::vector<Operand> forward{{Random(dtype, {kT, kH + 2, c.head_dim}, pad)},
-                                           {Random(dtype, {c.head_dim})},
-                                           {Random(DType::kF32, {kT, c.rotary / 2})},
-                                           {Random(DType::kF32, {kT, c.rotary / 2})},
-                                           {Tensor(dtype, {kT, kH, c.head_dim}, pad), Loose(dtype)},
-                                           {Tensor(DType::kF32, {kT, kH}), 1e-5}};
+        const auto inner = [](const TensorView& x) { return x.Slice(1, 1, x.dim(1) - 1); };
+        const std::vector<Operand> forward{
+            {Random(dtype, {kT, kHq + 2, c.head_dim}, pad)},
+            {Random(dtype, {kT, kHk + 2, c.head_dim}, pad)},
+            {Random(dtype, {c.head_dim})},
+            {Random(dtype, {c.head_dim})},
+            {Random(DType::kF32, {kT, c.rotary / 2})},
+            {Random(DType::kF32, {kT, c.rotary / 2})},
+            {Tensor(dtype, {kT, kHq, c.head_dim}, pad), Loose(dtype)},
+            {Tensor(dtype, {kT, kHk, c.head_dim}, pad), Loose(dtype)},
+            {Tensor(DType::kF32, {kT, kHq}), 1e-5},
+            {Tensor(DType::kF32, {kT, kHk}), 1e-5}};
         const OpCall run_forward = [&](const Exec& exec, const Views& v, Scratch&) {
-          QkNormForward(exec, {.x = v[0].Slice(1, 1, 1 + kH),
-                               .w = v[1],
-                               .cos = v[2],
-                               .sin = v[3],
-                               .y = v[4],
-                               .rstd = v[5],
+          const QkNormHeads heads[] = {{inner(v[kX]), v[kW], v[kY], v[kRstd]},
+                                       {inner(v[kKx]), v[kKw], v[kKy], v[kKRstd]}};
+          QkNormForward(exec, {.heads = heads,
+                               .cos = v[kCos],
+                               .sin = v[kSin],
                                .rotary_dim = c.rotary,
                                .weight_offset = 1.0});
         };
         ExpectGpuAsCpu(what, forward, run_forward);
         std::vector<Operand> backward;
         for (const Tensor& t : RunOnCpu(forward, run_forward)) backward.push_back({t});
-        backward.push_back({Random(dtype, {kT, kH, c.head_dim}, 2 * pad)});
-        backward.push_back({Tensor(dtype, {kT, kH, c.head_dim}, pad), Loose(dtype)});
-        ExpectGpuAsCpu(what + ", backward", backward,
-                       [&](const Exec& exec, const Views& v, Scratch&) {
-                         QkNormBackward(exec, {.dy = v[6],
-                                               .x = v[0].Slice(1, 1, 1 + kH),
-                                               .rstd = v[5],
-                                               .w = v[1],
-                                               .cos = v[2],
-                                               .sin = v[3],
-                                               .dx = v[7],
-                                               .rotary_dim = c.rotary,
-                                               .weight_offset = 1.0});
-                       });
+        for (int64_t heads : {kHq, kHk}) {
+          backward.push_back({Random(dtype, {kT, heads, c.head_dim}, 2 * pad)});
+        }
+        for (int64_t heads : {kHq, kHk}) {
+          backward.push_back({Tensor(dtype, {kT, heads, c.head_dim}, pad), Loose(dtype)});
+        }
+        for (const size_t parts : {2, 1}) {  // q alone, too
+          if (parts == 1) backward.pop_back();
+          ExpectGpuAsCpu(
+              what + ", backward", backward, [&](const Exec& exec, const Views& v, Scratch&) {
+                const QkNormHeadsBackward heads[] = {
+                    {v[kDy], inner(v[kX]), v[kRstd], v[kW], v[kDx]},
+                    {v[kKdy], inner(v[kKx]), v[kKRstd], v[kKw], v[parts == 2 ? kKdx : 0]}};
+                QkNormBackward(exec, {.heads = {heads, parts},
+                                      .cos = v[kCos],
+                                      .sin = v[kSin],
+                                      .rotary_dim = c.rotary,
+                                      .weight_offset = 1.0});
+              });
+        }
       }
     }
   }

@@ -25,8 +25,9 @@ Heads<T> HeadsOf(const TensorView& x) {
 }
 
 struct Shape {
-  int64_t units, heads;  // units: tokens * heads
-  int head_dim, half;    // half: R / 2
+  int64_t tokens;
+  int heads;           // of all parts
+  int head_dim, half;  // half: R / 2
   float eps, offset;
 };
 
@@ -35,36 +36,53 @@ __device__ int64_t OwnUnit() {
   return static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
 }
 
-template <typename T>
-struct Forward {
+// The heads of q, and of k.
+template <typename Part>
+struct Parts {
   Shape shape;
+  Part part[kMaxQkNormHeads];
+  Rows<const float> cos, sin;
+
+  // The part that has head `head` of all, which becomes its own number of it.
+  __device__ const Part& Of(int* head) const {
+    int p = 0;
+    while (*head >= part[p].heads) *head -= part[p++].heads;
+    return part[p];
+  }
+};
+
+template <typename T>
+struct ForwardPart {
+  int heads;
   Heads<const T> x;
   Heads<T> y;
   const T* w;
-  Rows<const float> cos, sin;
   float* rstd;
 };
+template <typename T>
+using Forward = Parts<ForwardPart<T>>;
 
 template <typename T, int N>
-__global__ __launch_bounds__(kThreads) void ForwardKernel(Forward<T> a) {
+__global__ __launch_bounds__(kThreads) void ForwardKernel(const __grid_constant__ Forward<T> a) {
   const Shape& s = a.shape;
-  const int64_t unit = OwnUnit();
-  if (unit >= s.units) return;
+  const int64_t unit = OwnUnit(), t = unit / s.heads;
+  if (t >= s.tokens) return;
   AwaitEarlier();
-  const int64_t t = unit / s.heads, head = unit % s.heads;
+  int head = static_cast<int>(unit % s.heads);
+  const ForwardPart<T>& part = a.Of(&head);
   const int lane = threadIdx.x % 32;
-  const T* x = a.x(t, head);
-  T* y = a.y(t, head);
+  const T *x = part.x(t, head), *w = part.w;
+  T* y = part.y(t, head);
   float squares = 0.0f;
   for (int c = lane * N; c < s.head_dim; c += 32 * N) {
     const Pack<T, N> v = Pack<T, N>::Load(x + c);
     for (int k = 0; k < N; ++k) squares += v[k] * v[k];
   }
   const float rstd = 1.0f / sqrtf(WarpSum(squares) / static_cast<float>(s.head_dim) + s.eps);
-  if (lane == 0) a.rstd[unit] = rstd;
+  if (lane == 0) part.rstd[t * part.heads + head] = rstd;
   for (int i = lane * N; i < s.half; i += 32 * N) {
     Pack<T, N> first = Pack<T, N>::Load(x + i), second = Pack<T, N>::Load(x + s.half + i);
-    const Pack<T, N> w1 = Pack<T, N>::Load(a.w + i), w2 = Pack<T, N>::Load(a.w + s.half + i);
+    const Pack<T, N> w1 = Pack<T, N>::Load(w + i), w2 = Pack<T, N>::Load(w + s.half + i);
     const Pack<float, N> c = Pack<float, N>::Load(a.cos(t, i));
     const Pack<float, N> sine = Pack<float, N>::Load(a.sin(t, i));
     for (int k = 0; k < N; ++k) {
@@ -78,31 +96,32 @@ __global__ __launch_bounds__(kThreads) void ForwardKernel(Forward<T> a) {
   }
   for (int c = 2 * s.half + lane * N; c < s.head_dim; c += 32 * N) {
     Pack<T, N> v = Pack<T, N>::Load(x + c);
-    const Pack<T, N> w = Pack<T, N>::Load(a.w + c);
-    for (int k = 0; k < N; ++k) v.Set(k, v[k] * (rstd * (w[k] + s.offset)));
+    const Pack<T, N> own = Pack<T, N>::Load(w + c);
+    for (int k = 0; k < N; ++k) v.Set(k, v[k] * (rstd * (own[k] + s.offset)));
     v.Store(y + c);
   }
 }
 
 template <typename T>
-struct Backward {
-  Shape shape;
+struct BackwardPart {
+  int heads;
   Heads<const T> dy, x;
   Heads<T> dx;
   const T* w;
-  Rows<const float> cos, sin;
   const float* rstd;
 };
+template <typename T>
+using Backward = Parts<BackwardPart<T>>;
 
 // g of a pair of packs that turn together.
 template <typename T, int N>
 struct PairGradient {
   float first[N], second[N];
-  __device__ PairGradient(const Backward<T>& a, const T* dy, int64_t t, int i) {
+  __device__ PairGradient(const Backward<T>& a, const T* w, const T* dy, int64_t t, int i) {
     const int half = a.shape.half;
     const float offset = a.shape.offset;
     const Pack<T, N> d1 = Pack<T, N>::Load(dy + i), d2 = Pack<T, N>::Load(dy + half + i);
-    const Pack<T, N> w1 = Pack<T, N>::Load(a.w + i), w2 = Pack<T, N>::Load(a.w + half + i);
+    const Pack<T, N> w1 = Pack<T, N>::Load(w + i), w2 = Pack<T, N>::Load(w + half + i);
     const Pack<float, N> c = Pack<float, N>::Load(a.cos(t, i));
     const Pack<float, N> s = Pack<float, N>::Load(a.sin(t, i));
     for (int k = 0; k < N; ++k) {
@@ -113,30 +132,31 @@ struct PairGradient {
 };
 
 template <typename T, int N>
-__global__ __launch_bounds__(kThreads) void BackwardKernel(Backward<T> a) {
+__global__ __launch_bounds__(kThreads) void BackwardKernel(const __grid_constant__ Backward<T> a) {
   const Shape& s = a.shape;
-  const int64_t unit = OwnUnit();
-  if (unit >= s.units) return;
+  const int64_t unit = OwnUnit(), t = unit / s.heads;
+  if (t >= s.tokens) return;
   AwaitEarlier();
-  const int64_t t = unit / s.heads, head = unit % s.heads;
+  int head = static_cast<int>(unit % s.heads);
+  const BackwardPart<T>& part = a.Of(&head);
   const int lane = threadIdx.x % 32;
-  const T *dy = a.dy(t, head), *x = a.x(t, head);
-  T* dx = a.dx(t, head);
+  const T *dy = part.dy(t, head), *x = part.x(t, head), *w = part.w;
+  T* dx = part.dx(t, head);
   float products = 0.0f;
   for (int i = lane * N; i < s.half; i += 32 * N) {
-    const PairGradient<T, N> g(a, dy, t, i);
+    const PairGradient<T, N> g(a, w, dy, t, i);
     const Pack<T, N> x1 = Pack<T, N>::Load(x + i), x2 = Pack<T, N>::Load(x + s.half + i);
     for (int k = 0; k < N; ++k) products += g.first[k] * x1[k] + g.second[k] * x2[k];
   }
   for (int c = 2 * s.half + lane * N; c < s.head_dim; c += 32 * N) {
     const Pack<T, N> d = Pack<T, N>::Load(dy + c), v = Pack<T, N>::Load(x + c);
-    const Pack<T, N> w = Pack<T, N>::Load(a.w + c);
-    for (int k = 0; k < N; ++k) products += d[k] * (w[k] + s.offset) * v[k];
+    const Pack<T, N> own = Pack<T, N>::Load(w + c);
+    for (int k = 0; k < N; ++k) products += d[k] * (own[k] + s.offset) * v[k];
   }
-  const float rstd = a.rstd[unit];
+  const float rstd = part.rstd[t * part.heads + head];
   const float mean = rstd * rstd * (WarpSum(products) / static_cast<float>(s.head_dim));
   for (int i = lane * N; i < s.half; i += 32 * N) {
-    const PairGradient<T, N> g(a, dy, t, i);
+    const PairGradient<T, N> g(a, w, dy, t, i);
     Pack<T, N> x1 = Pack<T, N>::Load(x + i), x2 = Pack<T, N>::Load(x + s.half + i);
     for (int k = 0; k < N; ++k) {
       x1.Set(k, rstd * (g.first[k] - x1[k] * mean));
@@ -146,9 +166,9 @@ __global__ __launch_bounds__(kThreads) void BackwardKernel(Backward<T> a) {
     x2.Store(dx + s.half + i);
   }
   for (int c = 2 * s.half + lane * N; c < s.head_dim; c += 32 * N) {
-    const Pack<T, N> d = Pack<T, N>::Load(dy + c), w = Pack<T, N>::Load(a.w + c);
+    const Pack<T, N> d = Pack<T, N>::Load(dy + c), own = Pack<T, N>::Load(w + c);
     Pack<T, N> v = Pack<T, N>::Load(x + c);
-    for (int k = 0; k < N; ++k) v.Set(k, rstd * (d[k] * (w[k] + s.offset) - v[k] * mean));
+    for (int k = 0; k < N; ++k) v.Set(k, rstd * (d[k] * (own[k] + s.offset) - v[k] * mean));
     v.Store(dx + c);
   }
 }
@@ -178,8 +198,10 @@ struct Whole {
         half(a.shape.half) {
     cos = Pack<float, N>::Load(a.cos(t, lane * N));
     sin = Pack<float, N>::Load(a.sin(t, lane * N));
-    w1 = P::Load(a.w + lane * N);
-    w2 = P::Load(a.w + half + lane * N);
+  }
+  __device__ void LoadWeights(const T* w) {
+    w1 = P::Load(w + lane * N);
+    w2 = P::Load(w + half + lane * N);
   }
   // Of this thread in turn `turn` from `first` on.
   __device__ int HeadOf(int first, int turn) const { return first + turn * kGroups + group; }
@@ -217,106 +239,121 @@ struct Halves {
 };
 
 template <typename T, int kLanes>
-__global__ __launch_bounds__(kThreads, 3) void WholeForward(Forward<T> a, int64_t tokens) {
+__global__ __launch_bounds__(kThreads, 3) void WholeForward(const __grid_constant__ Forward<T> a) {
   using W = Whole<T, kLanes, 2>;
-  const int heads = static_cast<int>(a.shape.heads);
   const int64_t t = OwnUnit();
-  if (t >= tokens) return;
+  if (t >= a.shape.tokens) return;
   AwaitEarlier();
-  const W own(a, t);
-  for (int begin = 0; begin < heads; begin += W::kHeads) {
-    Halves<W> x[W::kTurns] = {};
+  W own(a, t);
+  for (const auto& part : a.part) {
+    const int heads = part.heads;
+    if (heads == 0) break;
+    own.LoadWeights(part.w);
+    for (int begin = 0; begin < heads; begin += W::kHeads) {
+      Halves<W> x[W::kTurns] = {};
 #pragma unroll
-    for (int turn = 0; turn < W::kTurns; ++turn) {
-      const int head = own.HeadOf(begin, turn);
-      if (head < heads) x[turn] = Halves<W>::Load(a.x(t, head), own);
-    }
-#pragma unroll
-    for (int turn = 0; turn < W::kTurns; ++turn) {
-      Halves<W>& v = x[turn];
-      float squares = 0.0f;
-#pragma unroll
-      for (int p = 0; p < W::P::kPairs; ++p) {
-        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
-        squares += x1.x * x1.x + x1.y * x1.y + x2.x * x2.x + x2.y * x2.y;
+      for (int turn = 0; turn < W::kTurns; ++turn) {
+        const int head = own.HeadOf(begin, turn);
+        if (head < heads) x[turn] = Halves<W>::Load(part.x(t, head), own);
       }
-      const float mean = W::Sum(squares) / static_cast<float>(a.shape.head_dim);
-      const float rstd = 1.0f / sqrtf(mean + a.shape.eps);
-      const int head = own.HeadOf(begin, turn);
-      if (head >= heads) continue;
-      if (own.lane == 0) a.rstd[t * heads + head] = rstd;
 #pragma unroll
-      for (int p = 0; p < W::P::kPairs; ++p) {
-        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p), w1 = own.FirstOf(p, rstd),
-                     w2 = own.SecondOf(p, rstd), c = own.CosOf(p), s = own.SinOf(p);
-        const float2 n1 = {x1.x * w1.x, x1.y * w1.y}, n2 = {x2.x * w2.x, x2.y * w2.y};
-        v.first.SetPair(p, {n1.x * c.x - n2.x * s.x, n1.y * c.y - n2.y * s.y});
-        v.second.SetPair(p, {n2.x * c.x + n1.x * s.x, n2.y * c.y + n1.y * s.y});
+      for (int turn = 0; turn < W::kTurns; ++turn) {
+        Halves<W>& v = x[turn];
+        float squares = 0.0f;
+#pragma unroll
+        for (int p = 0; p < W::P::kPairs; ++p) {
+          const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
+          squares += x1.x * x1.x + x1.y * x1.y + x2.x * x2.x + x2.y * x2.y;
+        }
+        const float mean = W::Sum(squares) / static_cast<float>(a.shape.head_dim);
+        const float rstd = 1.0f / sqrtf(mean + a.shape.eps);
+        const int head = own.HeadOf(begin, turn);
+        if (head >= heads) continue;
+        if (own.lane == 0) part.rstd[t * heads + head] = rstd;
+#pragma unroll
+        for (int p = 0; p < W::P::kPairs; ++p) {
+          const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p), w1 = own.FirstOf(p, rstd),
+                       w2 = own.SecondOf(p, rstd), c = own.CosOf(p), s = own.SinOf(p);
+          const float2 n1 = {x1.x * w1.x, x1.y * w1.y}, n2 = {x2.x * w2.x, x2.y * w2.y};
+          v.first.SetPair(p, {n1.x * c.x - n2.x * s.x, n1.y * c.y - n2.y * s.y});
+          v.second.SetPair(p, {n2.x * c.x + n1.x * s.x, n2.y * c.y + n1.y * s.y});
+        }
+        v.Store(part.y(t, head), own);
       }
-      v.Store(a.y(t, head), own);
     }
   }
 }
 
 template <typename T, int kLanes>
-__global__ __launch_bounds__(kThreads, 3) void WholeBackward(Backward<T> a, int64_t tokens) {
+__global__ __launch_bounds__(kThreads,
+                             3) void WholeBackward(const __grid_constant__ Backward<T> a) {
   using W = Whole<T, kLanes, 1>;
-  const int heads = static_cast<int>(a.shape.heads);
   const int64_t t = OwnUnit();
-  if (t >= tokens) return;
+  if (t >= a.shape.tokens) return;
   AwaitEarlier();
-  const W own(a, t);
-  for (int begin = 0; begin < heads; begin += W::kHeads) {
-    Halves<W> dy[W::kTurns] = {}, x[W::kTurns] = {};
-    float rstd[W::kTurns] = {};
+  W own(a, t);
+  for (const auto& part : a.part) {
+    const int heads = part.heads;
+    if (heads == 0) break;
+    own.LoadWeights(part.w);
+    for (int begin = 0; begin < heads; begin += W::kHeads) {
+      Halves<W> dy[W::kTurns] = {}, x[W::kTurns] = {};
+      float rstd[W::kTurns] = {};
 #pragma unroll
-    for (int turn = 0; turn < W::kTurns; ++turn) {
-      const int head = own.HeadOf(begin, turn);
-      if (head >= heads) continue;
-      dy[turn] = Halves<W>::Load(a.dy(t, head), own);
-      x[turn] = Halves<W>::Load(a.x(t, head), own);
-      rstd[turn] = a.rstd[t * heads + head];
-    }
-#pragma unroll
-    for (int turn = 0; turn < W::kTurns; ++turn) {
-      Halves<W>& v = x[turn];
-      const float r = rstd[turn];
-      // g of a pair of each half, times r.
-      const auto gradient = [&](int p, float2* g1, float2* g2) {
-        const float2 d1 = dy[turn].first.Pair(p), d2 = dy[turn].second.Pair(p), c = own.CosOf(p),
-                     s = own.SinOf(p), w1 = own.FirstOf(p, r), w2 = own.SecondOf(p, r);
-        *g1 = {(d1.x * c.x + d2.x * s.x) * w1.x, (d1.y * c.y + d2.y * s.y) * w1.y};
-        *g2 = {(d2.x * c.x - d1.x * s.x) * w2.x, (d2.y * c.y - d1.y * s.y) * w2.y};
-      };
-      float products = 0.0f;
-#pragma unroll
-      for (int p = 0; p < W::P::kPairs; ++p) {
-        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
-        float2 g1, g2;
-        gradient(p, &g1, &g2);
-        products += g1.x * x1.x + g1.y * x1.y + g2.x * x2.x + g2.y * x2.y;
+      for (int turn = 0; turn < W::kTurns; ++turn) {
+        const int head = own.HeadOf(begin, turn);
+        if (head >= heads) continue;
+        dy[turn] = Halves<W>::Load(part.dy(t, head), own);
+        x[turn] = Halves<W>::Load(part.x(t, head), own);
+        rstd[turn] = part.rstd[t * heads + head];
       }
-      const float mean = r * r * (W::Sum(products) / static_cast<float>(a.shape.head_dim));
-      const int head = own.HeadOf(begin, turn);
-      if (head >= heads) continue;
 #pragma unroll
-      for (int p = 0; p < W::P::kPairs; ++p) {
-        const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
-        float2 g1, g2;
-        gradient(p, &g1, &g2);
-        v.first.SetPair(p, {g1.x - x1.x * mean, g1.y - x1.y * mean});
-        v.second.SetPair(p, {g2.x - x2.x * mean, g2.y - x2.y * mean});
+      for (int turn = 0; turn < W::kTurns; ++turn) {
+        Halves<W>& v = x[turn];
+        const float r = rstd[turn];
+        // g of a pair of each half, times r.
+        const auto gradient = [&](int p, float2* g1, float2* g2) {
+          const float2 d1 = dy[turn].first.Pair(p), d2 = dy[turn].second.Pair(p), c = own.CosOf(p),
+                       s = own.SinOf(p), w1 = own.FirstOf(p, r), w2 = own.SecondOf(p, r);
+          *g1 = {(d1.x * c.x + d2.x * s.x) * w1.x, (d1.y * c.y + d2.y * s.y) * w1.y};
+          *g2 = {(d2.x * c.x - d1.x * s.x) * w2.x, (d2.y * c.y - d1.y * s.y) * w2.y};
+        };
+        float products = 0.0f;
+#pragma unroll
+        for (int p = 0; p < W::P::kPairs; ++p) {
+          const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
+          float2 g1, g2;
+          gradient(p, &g1, &g2);
+          products += g1.x * x1.x + g1.y * x1.y + g2.x * x2.x + g2.y * x2.y;
+        }
+        const float mean = r * r * (W::Sum(products) / static_cast<float>(a.shape.head_dim));
+        const int head = own.HeadOf(begin, turn);
+        if (head >= heads) continue;
+#pragma unroll
+        for (int p = 0; p < W::P::kPairs; ++p) {
+          const float2 x1 = v.first.Pair(p), x2 = v.second.Pair(p);
+          float2 g1, g2;
+          gradient(p, &g1, &g2);
+          v.first.SetPair(p, {g1.x - x1.x * mean, g1.y - x1.y * mean});
+          v.second.SetPair(p, {g2.x - x2.x * mean, g2.y - x2.y * mean});
+        }
+        v.Store(part.dx(t, head), own);
       }
-      v.Store(a.dx(t, head), own);
     }
   }
 }
 
 template <typename Args>
 Shape ShapeOf(const Args& a, double eps) {
-  return {a.x.dim(0) * a.x.dim(1),      a.x.dim(1),
-          static_cast<int>(a.x.dim(2)), static_cast<int>(a.rotary_dim / 2),
-          static_cast<float>(eps),      static_cast<float>(a.weight_offset)};
+  const TensorView& x = a.heads[0].x;
+  int64_t heads = 0;
+  for (const auto& of : a.heads) heads += of.x.dim(1);
+  return {x.dim(0),
+          static_cast<int>(heads),
+          static_cast<int>(x.dim(2)),
+          static_cast<int>(a.rotary_dim / 2),
+          static_cast<float>(eps),
+          static_cast<float>(a.weight_offset)};
 }
 
 Rows<const float> TableOf(const TensorView& x) {
@@ -328,80 +365,74 @@ unsigned Blocks(int64_t units) {
   return static_cast<unsigned>((units + kThreads / 32 - 1) / (kThreads / 32));
 }
 
-// Calls whole.operator()<T, lanes>() where whole heads turn, else heads.operator()<T, N>(): packs
-// of two where heads and half heads are made of them.
-template <typename F, typename G>
-void Dispatch(const Shape& shape, DType dtype, std::initializer_list<const TensorView*> views,
-              F&& whole, G&& heads) {
-  DispatchCudaFloat(dtype, [&]<typename T>() {
-    constexpr int N = kPackSize<T>;
-    if (2 * shape.half == shape.head_dim && Packable(N, views)) {
-      switch (shape.half / N) {
-        case 4:
-          return whole.template operator()<T, 4>();
-        case 8:
-          return whole.template operator()<T, 8>();
-        case 16:
-          return whole.template operator()<T, 16>();
-        case 32:
-          return whole.template operator()<T, 32>();
-      }
+// Starts `whole` where whole heads turn, else `heads`, of packs of two where heads and half heads
+// are made of them. packable(n): whether all rows are in packs of n.
+template <typename T, typename Args, typename Packed, typename Whole, typename Each>
+void Launch(const Exec& exec, const Args& args, Packed&& packable, Whole&& whole, Each&& each) {
+  constexpr int N = kPackSize<T>;
+  const Shape& shape = args.shape;
+  if (shape.tokens * shape.heads == 0) return;
+  const auto launch = [&](int64_t units, auto kernel) {
+    LaunchEarly(exec.stream, {dim3(Blocks(units)), dim3(kThreads)}, kernel, args);
+  };
+  if (2 * shape.half == shape.head_dim && packable(N)) {
+    switch (shape.half / N) {
+      case 4:
+        return launch(shape.tokens, whole.template operator()<4>());
+      case 8:
+        return launch(shape.tokens, whole.template operator()<8>());
+      case 16:
+        return launch(shape.tokens, whole.template operator()<16>());
+      case 32:
+        return launch(shape.tokens, whole.template operator()<32>());
     }
-    if (shape.half % 2 == 0 && Packable(2, views)) return heads.template operator()<T, 2>();
-    heads.template operator()<T, 1>();
-  });
-  CUDA_CHECK(cudaGetLastError());
-}
-
-template <typename T>
-Forward<T> ForwardOf(const Shape& shape, const QkNormForwardArgs& a) {
-  return {shape,          HeadsOf<const T>(a.x), HeadsOf<T>(a.y),    Data<const T>(a.w),
-          TableOf(a.cos), TableOf(a.sin),        Data<float>(a.rstd)};
-}
-template <typename T>
-Backward<T> BackwardOf(const Shape& shape, const QkNormBackwardArgs& a) {
-  return {shape,
-          HeadsOf<const T>(a.dy),
-          HeadsOf<const T>(a.x),
-          HeadsOf<T>(a.dx),
-          Data<const T>(a.w),
-          TableOf(a.cos),
-          TableOf(a.sin),
-          Data<const float>(a.rstd)};
+  }
+  const int64_t units = shape.tokens * shape.heads;
+  if (shape.half % 2 == 0 && packable(2)) return launch(units, each.template operator()<2>());
+  launch(units, each.template operator()<1>());
 }
 
 }  // namespace
 
 void QkNormForwardCuda(const Exec& exec, const QkNormForwardArgs& a) {
-  const Shape shape = ShapeOf(a, a.eps);
-  if (shape.units == 0) return;
-  const int64_t tokens = a.x.dim(0);
-  Dispatch(
-      shape, a.x.dtype, {&a.x, &a.y, &a.w, &a.cos, &a.sin},
-      [&]<typename T, int kLanes>() {
-        LaunchEarly(exec.stream, {dim3(Blocks(tokens)), dim3(kThreads)}, WholeForward<T, kLanes>,
-                    ForwardOf<T>(shape, a), tokens);
-      },
-      [&]<typename T, int N>() {
-        LaunchEarly(exec.stream, {dim3(Blocks(shape.units)), dim3(kThreads)}, ForwardKernel<T, N>,
-                    ForwardOf<T>(shape, a));
-      });
+  DispatchCudaFloat(a.heads[0].x.dtype, [&]<typename T>() {
+    Forward<T> args{ShapeOf(a, a.eps), {}, TableOf(a.cos), TableOf(a.sin)};
+    for (size_t i = 0; i < a.heads.size(); ++i) {
+      const QkNormHeads& of = a.heads[i];
+      args.part[i] = {static_cast<int>(of.x.dim(1)), HeadsOf<const T>(of.x), HeadsOf<T>(of.y),
+                      Data<const T>(of.w), Data<float>(of.rstd)};
+    }
+    const auto packable = [&](int64_t n) {
+      return Packable(n, {&a.cos, &a.sin}) &&
+             std::all_of(a.heads.begin(), a.heads.end(), [&](const QkNormHeads& of) {
+               return Packable(n, {&of.x, &of.y, &of.w});
+             });
+    };
+    Launch<T>(
+        exec, args, packable, []<int kLanes>() { return WholeForward<T, kLanes>; },
+        []<int N>() { return ForwardKernel<T, N>; });
+  });
 }
 
 void QkNormBackwardCuda(const Exec& exec, const QkNormBackwardArgs& a) {
-  const Shape shape = ShapeOf(a, 0.0);
-  if (shape.units == 0) return;
-  const int64_t tokens = a.x.dim(0);
-  Dispatch(
-      shape, a.x.dtype, {&a.dy, &a.x, &a.dx, &a.w, &a.cos, &a.sin},
-      [&]<typename T, int kLanes>() {
-        LaunchEarly(exec.stream, {dim3(Blocks(tokens)), dim3(kThreads)}, WholeBackward<T, kLanes>,
-                    BackwardOf<T>(shape, a), tokens);
-      },
-      [&]<typename T, int N>() {
-        LaunchEarly(exec.stream, {dim3(Blocks(shape.units)), dim3(kThreads)}, BackwardKernel<T, N>,
-                    BackwardOf<T>(shape, a));
-      });
+  DispatchCudaFloat(a.heads[0].x.dtype, [&]<typename T>() {
+    Backward<T> args{ShapeOf(a, 0.0), {}, TableOf(a.cos), TableOf(a.sin)};
+    for (size_t i = 0; i < a.heads.size(); ++i) {
+      const QkNormHeadsBackward& of = a.heads[i];
+      args.part[i] = {static_cast<int>(of.x.dim(1)), HeadsOf<const T>(of.dy),
+                      HeadsOf<const T>(of.x),        HeadsOf<T>(of.dx),
+                      Data<const T>(of.w),           Data<const float>(of.rstd)};
+    }
+    const auto packable = [&](int64_t n) {
+      return Packable(n, {&a.cos, &a.sin}) &&
+             std::all_of(a.heads.begin(), a.heads.end(), [&](const QkNormHeadsBackward& of) {
+               return Packable(n, {&of.dy, &of.x, &of.dx, &of.w});
+             });
+    };
+    Launch<T>(
+        exec, args, packable, []<int kLanes>() { return WholeBackward<T, kLanes>; },
+        []<int N>() { return BackwardKernel<T, N>; });
+  });
 }
 
 }  // namespace attune

@@ -8,32 +8,42 @@
 // order. Cost: two reads of x (dy), the second from cache, one write.
 #pragma once
 
+#include <span>
+
 #include "kernels/core/exec.h"
 #include "kernels/core/tensor.h"
 
 namespace attune {
 
-struct QkNormForwardArgs {
+constexpr int kMaxQkNormHeads = 2;  // q and k
+
+struct QkNormHeads {
   TensorView x;     // (T, H, D)  f64, f32 or bf16; stride(0) and stride(1) are free; D <= 512
   TensorView w;     // (D)        dtype of x
-  TensorView cos;   // (T, R/2)   f32 (f64 for f64); not looked at where R is 0
-  TensorView sin;   // (T, R/2)
   TensorView y;     // (T, H, D)  out, dtype of x, not overlapping x; strides as free
   TensorView rstd;  // (T, H)     out, f32 (f64 for f64), contiguous
-  int64_t rotary_dim = 0;  // R <= D, even
+};
+struct QkNormForwardArgs {
+  std::span<const QkNormHeads> heads;  // 1 to kMaxQkNormHeads, of one T, D and dtype
+  TensorView cos;                      // (T, R/2)  f32 (f64 for f64); not looked at where R is 0
+  TensorView sin;                      // (T, R/2)
+  int64_t rotary_dim = 0;              // R <= D, even
   double eps = 1e-6;
   double weight_offset = 0.0;  // Gemma: 1
 };
 void QkNormForward(const Exec& exec, const QkNormForwardArgs& args);
 
-struct QkNormBackwardArgs {
+struct QkNormHeadsBackward {
   TensorView dy;    // (T, H, D)  strides as free as those of x
   TensorView x;     // (T, H, D)
   TensorView rstd;  // (T, H)     as forward wrote it
   TensorView w;     // (D)
-  TensorView cos;   // (T, R/2)
-  TensorView sin;   // (T, R/2)
   TensorView dx;    // (T, H, D)  out, dtype of x, not overlapping dy or x
+};
+struct QkNormBackwardArgs {
+  std::span<const QkNormHeadsBackward> heads;
+  TensorView cos;  // (T, R/2)
+  TensorView sin;  // (T, R/2)
   int64_t rotary_dim = 0;
   double weight_offset = 0.0;
 };

@@ -85,30 +85,34 @@ Turn<A> TurnAt(const Args& a, int64_t t) {
 }  // namespace
 
 void QkNormForwardCpu(const Exec& exec, const QkNormForwardArgs& a) {
-  DispatchFloat(a.x.dtype, [&]<typename T>() {
+  DispatchFloat(a.heads[0].x.dtype, [&]<typename T>() {
     using A = AccumulatorOf<T>;
-    const int64_t tokens = a.x.dim(0), heads = a.x.dim(1);
-#pragma omp parallel for schedule(static) if (WorthThreads(a.x.size()))
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t h = 0; h < heads; ++h) {
-        ForwardHead(Head<T>(a.x, t, h), a.w.As<T>(), TurnAt<A>(a, t), static_cast<A>(a.eps),
-                    static_cast<A>(a.weight_offset), a.x.dim(2), Head<T>(a.y, t, h),
-                    a.rstd.As<A>() + t * heads + h);
+    for (const QkNormHeads& of : a.heads) {
+      const int64_t tokens = of.x.dim(0), heads = of.x.dim(1);
+#pragma omp parallel for schedule(static) if (WorthThreads(of.x.size()))
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t h = 0; h < heads; ++h) {
+          ForwardHead(Head<T>(of.x, t, h), of.w.As<T>(), TurnAt<A>(a, t), static_cast<A>(a.eps),
+                      static_cast<A>(a.weight_offset), of.x.dim(2), Head<T>(of.y, t, h),
+                      of.rstd.As<A>() + t * heads + h);
+        }
       }
     }
   });
 }
 
 void QkNormBackwardCpu(const Exec& exec, const QkNormBackwardArgs& a) {
-  DispatchFloat(a.x.dtype, [&]<typename T>() {
+  DispatchFloat(a.heads[0].x.dtype, [&]<typename T>() {
     using A = AccumulatorOf<T>;
-    const int64_t tokens = a.x.dim(0), heads = a.x.dim(1);
-#pragma omp parallel for schedule(static) if (WorthThreads(a.x.size()))
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t h = 0; h < heads; ++h) {
-        BackwardHead(Head<T>(a.dy, t, h), Head<T>(a.x, t, h), a.w.As<T>(), TurnAt<A>(a, t),
-                     a.rstd.As<A>()[t * heads + h], static_cast<A>(a.weight_offset), a.x.dim(2),
-                     Head<T>(a.dx, t, h));
+    for (const QkNormHeadsBackward& of : a.heads) {
+      const int64_t tokens = of.x.dim(0), heads = of.x.dim(1);
+#pragma omp parallel for schedule(static) if (WorthThreads(of.x.size()))
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t h = 0; h < heads; ++h) {
+          BackwardHead(Head<T>(of.dy, t, h), Head<T>(of.x, t, h), of.w.As<T>(), TurnAt<A>(a, t),
+                       of.rstd.As<A>()[t * heads + h], static_cast<A>(a.weight_offset), of.x.dim(2),
+                       Head<T>(of.dx, t, h));
+        }
       }
     }
   });

@@ -35,12 +35,11 @@ TEST_P(QkNormTest, NormalisesThenRotates) {
       y(dtype, {kTokens, kHeads, kD});
   Tensor rstd(StatisticsOf(dtype), {kTokens, kHeads});
   fused.Random(&rng), w.Random(&rng);
-  QkNormForward(CpuExec(), {.x = fused.view().Slice(1, 1, 1 + kHeads),
-                            .w = w,
+  const QkNormHeads heads[] = {
+      {.x = fused.view().Slice(1, 1, 1 + kHeads), .w = w, .y = y, .rstd = rstd}};
+  QkNormForward(CpuExec(), {.heads = heads,
                             .cos = tables.cos,
                             .sin = tables.sin,
-                            .y = y,
-                            .rstd = rstd,
                             .rotary_dim = R,
                             .eps = 1e-3,
                             .weight_offset = 1.0});
@@ -79,12 +78,10 @@ TEST_P(QkNormTest, BackwardMatchesFiniteDifferencesOfDouble) {
   wide_x.Assign(x.ToVector()), wide_w.Assign(w.ToVector()), wide_dy.Assign(dy.ToVector());
   Tensor y = wide_x, rstd(DType::kF64, {kTokens, kHeads});
   const auto forward = [&] {
-    QkNormForward(CpuExec(), {.x = wide_x,
-                              .w = wide_w,
+    const QkNormHeads heads[] = {{.x = wide_x, .w = wide_w, .y = y, .rstd = rstd}};
+    QkNormForward(CpuExec(), {.heads = heads,
                               .cos = tables.cos,
                               .sin = tables.sin,
-                              .y = y,
-                              .rstd = rstd,
                               .rotary_dim = R,
                               .weight_offset = 1.0});
   };
@@ -97,15 +94,9 @@ TEST_P(QkNormTest, BackwardMatchesFiniteDifferencesOfDouble) {
   Tensor cos(StatisticsOf(dtype), {kTokens, R / 2}), sin = cos, dx(dtype, {kTokens, kHeads, kD}, 7);
   narrow_rstd.Assign(rstd.ToVector());
   cos.Assign(tables.cos.ToVector()), sin.Assign(tables.sin.ToVector());
-  QkNormBackward(CpuExec(), {.dy = dy,
-                             .x = x,
-                             .rstd = narrow_rstd,
-                             .w = w,
-                             .cos = cos,
-                             .sin = sin,
-                             .dx = dx,
-                             .rotary_dim = R,
-                             .weight_offset = 1.0});
+  const QkNormHeadsBackward heads[] = {{.dy = dy, .x = x, .rstd = narrow_rstd, .w = w, .dx = dx}};
+  QkNormBackward(CpuExec(),
+                 {.heads = heads, .cos = cos, .sin = sin, .rotary_dim = R, .weight_offset = 1.0});
   op_testing::ExpectClose(dx, want, dtype == DType::kF64 ? 1e-8 : op_testing::Tolerance(dtype),
                           "dx");
   dx.ExpectGuardsIntact();
@@ -122,12 +113,12 @@ TEST(QkNormRopeTest, IsRopeAfterTheNorm) {
   Tensor x(DType::kF32, {kTokens, kHeads, kD}), w(DType::kF32, {kD}), y = x, n = x;
   Tensor rstd(DType::kF32, {kTokens, kHeads});
   x.Random(&rng), w.Random(&rng);
-  QkNormForwardArgs args{.x = x, .w = w, .y = n, .rstd = rstd};
-  QkNormForward(CpuExec(), args);
+  const QkNormHeads to_n[] = {{.x = x, .w = w, .y = n, .rstd = rstd}};
+  QkNormForward(CpuExec(), {.heads = to_n});
   const RopeHeads heads[] = {{.x = n}};
   Rope(CpuExec(), {.heads = heads, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 40});
-  args.y = y, args.cos = tables.cos, args.sin = tables.sin, args.rotary_dim = 40;
-  QkNormForward(CpuExec(), args);
+  const QkNormHeads to_y[] = {{.x = x, .w = w, .y = y, .rstd = rstd}};
+  QkNormForward(CpuExec(), {.heads = to_y, .cos = tables.cos, .sin = tables.sin, .rotary_dim = 40});
   op_testing::ExpectClose(y, n.ToVector(), 1e-6, "y");
 }
 
@@ -135,16 +126,10 @@ TEST(QkNormPlanTest, TouchesNothing) {
   const TensorView x(nullptr, DType::kBF16, {4, 2, 8}), w(nullptr, DType::kBF16, {8});
   const TensorView rstd(nullptr, DType::kF32, {4, 2}), table(nullptr, DType::kF32, {4, 4});
   const Exec exec = op_testing::PlanExec();
-  QkNormForward(
-      exec, {.x = x, .w = w, .cos = table, .sin = table, .y = x, .rstd = rstd, .rotary_dim = 8});
-  QkNormBackward(exec, {.dy = x,
-                        .x = x,
-                        .rstd = rstd,
-                        .w = w,
-                        .cos = table,
-                        .sin = table,
-                        .dx = x,
-                        .rotary_dim = 8});
+  const QkNormHeads heads[] = {{.x = x, .w = w, .y = x, .rstd = rstd}};
+  QkNormForward(exec, {.heads = heads, .cos = table, .sin = table, .rotary_dim = 8});
+  const QkNormHeadsBackward back[] = {{.dy = x, .x = x, .rstd = rstd, .w = w, .dx = x}};
+  QkNormBackward(exec, {.heads = back, .cos = table, .sin = table, .rotary_dim = 8});
 }
 
 }  // namespace

@@ -572,27 +572,34 @@ void BenchOptimizer(Bench* b) {
 
 // What only some models and options use.
 void BenchOptions(Bench* b) {
-  constexpr int64_t kHeads = 32, kD = 128;
-  const double pass = 2.0 * kT * kC;
-  const auto heads = [] { return Device(DType::kBF16, {kT, kHeads, kD}); };
-  const TensorView q = heads(), dq = heads(), y = heads(), w = Device(DType::kBF16, {kD});
+  constexpr int64_t kD = 128;
+  const TensorView w = Device(DType::kBF16, {kD});
   const TensorView cos = Device(DType::kF32, {kT, kD / 2}), sin = Device(DType::kF32, {kT, kD / 2});
-  const TensorView rstd = Device(DType::kF32, {kT, kHeads});
-  const double angles = 2.0 * cos.bytes() + rstd.bytes();
-  b->Bytes("QkNormForward + rope 8192x32x128", 2 * pass + angles, [&] {
-    QkNormForward(b->exec,
-                  {.x = q, .w = w, .cos = cos, .sin = sin, .y = y, .rstd = rstd, .rotary_dim = kD});
-  });
-  b->Bytes("QkNormBackward + rope 8192x32x128", 3 * pass + angles, [&] {
-    QkNormBackward(b->exec, {.dy = y,
-                             .x = q,
-                             .rstd = rstd,
-                             .w = w,
-                             .cos = cos,
-                             .sin = sin,
-                             .dx = dq,
-                             .rotary_dim = kD});
-  });
+  const auto qk_norm = [&](int64_t q_heads, int64_t k_heads) {
+    QkNormHeads forward[kMaxQkNormHeads];
+    QkNormHeadsBackward backward[kMaxQkNormHeads];
+    double pass = 0, statistics = 2.0 * cos.bytes();
+    for (int i = 0; i < 2; ++i) {
+      const int64_t heads = i == 0 ? q_heads : k_heads;
+      const auto rows = [&] { return Device(DType::kBF16, {kT, heads, kD}); };
+      forward[i] = {rows(), w, rows(), Device(DType::kF32, {kT, heads})};
+      backward[i] = {forward[i].y, forward[i].x, forward[i].rstd, w, rows()};
+      pass += forward[i].x.bytes();
+      statistics += forward[i].rstd.bytes();
+    }
+    const std::string shape =
+        " + rope 8192x" + std::to_string(q_heads) + ", " + std::to_string(k_heads) + "x128";
+    b->Bytes(("QkNormForward" + shape).c_str(), 2 * pass + statistics, [&] {
+      QkNormForward(b->exec, {.heads = forward, .cos = cos, .sin = sin, .rotary_dim = kD});
+    });
+    b->Bytes(("QkNormBackward" + shape).c_str(), 3 * pass + statistics, [&] {
+      QkNormBackward(b->exec, {.heads = backward, .cos = cos, .sin = sin, .rotary_dim = kD});
+    });
+  };
+  qk_norm(32, 8);
+  qk_norm(16, 8);
+
+  const double pass = 2.0 * kT * kC;
 
   const TensorView x = Device(DType::kBF16, {kT, kC}), z = Device(DType::kBF16, {kT, kC});
   const TensorView index = Device(DType::kI32, {kT});

@@ -205,21 +205,14 @@ void TransformerBlock::PositionHeads(const LayerContext& ctx, const PackBatch& b
     return MoveHeads(ctx, table, {{from.q, to.q}, {from.k, to.k}, {from.v, to.v, /*turned=*/false}},
                      shape.rotary_dim, /*inverse=*/false);
   }
-  QkNormForwardArgs norm = {.x = from.q,
-                            .w = q_norm,
-                            .cos = table.cos,
-                            .sin = table.sin,
-                            .y = to.q,
-                            .rstd = to.q_rstd,
-                            .rotary_dim = shape.rotary_dim,
-                            .eps = shape.rms_norm_eps,
-                            .weight_offset = shape.norm_weight_offset};
-  QkNormForward(ctx.exec, norm);
-  norm.x = from.k;
-  norm.w = k_norm;
-  norm.y = to.k;
-  norm.rstd = to.k_rstd;
-  QkNormForward(ctx.exec, norm);
+  const QkNormHeads heads[] = {{.x = from.q, .w = q_norm, .y = to.q, .rstd = to.q_rstd},
+                               {.x = from.k, .w = k_norm, .y = to.k, .rstd = to.k_rstd}};
+  QkNormForward(ctx.exec, {.heads = heads,
+                           .cos = table.cos,
+                           .sin = table.sin,
+                           .rotary_dim = shape.rotary_dim,
+                           .eps = shape.rms_norm_eps,
+                           .weight_offset = shape.norm_weight_offset});
 }
 
 void TransformerBlock::PositionHeadsBackward(const LayerContext& ctx, const PackBatch& batch,
@@ -234,22 +227,14 @@ void TransformerBlock::PositionHeadsBackward(const LayerContext& ctx, const Pack
   }
   Copy(ctx.exec, {.x = AsRows(d_to.v), .y = AsRows(d_from.v)});
   const QkvHeads from = Split(rows, shape);
-  QkNormBackwardArgs norm = {.dy = d_to.q,
-                             .x = from.q,
-                             .rstd = to.q_rstd,
-                             .w = q_norm,
-                             .cos = table.cos,
-                             .sin = table.sin,
-                             .dx = d_from.q,
-                             .rotary_dim = shape.rotary_dim,
-                             .weight_offset = shape.norm_weight_offset};
-  QkNormBackward(ctx.exec, norm);
-  norm.dy = d_to.k;
-  norm.x = from.k;
-  norm.rstd = to.k_rstd;
-  norm.w = k_norm;
-  norm.dx = d_from.k;
-  QkNormBackward(ctx.exec, norm);
+  const QkNormHeadsBackward heads[] = {
+      {.dy = d_to.q, .x = from.q, .rstd = to.q_rstd, .w = q_norm, .dx = d_from.q},
+      {.dy = d_to.k, .x = from.k, .rstd = to.k_rstd, .w = k_norm, .dx = d_from.k}};
+  QkNormBackward(ctx.exec, {.heads = heads,
+                            .cos = table.cos,
+                            .sin = table.sin,
+                            .rotary_dim = shape.rotary_dim,
+                            .weight_offset = shape.norm_weight_offset});
 }
 
 void TransformerBlock::Normalise(const LayerContext& ctx, const TensorView& x,
