@@ -259,12 +259,13 @@ __global__ __launch_bounds__(kClusterThreads,
   }
 }
 
-// False where the row, or the cluster, does not fit.
+// False where the row, or the cluster, does not fit, and where a block by itself has all of a row.
 template <typename Op>
 bool RunClusters(const Op& op, int64_t rows, int64_t columns, const Fp8Rows& fp8, void* stream) {
   const int64_t packs = columns / Op::kPack, most = kMostCluster * 2 * kClusterThreads;
   if (packs > most || packs % 2 != 0 || rows >= int64_t{1} << 28) return false;
-  unsigned blocks = 1;
+  if (packs <= 2 * kClusterThreads) return false;
+  unsigned blocks = 2;
   while (packs > blocks * 2 * kClusterThreads) blocks *= 2;
   const int64_t half = (packs + 2 * blocks - 1) / (2 * blocks);
   Shares shares{.rows = static_cast<int>(rows),

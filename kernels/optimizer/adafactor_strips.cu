@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/core/cluster.cuh"
+#include "kernels/core/early_launch.cuh"
 #include "kernels/core/tensor_core.cuh"
 #include "kernels/optimizer/adafactor.cuh"
 
@@ -376,22 +377,12 @@ __global__ __launch_bounds__(kThreads,
 
 void LaunchAdafactorStrips(const AdafactorBatch& batch, unsigned blocks, int64_t bytes,
                            void* stream) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {AdafactorStrip::kBlocks, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = StreamOf(stream);
-  config.attrs = attributes;
-  config.numAttrs = 2;
   const auto kernel = batch.m[0] != nullptr ? AdafactorKernel<true> : AdafactorKernel<false>;
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes)));
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, batch));
+  LaunchEarly(stream,
+              {dim3(blocks), dim3(kThreads), static_cast<size_t>(bytes), AdafactorStrip::kBlocks},
+              kernel, batch);
 }
 
 }  // namespace attune
