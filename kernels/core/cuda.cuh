@@ -56,6 +56,15 @@ __device__ T FromFloat(float x) {
   }
 }
 
+// A pair of bf16 in a word; the first one is the lower half.
+__device__ inline uint32_t RoundedPair(float2 x) {
+  const __nv_bfloat162 rounded = __floats2bfloat162_rn(x.x, x.y);
+  return reinterpret_cast<const uint32_t&>(rounded);
+}
+__device__ inline float2 PairAsFloats(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
 // N adjacent elements, loaded and stored at once.
 template <typename T, int N>
 struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) Pack {

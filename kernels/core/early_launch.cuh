@@ -41,23 +41,32 @@ struct LaunchShape {
   size_t shared_bytes = 0;
   unsigned cluster = 1;  // blocks
 };
+// What the runtime is told of such a launch. Not to be copied: the configuration has its address.
+struct EarlyLaunch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config{};
+
+  EarlyLaunch(void* stream, const LaunchShape& shape) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {shape.cluster, 1, 1};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = StreamOf(stream);
+    config.attrs = attributes;
+    config.numAttrs = !HasSm90() ? 0 : shape.cluster > 1 ? 2 : 1;
+  }
+  EarlyLaunch(const EarlyLaunch&) = delete;
+  EarlyLaunch& operator=(const EarlyLaunch&) = delete;
+};
 // The kernel is to call AwaitEarlier.
 template <typename... Params, typename... Args>
 void LaunchEarly(void* stream, const LaunchShape& shape, void (*kernel)(Params...),
                  const Args&... args) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {shape.cluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = StreamOf(stream);
-  config.attrs = attributes;
-  config.numAttrs = !HasSm90() ? 0 : shape.cluster > 1 ? 2 : 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  const EarlyLaunch launch(stream, shape);
+  CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, args...));
 }
 
 }  // namespace attune

@@ -33,21 +33,17 @@ __device__ float Dropped(bool keep, float scale, float x, float old) {
   return kAccumulate ? __fadd_rn(old, kept) : kept;
 }
 
-// Words of 32 bits, of which a pack of elements consists. Two elements of bf16 are rounded at once.
-__device__ float2 Floats(uint32_t two) {
-  return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
-}
+// Of a word of 32 bits, of which a pack of elements consists. Two elements of bf16 are rounded at
+// once.
 template <typename T, bool kAccumulate>
 __device__ uint32_t DroppedWord(const bool* keep, float scale, uint32_t x, uint32_t old) {
   if constexpr (std::is_same_v<T, float>) {
     return __float_as_uint(
         Dropped<kAccumulate>(keep[0], scale, __uint_as_float(x), __uint_as_float(old)));
   } else {
-    const float2 in = Floats(x), before = Floats(old);
-    const __nv_bfloat162 two =
-        __floats2bfloat162_rn(Dropped<kAccumulate>(keep[0], scale, in.x, before.x),
-                              Dropped<kAccumulate>(keep[1], scale, in.y, before.y));
-    return reinterpret_cast<const uint32_t&>(two);
+    const float2 in = PairAsFloats(x), before = PairAsFloats(old);
+    return RoundedPair({Dropped<kAccumulate>(keep[0], scale, in.x, before.x),
+                        Dropped<kAccumulate>(keep[1], scale, in.y, before.y)});
   }
 }
 

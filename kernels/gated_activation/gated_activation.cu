@@ -271,24 +271,17 @@ bool RunClusters(const Op& op, int64_t rows, int64_t columns, const Fp8Rows& fp8
   Shares shares{.rows = static_cast<int>(rows),
                 .packs = static_cast<int>(packs),
                 .share = static_cast<int>(2 * half)};
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {blocks, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows) * blocks);
-  config.blockDim = dim3(static_cast<unsigned>((half + 31) / 32 * 32));
-  config.stream = StreamOf(stream);
-  config.attrs = attributes;
-  config.numAttrs = 2;
   const auto kernel = ClusterCodesKernel<Op>;
+  LaunchShape shape{.grid = dim3(static_cast<unsigned>(rows) * blocks),
+                    .block = dim3(static_cast<unsigned>((half + 31) / 32 * 32)),
+                    .cluster = blocks};
+  const EarlyLaunch every_row(stream, shape);
   int clusters = 0;
-  CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &every_row.config));
   if (clusters == 0) return false;
   shares.step = std::min(shares.rows, clusters);
-  config.gridDim.x = static_cast<unsigned>(shares.step) * blocks;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, op, shares, Fp8RowsOutOf(fp8)));
+  shape.grid.x = static_cast<unsigned>(shares.step) * blocks;
+  LaunchEarly(stream, shape, kernel, op, shares, Fp8RowsOutOf(fp8));
   return true;
 }
 

@@ -225,15 +225,6 @@ struct WarpSums {
 // Lanes that share the slots of a strip, and where a single strip has those of all blocks.
 constexpr int kSlotLanes = 4, kSlotLanesOfOne = 16;
 
-// A pair of bf16.
-__device__ inline uint32_t RoundedPair(float2 x) {
-  const __nv_bfloat162 rounded = __floats2bfloat162_rn(x.x, x.y);
-  return reinterpret_cast<const uint32_t&>(rounded);
-}
-__device__ inline float2 PairAsFloats(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
 // Adds up `count` times four sums, `stride` apart.
 __device__ inline Pack<float, 4> SumOf(const float* from, int64_t stride, int count) {
   using P = Pack<float, 4>;
