@@ -94,9 +94,11 @@ __device__ inline uint64_t DescriptorOf(uint32_t address, int panel_bytes = 16) 
          static_cast<uint64_t>(panel_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
-#define ATTUNE_REGISTERS_32                                                                \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ATTUNE_REGISTERS_8 "{%0, %1, %2, %3, %4, %5, %6, %7"
+#define ATTUNE_REGISTERS_16 ATTUNE_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define ATTUNE_REGISTERS_32 \
+  ATTUNE_REGISTERS_16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define ATTUNE_REGISTERS_64                                                                 \
   ATTUNE_REGISTERS_32                                                                       \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
@@ -130,6 +132,35 @@ __device__ void MultiplyShared(float (&d)[kN / 2], uint64_t a, uint64_t b, bool 
         : "l"(a), "l"(b), "r"(plus));
   }
 }
+// The same with few columns, kN = 16, 32 or 64; if kAcross, a is (16, 64)^T: a panel's 64 columns
+// of 16 rows.
+template <int kN, bool kAcross>
+__device__ void MultiplyNarrow(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(kN == 16 || kN == 32 || kN == 64);
+  const int plus = add;
+  if constexpr (kN == 16) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %10, 0; "
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 " ATTUNE_REGISTERS_8
+        "}, %8, %9, p, 1, 1, %11, 0; }"
+        : ATTUNE_OPERANDS_8(d, 0)
+        : "l"(a), "l"(b), "r"(plus), "n"(kAcross));
+  } else if constexpr (kN == 32) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %18, 0; "
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " ATTUNE_REGISTERS_16
+        "}, %16, %17, p, 1, 1, %19, 0; }"
+        : ATTUNE_OPERANDS_8(d, 0), ATTUNE_OPERANDS_8(d, 8)
+        : "l"(a), "l"(b), "r"(plus), "n"(kAcross));
+  } else {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ATTUNE_REGISTERS_32
+        "}, %32, %33, p, 1, 1, %35, 0; }"
+        : ATTUNE_OPERANDS_32(d, 0)
+        : "l"(a), "l"(b), "r"(plus), "n"(kAcross));
+  }
+}
 // d (64, 64) += a (64, 16) b (16, 64): a from registers, b from shared memory, where its columns
 // are adjacent.
 __device__ inline void MultiplyRegisters(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
@@ -155,6 +186,8 @@ __device__ inline void MultiplyRegisters(float (&left)[32], float (&right)[32],
 #undef ATTUNE_OPERANDS_8
 #undef ATTUNE_REGISTERS_64
 #undef ATTUNE_REGISTERS_32
+#undef ATTUNE_REGISTERS_16
+#undef ATTUNE_REGISTERS_8
 
 // Of two bf16, `low` at the lower address.
 __device__ inline uint32_t PackPair(float low, float high) {
