@@ -2,6 +2,8 @@
 // backend, and nothing is read or written.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "kernels/attention/attention.h"
 #include "kernels/core/op_testing.h"
 #include "kernels/lora/gated_lora_backward.h"
@@ -32,18 +34,23 @@ TEST(CudaPlan, MatMulWantsOneFixedPool) {
   MatMul(CudaPlan(), args);
 }
 
-// Whatever the partial sums of all rows would take.
-TEST(CudaPlan, LoraBackwardMakesDoWithThePoolOfProducts) {
+// The sums of each of 132 blocks' shares of each strip of 1024 columns, and of a strip and row; but
+// no more than for some of the rows.
+TEST(CudaPlan, LoraBackwardKnowsItsSums) {
+  const int64_t N = 14336, r = 16, strips = 2 * N / 1024;
   const LoraBackwardPart parts[] = {
-      {Planned(DType::kBF16, {14336, 16}), Planned(DType::kF32, {14336, 16}), 0},
-      {Planned(DType::kBF16, {14336, 16}), Planned(DType::kF32, {14336, 16}), 14336}};
-  LoraBackwardArgs args{.parts = parts,
-                        .dy = Planned(DType::kBF16, {1 << 20, 28672}),
-                        .s = Planned(DType::kBF16, {1 << 20, 32}),
-                        .ds = Planned(DType::kBF16, {1 << 20, 32})};
-  args.workspace = Planned(DType::kU8, {LoraBackwardWorkspaceBytes(CudaPlan(), args)});
-  EXPECT_EQ(args.workspace.bytes(), int64_t{32} << 20);
-  LoraBackward(CudaPlan(), args);
+      {Planned(DType::kBF16, {N, r}), Planned(DType::kF32, {N, r}), 0},
+      {Planned(DType::kBF16, {N, r}), Planned(DType::kF32, {N, r}), N}};
+  for (const int64_t T : {int64_t{16384}, int64_t{1} << 20}) {
+    LoraBackwardArgs args{.parts = parts,
+                          .dy = Planned(DType::kBF16, {T, 2 * N}),
+                          .s = Planned(DType::kBF16, {T, 2 * r}),
+                          .ds = Planned(DType::kBF16, {T, 2 * r})};
+    args.workspace = Planned(DType::kU8, {LoraBackwardWorkspaceBytes(CudaPlan(), args)});
+    const int64_t sums = 4 * r * ((132 + strips - 1) * 1024 + strips * T);
+    EXPECT_EQ(args.workspace.bytes(), std::min(sums, int64_t{96} << 20));
+    LoraBackward(CudaPlan(), args);
+  }
 }
 
 // The sums of each of 132 blocks' shares of each strip of 512 columns, and of a strip and row.

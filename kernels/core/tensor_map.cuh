@@ -64,6 +64,20 @@ __device__ inline void LoadBox(Bf16* to, const CUtensorMap& map, int row, int co
       "l"(&map), "r"(column), "r"(row), "r"(SharedAddress(barrier))
       : "memory");
 }
+// The same of what is read once and large: what is made of it stays in the L2 cache instead.
+__device__ inline uint64_t ReadOncePolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline void LoadBox(Bf16* to, const CUtensorMap& map, int row, int column,
+                               uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
 // Belongs to the group that the next CommitBulkStores ends.
 __device__ inline void StoreBox(const CUtensorMap& map, int row, int column, const Bf16* from) {
   asm volatile(

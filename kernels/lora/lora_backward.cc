@@ -4,6 +4,7 @@
 
 #include "kernels/core/dispatch.h"
 #include "kernels/elementwise/elementwise.h"
+#include "kernels/lora/lora_backward_grid.h"
 #include "kernels/matmul/matmul.h"
 
 namespace attune {
@@ -57,6 +58,9 @@ MatMulArgs ParameterProduct(const LoraBackwardArgs& a, size_t i) {
           .workspace = a.workspace};
 }
 
+// With more partial sums the one pass takes some of the rows at a time.
+constexpr int64_t kMostSumBytes = 96 << 20;
+
 }  // namespace
 
 int64_t LoraBackwardWorkspaceBytes(const Exec& exec, const LoraBackwardArgs& args) {
@@ -65,6 +69,12 @@ int64_t LoraBackwardWorkspaceBytes(const Exec& exec, const LoraBackwardArgs& arg
   for (size_t i = 0; i < args.parts.size(); ++i) {
     bytes = std::max({bytes, MatMulWorkspaceBytes(exec, InputProduct(args, i)),
                       MatMulWorkspaceBytes(exec, ParameterProduct(args, i))});
+  }
+  const int64_t r = args.parts[0].b.dim(1);
+  if (exec.device == DeviceKind::kCuda && args.dy.dtype == DType::kBF16 &&
+      r <= LoraBackwardGrid::kMaxRank) {
+    const int64_t sums = 4 * LoraBackwardGrid::Of(args).Sums(args.dy.dim(0));
+    bytes = std::max(bytes, std::min(sums, kMostSumBytes));
   }
   return bytes;
 }

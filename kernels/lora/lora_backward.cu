@@ -1,13 +1,17 @@
-// LoraBackward in one pass over dy, on the tensor cores.
+// LoraBackward in one pass over dy, on Hopper's tensor cores.
 //
-// dy_p is cut into strips of columns (PassGrid), whose tiles come through shared memory (TilePipe).
-// A warp has 64 columns and 16 ranks: its share of db stays in registers to the end, its share of
-// ds of a tile goes through shared memory, where the block adds up those of its warps. The sums of
-// a strip and tile (ds) and of a block (db) go to the workspace; a second, small kernel adds them
-// up in the order of strips and blocks. So the order of every sum hangs on T, N_p and r alone.
+// dy_p is cut into strips of columns and those into tiles of 64 rows; chunks of a tile, four panels
+// (64 columns each, as products read them) side by side, come one after the other through a ring in
+// shared memory. One warpgroup copies them, and turns s so that its rows are along the sum; one
+// adds up ds of a tile over the chunks of the strip; four have a panel of every chunk each and keep
+// their db in registers from the first to the last of the block's rows of a strip. Nobody waits for
+// anybody but for what is copied and for room. Sums of a strip and tile (ds) and of a block (db) go
+// to the workspace; a second, small kernel adds them up in the order of strips and blocks. So the
+// order of every sum hangs on T, N_p and r alone.
 //
-// Partial sums: r / kColumns of the bytes of dy twice (written and read), and 64 KiB per block.
-#include "kernels/lora/lora_backward.h"
+// Partial sums: of ds, 4 r bytes for each row and strip, of db, 4 r for each column of a block's
+// strips.
+#include "kernels/lora/lora_backward_grid.h"
 #include "kernels/lora/lora_pass.cuh"
 
 namespace attune {
@@ -16,26 +20,36 @@ bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a);
 
 namespace {
 
-constexpr int kWarpColumns = 64;  // of a warp
-// Beyond 32 ranks there is more to add up than to read: the products of MatMul are faster.
-constexpr int kMaxGroups = 2;
+using Grid = LoraBackwardGrid;
+constexpr int kTileRows = Grid::kTileRows, kChunkColumns = Grid::kChunkColumns;
+constexpr int kDbGroups = kChunkColumns / kPanelColumns;  // warpgroups
+constexpr int kPanelBytes = kTileRows * kPanelRowBytes;
+constexpr int kChunkBytes = kDbGroups * kPanelBytes;
+enum { kCopying, kDs, kFirstDb, kWarpgroups = kFirstDb + kDbGroups };
+constexpr int kThreads = kWarpgroups * kWarpgroup;
+constexpr int kMultiplying = kThreads - kWarpgroup;
+constexpr int kTurners = kWarpgroup - 32;  // threads of the copying warpgroup that turn s
+// Chunks that are asked for before b has come: it would arrive behind all of them.
+constexpr int kFirstChunks = 2;
+// A block begins with 80 for each thread and can only share those out anew.
+constexpr int kCopyingRegisters = 32, kDsRegisters = 64, kDbRegisters = 96;
+static_assert(kCopyingRegisters + kDsRegisters + kDbGroups * kDbRegisters <= kWarpgroups * 80);
 
-// kGroups groups of warps with 16 ranks each.
-template <int kGroups>
+template <int kWidth>
 struct Shape {
-  static constexpr int kRank = 16 * kGroups;
-  static constexpr int kColumnGroups = kPassWarps / kGroups;
-  static constexpr int kColumns = kColumnGroups * kWarpColumns;
-  static constexpr int kStages = 4 * kGroups;
-  using Pipe = TilePipe<1, 0, kColumns, kStages>;
-  // Rows in shared memory lie apart so that no two of eight share a bank.
-  static constexpr int kRankPitch = kRank + 8;
-  static constexpr int kSElements = kPassRows * kRankPitch;
-  static constexpr int kSumElements = kColumnGroups * kPassRows * kRankPitch;
-  static constexpr int kBytes = Pipe::kBytes + 2 * kStages * kSElements + 4 * 2 * kSumElements;
-  static_assert(kBytes <= 227 << 10);
+  static constexpr int kRank = kWidth;
+  static constexpr int kStripChunks = Grid::MostChunks(kRank);
+  // Sums of ds of which each waits for its own products alone.
+  static constexpr int kDsChains = 64 / kRank;
+  // r rows of 64 columns or tokens.
+  static constexpr int kTurnedBytes = kRank * kPanelRowBytes;
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kTurned = kStripChunks * kDbGroups + 2;  // panels of b, and two of s
+  static constexpr int kStages =
+      ((227 << 10) - kBarrierBytes - kTurned * kTurnedBytes) / kChunkBytes;
+  static constexpr int kBytes = kBarrierBytes + kTurned * kTurnedBytes + kStages * kChunkBytes;
+  static_assert(8 * (2 * (kStages + 2) + 1) <= kBarrierBytes && kStages > kFirstChunks);
 };
-static_assert(kWarpColumns == kBoxColumns);  // what is not loaded is nobody's
 
 struct Part {
   CUtensorMap dy;
@@ -44,183 +58,367 @@ struct Part {
   int64_t b_stride, db_stride;
   int columns;
   int first_strip;
+  int first_work;  // chunks of tiles before it
 };
 struct Params {
   Part part[kMaxLoraParts];
   int parts, r;
   int rows;  // of dy, s and ds
-  PassGrid grid;
+  Grid grid;
   const Bf16* s;
   Bf16* ds;
   int64_t s_stride, ds_stride;
   int ds_columns;
   float* ds_sums;  // (strips, rows, kRank)
-  float* db_sums;  // (slots, kColumns, kRank)
+  float* db_sums;  // (slots, columns of a strip, kRank)
   float scale, db_scale;
 };
+
+// ---- Shares ----
 
 __device__ int PartOf(const Params& x, int strip) {
   int p = 0;
   while (p + 1 < x.parts && strip >= x.part[p + 1].first_strip) ++p;
   return p;
 }
-template <int kGroups>
-struct Block {
-  using S = Shape<kGroups>;
-  static constexpr int kRankCopies = S::kRank / 8;  // of 16 bytes, in a row of s
-  static_assert(kPassRows * kRankCopies <= kPassThreads);
-
-  const Params& x;
-  typename S::Pipe pipe;
-  Bf16* s_tiles;       // kStages
-  float* sums;         // two
-  bool any;            // whether the warp has columns
-  int ahead;           // the tile of s that is copied next
-  const Bf16* s_from;  // what the thread copies of s's first row
-  // Of this warp and thread: (column, column + 8; rank, rank + 1) of four times 16 columns and
-  // twice 8 ranks; and B, whose rows are columns of dy.
-  float db[4][2][4];
-  uint32_t b[4][2][2];
-
-  __device__ int Column() const { return threadIdx.x / 32 / kGroups * kWarpColumns; }
-  __device__ int Rank() const { return threadIdx.x / 32 % kGroups * 16; }
-
-  __device__ int Columns(int strip) const {
-    const Part& part = x.part[PartOf(x, strip)];
-    return min(part.columns - (strip - part.first_strip) * S::kColumns, S::kColumns);
-  }
-  __device__ auto StripOf(int strip) const {
-    const Part& part = x.part[PartOf(x, strip)];
-    const int column = (strip - part.first_strip) * S::kColumns;
-    return StripBoxes<1, 0>{{&part.dy}, {}, column, BoxesIn(column, S::kColumns, part.columns)};
-  }
-
-  __device__ void AwaitAhead() const { WaitForCopies<S::kStages - 2>(); }
-  __device__ void CopyAhead(int, int behind) { LoadNextS(pipe.Before(), behind); }
-  __device__ void LoadNextS(int stage, int behind) {
-    if (ahead < behind) LoadS(ahead++, stage);
-    CommitCopies();
-  }
-  __device__ void LoadS(int tile, int stage) const {
-    const int row_begin = tile * kPassRows, thread = threadIdx.x;
-    if (thread >= kPassRows * kRankCopies) return;
-    const int row = thread / kRankCopies, c = thread % kRankCopies * 8;
-    const bool real = row_begin + row < x.rows && c < x.r;
-    CopyOrZero(SharedAddress(s_tiles + stage * S::kSElements + row * S::kRankPitch + c),
-               real ? s_from + row_begin * x.s_stride : x.s, real);
-  }
-
-  __device__ void Begin(int strip, int first, int behind) {
-    const int thread = threadIdx.x;
-    any = Column() < Columns(strip);
-    ahead = first;
-    s_from =
-        x.s + thread / kRankCopies * x.s_stride + PartOf(x, strip) * x.r + thread % kRankCopies * 8;
-    for (int i = 0; i < S::kStages - 1; ++i) LoadNextS((pipe.stage + i) % S::kStages, behind);
-    LoadParameters(strip);
-  }
-
-  __device__ void LoadParameters(int strip) {
-    const Part& part = x.part[PartOf(x, strip)];
-    const int lane = threadIdx.x % 32;
-    const int n0 = (strip - part.first_strip) * S::kColumns + Column() + lane % 4 * 2;
-    const int c0 = Rank() + lane / 4;
-    const auto value = [&](int n, int c) {
-      return n < part.columns && c < x.r ? part.b[n * part.b_stride + c] : FromFloat<Bf16>(0.0f);
-    };
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int n = n0 + k * 16 + i * 8, c = c0 + half * 8;
-          b[k][half][i] = PairOf(value(n, c), value(n + 1, c));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) db[k][half][i] = 0.0f;
-      }
-    }
-  }
-
-  __device__ void End(int slot) const {
-    const int lane = threadIdx.x % 32;
-    float* to = x.db_sums + int64_t{slot} * S::kColumns * S::kRank;
-    to += (Column() + lane / 4) * S::kRank + Rank() + lane % 4 * 2;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* pair = to + k * 16 * S::kRank + half * 8;
-        *reinterpret_cast<float2*>(pair) = make_float2(db[k][half][0], db[k][half][1]);
-        *reinterpret_cast<float2*>(pair + 8 * S::kRank) =
-            make_float2(db[k][half][2], db[k][half][3]);
-      }
-    }
-  }
-
-  __device__ void Multiply(int index) {
-    const int lane = threadIdx.x % 32;
-    const Bf16* tile = pipe.Tile(pipe.stage, 0);
-    const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
-    // Rows 0-7, 8-15, 0-7, 8-15 of columns 0-7, 0-7, 8-15, 8-15; and across.
-    const int down = lane % 16, right = lane / 16 * 8;
-    const int across_down = lane / 16 * 8 + lane % 8, across_right = lane / 8 % 2 * 8;
-    uint32_t s[4];
-    LoadTransposed(s, s_tile + down * S::kRankPitch + Rank() + right);
-    float ds[2][4] = {};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (!any) break;
-      uint32_t rows[4], columns[4];
-      LoadMatrices(rows, tile + S::Pipe::Place(down, Column() + k * 16 + right));
-      LoadTransposed(columns, tile + S::Pipe::Place(across_down, Column() + k * 16 + across_right));
-      MultiplyAdd(ds[0], rows, b[k][0][0], b[k][0][1]);
-      MultiplyAdd(ds[1], rows, b[k][1][0], b[k][1][1]);
-      MultiplyAdd(db[k][0], columns, s[0], s[1]);
-      MultiplyAdd(db[k][1], columns, s[2], s[3]);
-    }
-    float* to = sums + index % 2 * S::kSumElements;
-    to += (Column() / kWarpColumns * kPassRows + lane / 4) * S::kRankPitch + Rank() + lane % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* pair = to + half * 8;
-      *reinterpret_cast<float2*>(pair) = make_float2(ds[half][0], ds[half][1]);
-      *reinterpret_cast<float2*>(pair + 8 * S::kRankPitch) = make_float2(ds[half][2], ds[half][3]);
-    }
-  }
-
-  // The sums over the columns of the strip.
-  __device__ void StoreSums(int strip, int tile) const {
-    const int row_begin = tile * kPassRows;
-    for (int at = threadIdx.x; at < kPassRows * S::kRank; at += kPassThreads) {
-      const int row = at / S::kRank, c = at % S::kRank;
-      const float* from = sums + tile % 2 * S::kSumElements + row * S::kRankPitch + c;
-      float sum = 0.0f;
-#pragma unroll
-      for (int g = 0; g < S::kColumnGroups; ++g) sum += from[g * kPassRows * S::kRankPitch];
-      if (row_begin + row >= x.rows) continue;
-      x.ds_sums[(static_cast<int64_t>(strip) * x.rows + row_begin + row) * S::kRank + c] = sum;
-    }
-  }
+struct Strip {
+  int part, column;  // of the part
+  int chunks;
 };
-
-template <int kGroups>
-__global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
-  if constexpr (kSm90) {
-    using S = Shape<kGroups>;
-    extern __shared__ __align__(1024) unsigned char memory[];
-    Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
-    float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups> block{x, {memory}, s_tiles, sums};
-    RunPass(x.grid, &block);
+__device__ Strip StripOf(const Params& x, int strip) {
+  const int p = PartOf(x, strip), width = x.grid.strip_chunks * kChunkColumns;
+  const int column = (strip - x.part[p].first_strip) * width;
+  return {p, column, (min(x.part[p].columns - column, width) + kChunkColumns - 1) / kChunkColumns};
+}
+// The first of a block's tiles: the first one that begins at its share of the work, or behind.
+__device__ int FirstTile(const Params& x, int block) {
+  const Grid& grid = x.grid;
+  if (block == grid.blocks) return grid.strips * grid.tiles;
+  const int at = block * grid.work / grid.blocks;
+  int p = 0;
+  while (p + 1 < x.parts && at >= x.part[p + 1].first_work) ++p;
+  const int rest = at - x.part[p].first_work, strip_work = grid.strip_chunks * grid.tiles;
+  const int strip = x.part[p].first_strip + rest / strip_work;
+  const int chunks = StripOf(x, strip).chunks;
+  return strip * grid.tiles + (rest % strip_work + chunks - 1) / chunks;
+}
+// The block that has tile `tile` of a strip.
+__device__ int BlockOf(const Params& x, int strip, int tile) {
+  const Strip of = StripOf(x, strip);
+  const int at =
+      x.part[of.part].first_work + of.column / kChunkColumns * x.grid.tiles + of.chunks * tile;
+  return ((at + 1) * x.grid.blocks - 1) / x.grid.work;
+}
+// Calls f(strip, first tile, tile behind the last, slot) for each strip of which this block has
+// tiles.
+template <typename F>
+__device__ void ForEachShare(const Params& x, F&& f) {
+  const int block = static_cast<int>(blockIdx.x), end = FirstTile(x, block + 1);
+  for (int at = FirstTile(x, block); at < end;) {
+    const int strip = at / x.grid.tiles, first = at % x.grid.tiles;
+    const int behind = min(x.grid.tiles, first + end - at);
+    f(strip, first, behind, SlotOf(strip, block));
+    at += behind - first;
   }
 }
 
+// ---- The pass ----
+
+// A place in a ring, and the parity of the turn in which it is used.
+template <int kCount>
+struct RingPlace {
+  int at = 0, turn = 0;
+
+  __device__ void Advance() {
+    at = at == kCount - 1 ? 0 : at + 1;
+    turn ^= at == 0;
+  }
+};
+
+// Eight neighbours of column j of a matrix, rank 8 `eight` and on, as rows of the turned one.
+__device__ void PutTurned(Bf16* turned, int eight, int j, const Pack<Bf16, 8>& values) {
+  Bf16* to = turned + eight * 8 * kPanelColumns + j % 8;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) to[k * kPanelColumns + ((j / 8) ^ k) * 8] = values.v[k];
+}
+
+template <int kWidth>
+struct Block {
+  using S = Shape<kWidth>;
+  static constexpr int kRank = S::kRank;
+  static constexpr int kPacks = kRank / 8;
+
+  const Params& x;
+  unsigned char* memory;
+
+  __device__ uint64_t* Full(int stage) const { return reinterpret_cast<uint64_t*>(memory) + stage; }
+  __device__ uint64_t* Empty(int stage) const { return Full(S::kStages + stage); }
+  __device__ uint64_t* SFull(int which) const { return Full(2 * S::kStages + which); }
+  __device__ uint64_t* SEmpty(int which) const { return SFull(2 + which); }
+  __device__ uint64_t* BFull() const { return SFull(4); }  // of the first strip
+  __device__ Bf16* Turned(int which) const {
+    return reinterpret_cast<Bf16*>(memory + S::kBarrierBytes + which * S::kTurnedBytes);
+  }
+  __device__ Bf16* TurnedB(int panel) const { return Turned(panel); }
+  __device__ Bf16* TurnedS(int which) const { return Turned(S::kTurned - 2 + which); }
+  __device__ Bf16* Chunk(int stage) const { return Turned(S::kTurned) + stage * (kChunkBytes / 2); }
+
+  __device__ void Prepare() const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < S::kStages) {
+      InitBarrier(Full(thread), 1);
+      InitBarrier(Empty(thread), kMultiplying / 32);
+    }
+    if (thread == 0) InitBarrier(BFull(), 1);
+    if (thread < 2) {
+      InitBarrier(SFull(thread), kTurners);
+      InitBarrier(SEmpty(thread), 4 * kDbGroups);
+    }
+    FenceBarriers();
+    __syncthreads();
+  }
+
+  __device__ void CopyChunks() const {
+    const uint64_t policy = ReadOncePolicy();
+    RingPlace<S::kStages> place;
+    bool fresh = true;  // in the first turn there is room
+    bool b_comes = true;
+    ForEachShare(x, [&](int index, int first, int behind, int) {
+      const Strip strip = StripOf(x, index);
+      const CUtensorMap& dy = x.part[strip.part].dy;
+      for (int tile = first; tile < behind; ++tile) {
+        for (int chunk = 0; chunk < strip.chunks; ++chunk) {
+          if (!fresh) WaitFor(Empty(place.at), place.turn ^ 1);
+          if (b_comes && place.at == kFirstChunks) {
+            WaitFor(BFull(), 0);
+            b_comes = false;
+          }
+          ExpectBytes(Full(place.at), kChunkBytes);
+#pragma unroll
+          for (int panel = 0; panel < kDbGroups; ++panel) {
+            LoadBox(Chunk(place.at) + panel * (kPanelBytes / 2), dy, tile * kTileRows,
+                    strip.column + chunk * kChunkColumns + panel * kPanelColumns, Full(place.at),
+                    policy);
+          }
+          place.Advance();
+          fresh = fresh && place.at != 0;
+        }
+      }
+    });
+  }
+
+  __device__ void TurnS() const {
+    const int thread = static_cast<int>(threadIdx.x) - 32;
+    RingPlace<2> place;
+    bool fresh = true;
+    ForEachShare(x, [&](int index, int first, int behind, int) {
+      const Bf16* s = x.s + StripOf(x, index).part * x.r;
+      for (int tile = first; tile < behind; ++tile) {
+        if (!fresh) WaitFor(SEmpty(place.at), place.turn ^ 1);
+        for (int at = thread; at < kTileRows * kPacks; at += kTurners) {
+          const int row = at % kTileRows, eight = at / kTileRows, c = eight * 8;
+          const int64_t from = int64_t{tile} * kTileRows + row;
+          Pack<Bf16, 8> values{};
+          if (from < x.rows && c < x.r) values = Pack<Bf16, 8>::Load(s + from * x.s_stride + c);
+          PutTurned(TurnedS(place.at), eight, row, values);
+        }
+        FenceBulkCopies();
+        Arrive(SFull(place.at));
+        place.Advance();
+        fresh = fresh && place.at != 0;
+      }
+    });
+  }
+
+  // By all that multiply, before the first of a strip's tiles.
+  __device__ void TurnB(const Strip& strip) const {
+    const Part& part = x.part[strip.part];
+    const int thread = static_cast<int>(threadIdx.x) - kDs * kWarpgroup;
+    SyncProducts();  // nobody still multiplies with the strip before
+#pragma unroll 1
+    for (int at = thread; at < strip.chunks * kChunkColumns * kPacks; at += kMultiplying) {
+      const int column = at / kPacks, eight = at % kPacks, c = eight * 8;
+      const int n = strip.column + column;
+      Pack<Bf16, 8> values{};
+      if (n < part.columns && c < x.r) {
+        values = Pack<Bf16, 8>::Load(part.b + n * part.b_stride + c);
+      }
+      PutTurned(TurnedB(column / kPanelColumns), eight, column % kPanelColumns, values);
+    }
+    FenceBulkCopies();
+    SyncProducts();
+  }
+  __device__ static void SyncProducts() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
+  }
+
+  // (row, row + 8; rank, rank + 1) of each eight ranks.
+  __device__ void StoreDs(int strip, int tile, const float (&ds)[S::kDsChains][kRank / 2]) const {
+    const auto sum = [&](int i) {
+      float of_chains = ds[0][i];
+#pragma unroll
+      for (int chain = 1; chain < S::kDsChains; ++chain) of_chains += ds[chain][i];
+      return of_chains;
+    };
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % 32;
+    const int row = tile * kTileRows + thread / 32 * 16 + lane / 4;
+    float* to = x.ds_sums + (static_cast<int64_t>(strip) * x.rows + row) * kRank + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + half * 8 >= x.rows) break;
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) {
+        *reinterpret_cast<float2*>(to + half * 8 * kRank + j * 8) =
+            make_float2(sum(j * 4 + half * 2), sum(j * 4 + half * 2 + 1));
+      }
+    }
+  }
+
+  __device__ void AddDs() const {
+    const bool tells = threadIdx.x % 32 == 0;
+    RingPlace<S::kStages> place;
+    float ds[S::kDsChains][kRank / 2];
+    bool is_first = true;
+    ForEachShare(x, [&](int index, int first, int behind, int) {
+      const Strip strip = StripOf(x, index);
+      TurnB(strip);
+      if (is_first && threadIdx.x % kWarpgroup == 0) Arrive(BFull());
+      is_first = false;
+      for (int tile = first; tile < behind; ++tile) {
+        int before = 0;
+        for (int chunk = 0; chunk < strip.chunks; ++chunk) {
+          WaitFor(Full(place.at), place.turn);
+          const uint64_t rows = DescriptorOf(SharedAddress(Chunk(place.at)));
+          const uint64_t b = DescriptorOf(SharedAddress(TurnedB(chunk * kDbGroups)));
+          FenceProducts();
+#pragma unroll
+          for (int i = 0; i < 4 * kDbGroups; ++i) {
+            const int panel = i / 4, k = i % 4;
+            MultiplyNarrow<kRank, false>(
+                ds[i % S::kDsChains], rows + panel * (kPanelBytes / 16) + k * 2,
+                b + panel * (S::kTurnedBytes / 16) + k * 2, chunk > 0 || i >= S::kDsChains);
+          }
+          CommitProducts();
+          if (chunk > 0) {
+            WaitForProducts<1>();
+            if (tells) Arrive(Empty(before));
+          }
+          before = place.at;
+          place.Advance();
+        }
+        WaitForProducts<0>();
+        Pin(ds);
+        if (tells) Arrive(Empty(before));
+        StoreDs(index, tile, ds);
+      }
+    });
+  }
+
+  // Of a panel: (column, column + 8; rank, rank + 1) of each eight ranks.
+  __device__ void StoreDb(int slot, int panel, const float (&db)[kRank / 2]) const {
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % 32;
+    const int column = panel * kPanelColumns + thread / 32 * 16 + lane / 4;
+    float* to = x.db_sums + (slot * x.grid.strip_columns() + column) * kRank + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) {
+        *reinterpret_cast<float2*>(to + half * 8 * kRank + j * 8) =
+            make_float2(db[j * 4 + half * 2], db[j * 4 + half * 2 + 1]);
+      }
+    }
+  }
+
+  __device__ void AddDb(int group) const {
+    const bool tells = threadIdx.x % 32 == 0;
+    RingPlace<S::kStages> place;
+    RingPlace<2> s_place;
+    float db[S::kStripChunks][kRank / 2];
+    ForEachShare(x, [&](int index, int first, int behind, int slot) {
+      const Strip strip = StripOf(x, index);
+      TurnB(strip);
+      for (int tile = first; tile < behind; ++tile) {
+        WaitFor(SFull(s_place.at), s_place.turn);
+        const uint64_t s = DescriptorOf(SharedAddress(TurnedS(s_place.at)));
+        int before = 0;
+#pragma unroll
+        for (int chunk = 0; chunk < S::kStripChunks; ++chunk) {
+          if (chunk == strip.chunks) break;
+          WaitFor(Full(place.at), place.turn);
+          const uint64_t columns =
+              DescriptorOf(SharedAddress(Chunk(place.at)) + group * kPanelBytes);
+          FenceProducts();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            MultiplyNarrow<kRank, true>(db[chunk], columns + k * (16 * kPanelRowBytes / 16),
+                                        s + k * 2, tile > first || k > 0);
+          }
+          CommitProducts();
+          if (chunk > 0) {
+            WaitForProducts<1>();
+            if (tells) Arrive(Empty(before));
+          }
+          before = place.at;
+          place.Advance();
+        }
+        WaitForProducts<0>();
+        Pin(db);
+        if (tells) {
+          Arrive(Empty(before));
+          Arrive(SEmpty(s_place.at));
+        }
+        s_place.Advance();
+      }
+#pragma unroll
+      for (int chunk = 0; chunk < S::kStripChunks; ++chunk) {
+        if (chunk < strip.chunks) StoreDb(slot, chunk * kDbGroups + group, db[chunk]);
+      }
+    });
+  }
+};
+
+template <int kWidth>
+__global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant__ Params x) {
+  if constexpr (kWarpgroupProducts) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const Block<kWidth> block{x, memory};
+    block.Prepare();
+    AwaitEarlier();
+    const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+    if (warpgroup == kCopying) {
+      GiveRegisters<kCopyingRegisters>();
+      if (threadIdx.x == 0) block.CopyChunks();
+      if (threadIdx.x >= 32) block.TurnS();
+    } else if (warpgroup == kDs) {
+      GiveRegisters<kDsRegisters>();
+      block.AddDs();
+    } else {
+      TakeRegisters<kDbRegisters>();
+      block.AddDb(warpgroup - kFirstDb);
+    }
+  }
+}
+
+// The sum of what the blocks have left of a strip in their slots of `slot_size`, of which the first
+// is at `from`. kLanes lanes side by side share the slots. By all lanes of a warp; strip < 0 adds
+// up nothing.
+template <int kLanes>
+__device__ Pack<float, 4> SumOfSlots(const Params& x, int strip, const float* from,
+                                     int64_t slot_size) {
+  Pack<float, 4> sum{};
+  if (strip >= 0) {
+    const int begin = BlockOf(x, strip, 0);
+    const int count = BlockOf(x, strip, x.grid.tiles - 1) - begin + 1;
+    const int lane = threadIdx.x % kLanes;
+    from += (SlotOf(strip, begin) + lane) * slot_size;
+    sum = SumOf(from, kLanes * slot_size, (count - lane + kLanes - 1) / kLanes);
+  }
+  return SumOfLanes<kLanes>(sum);
+}
+
 // A thread per four elements of ds, then kLanes per column of a strip and four ranks.
-template <int kGroups, int kLanes>
-__global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Params x) {
-  using S = Shape<kGroups>;
+template <int kRank, int kLanes>
+__global__ __launch_bounds__(256, 4) void AddUpKernel(const __grid_constant__ Params x) {
   AwaitEarlier();  // the sums are there
   int at = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
   const int ds_packs = x.ds_columns / 4, rank_packs = x.r / 4;
@@ -233,8 +431,8 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
     if (p < x.parts) {
       const int begin = x.part[p].first_strip;
       const int end = p + 1 < x.parts ? x.part[p + 1].first_strip : x.grid.strips;
-      const int64_t stride = static_cast<int64_t>(x.rows) * S::kRank;
-      const float* from = x.ds_sums + begin * stride + row * S::kRank + column - p * x.r;
+      const int64_t stride = static_cast<int64_t>(x.rows) * kRank;
+      const float* from = x.ds_sums + begin * stride + row * kRank + column - p * x.r;
       const Pack<float, 4> sum = SumOf(from, stride, end - begin);
       for (int k = 0; k < 4; ++k) ds.Set(k, x.scale * sum.v[k]);
     }
@@ -242,13 +440,14 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
     return;
   }
   at = (at - ds_threads) / kLanes;
+  const int width = static_cast<int>(x.grid.strip_columns());
   const int line = at / rank_packs, c = (at - line * rank_packs) * 4;
-  const int strip = line / S::kColumns, column = line % S::kColumns;
+  const int strip = line / width, column = line % width;
   const Part& part = x.part[PartOf(x, strip)];
-  const int n = (strip - part.first_strip) * S::kColumns + column;
+  const int n = (strip - part.first_strip) * width + column;
   const bool real = strip < x.grid.strips && n < part.columns;
-  const Pack<float, 4> sum = SumOfStrip<kLanes>(
-      x.grid, real ? strip : -1, x.db_sums + column * S::kRank + c, S::kColumns * S::kRank);
+  const Pack<float, 4> sum = SumOfSlots<kLanes>(
+      x, real ? strip : -1, x.db_sums + column * kRank + c, int64_t{width} * kRank);
   if (!real || threadIdx.x % kLanes != 0) return;
   float* to = part.db + n * part.db_stride + c;
   Pack<float, 4> db = Pack<float, 4>::Load(to);
@@ -256,49 +455,37 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   db.Store(to);
 }
 
-template <int kGroups>
-PassGrid GridOf(const LoraBackwardArgs& a, int64_t rows) {
-  int strips = 0;
-  for (const LoraBackwardPart& part : a.parts) {
-    strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
-  }
-  return PassGridOf(strips, rows);
-}
-
-template <int kGroups>
-int64_t DbSums(const PassGrid& grid) {
-  return int64_t{grid.slots()} * Shape<kGroups>::kColumns * Shape<kGroups>::kRank;
-}
+// ---- Launches ----
 
 // How many rows' partial sums fit into the workspace; in whole tiles, and in equal shares of T.
-template <int kGroups>
-int64_t RowsAtOnce(const LoraBackwardArgs& a) {
-  const int64_t T = a.dy.dim(0);
-  const PassGrid grid = GridOf<kGroups>(a, T);
-  const int64_t left = a.workspace.bytes() - 4 * DbSums<kGroups>(grid);
-  const int64_t most = left / (4 * grid.strips * Shape<kGroups>::kRank) / kPassRows * kPassRows;
+int64_t RowsAtOnce(const LoraBackwardArgs& a, const Grid& grid) {
+  const int64_t T = a.dy.dim(0), left = a.workspace.bytes() / 4 - grid.DbSums();
+  const int64_t most = left / (int64_t{grid.strips} * grid.width) / kTileRows * kTileRows;
   if (most <= 0) return 0;
-  return int64_t{DivideUp(DivideUp(T, DivideUp(T, most)), kPassRows)} * kPassRows;
+  return int64_t{DivideUp(DivideUp(T, DivideUp(T, most)), kTileRows)} * kTileRows;
 }
 
-template <int kGroups>
-Params ParamsOf(const LoraBackwardArgs& a, int64_t begin, int64_t rows) {
+Params ParamsOf(const LoraBackwardArgs& a, int64_t begin, int64_t rows, int strip_chunks) {
   Params x{};
   x.parts = static_cast<int>(a.parts.size());
   x.r = static_cast<int>(a.parts[0].b.dim(1));
-  x.grid = GridOf<kGroups>(a, rows);
+  x.grid = Grid(a, rows, strip_chunks);
   int strips = 0;
+  int work = 0;
   for (int p = 0; p < x.parts; ++p) {
     const LoraBackwardPart& part = a.parts[p];
+    const int64_t columns = part.b.dim(0);
     const Bf16* dy = Data<const Bf16>(a.dy) + begin * a.dy.stride(0) + part.column_begin;
-    x.part[p] = {BoxesOf(dy, rows, part.b.dim(0), a.dy.stride(0), kPassRows),
+    x.part[p] = {BoxesOf(dy, rows, columns, a.dy.stride(0), kTileRows),
                  Data<const Bf16>(part.b),
                  Data<float>(part.db),
                  part.b.stride(0),
                  part.db.stride(0),
-                 static_cast<int>(part.b.dim(0)),
-                 strips};
-    strips += DivideUp(part.b.dim(0), Shape<kGroups>::kColumns);
+                 static_cast<int>(columns),
+                 strips,
+                 work};
+    strips += DivideUp(columns, x.grid.strip_columns());
+    work += x.grid.tiles * DivideUp(columns, kChunkColumns);
   }
   x.rows = static_cast<int>(rows);
   x.s_stride = a.s.stride(0);
@@ -307,31 +494,32 @@ Params ParamsOf(const LoraBackwardArgs& a, int64_t begin, int64_t rows) {
   x.ds = Data<Bf16>(a.ds) + begin * x.ds_stride;
   x.ds_columns = static_cast<int>(a.ds.dim(1));
   x.db_sums = Data<float>(a.workspace);
-  x.ds_sums = x.db_sums + DbSums<kGroups>(x.grid);
+  x.ds_sums = x.db_sums + x.grid.DbSums();
   x.scale = static_cast<float>(a.scale);
   x.db_scale = static_cast<float>(a.db_scale);
   return x;
 }
 
-template <int kGroups>
+template <int kRank>
 bool Run(const Exec& exec, const LoraBackwardArgs& a) {
-  using S = Shape<kGroups>;
-  const int64_t T = a.dy.dim(0), step = RowsAtOnce<kGroups>(a);
+  using S = Shape<kRank>;
+  const Grid grid = Grid::Of(a);
+  const int64_t T = a.dy.dim(0), step = RowsAtOnce(a, grid);
   if (step == 0) return false;
   const OpTraceScope trace(exec, "LoraBackward");
-  CUDA_CHECK(cudaFuncSetAttribute(PassKernel<kGroups>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  CUDA_CHECK(cudaFuncSetAttribute(PassKernel<kRank>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   S::kBytes));
   for (int64_t begin = 0; begin < T; begin += step) {
-    const Params x = ParamsOf<kGroups>(a, begin, std::min(step, T - begin));
-    LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kPassBlock), S::kBytes},
-                PassKernel<kGroups>, x);
+    const Params x = ParamsOf(a, begin, std::min(step, T - begin), grid.strip_chunks);
+    LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kThreads), S::kBytes}, PassKernel<kRank>,
+                x);
     const int64_t ds_packs = int64_t{x.rows} * (x.ds_columns / 4);
-    const int64_t db_packs = int64_t{x.grid.strips} * S::kColumns * (x.r / 4);
+    const int64_t db_packs = x.grid.strips * x.grid.strip_columns() * (x.r / 4);
     if (x.grid.strips == 1) {
-      LaunchBehind(exec, AddUpKernel<kGroups, kSlotLanesOfOne>, x, ds_packs, db_packs,
+      LaunchBehind(exec, AddUpKernel<kRank, kSlotLanesOfOne>, x, ds_packs, db_packs,
                    kSlotLanesOfOne);
     } else {
-      LaunchBehind(exec, AddUpKernel<kGroups, kSlotLanes>, x, ds_packs, db_packs);
+      LaunchBehind(exec, AddUpKernel<kRank, kSlotLanes>, x, ds_packs, db_packs);
     }
   }
   return true;
@@ -341,8 +529,10 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
-  if (!HasSm90() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 || r > 16 * kMaxGroups)
+  if (!HasWarpgroupProducts() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 ||
+      r > Grid::kMaxRank) {
     return false;
+  }
   if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;
   for (const TensorView* view : {&a.dy, &a.s}) {
     if (reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;
@@ -350,9 +540,16 @@ bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   }
   for (const LoraBackwardPart& part : a.parts) {
     if (part.column_begin % 8 != 0 || part.b.dim(0) % 8 != 0 || part.b.dim(0) == 0) return false;
-    if (!Packable(4, {&part.db})) return false;
+    if (!Packable(8, {&part.b}) || !Packable(4, {&part.db})) return false;
   }
-  return r <= 16 ? Run<1>(exec, a) : Run<2>(exec, a);
+  switch (Grid::WidthOf(r)) {
+    case 16:
+      return Run<16>(exec, a);
+    case 32:
+      return Run<32>(exec, a);
+    default:
+      return Run<64>(exec, a);
+  }
 }
 
 }  // namespace attune

@@ -237,6 +237,18 @@ __device__ inline Pack<float, 4> SumOf(const float* from, int64_t stride, int co
   return sum;
 }
 
+// The sum over kLanes lanes side by side, in each of them.
+template <int kLanes>
+__device__ Pack<float, 4> SumOfLanes(Pack<float, 4> sum) {
+  for (int k = 0; k < 4; ++k) {
+#pragma unroll
+    for (int other = kLanes / 2; other > 0; other /= 2) {
+      sum.v[k] += __shfl_xor_sync(0xffffffffu, sum.v[k], other);
+    }
+  }
+  return sum;
+}
+
 // The same of what the blocks have left of a strip in their slots of `slot_size`, of which the
 // first is at `from`. kLanes lanes side by side share the slots. By all lanes of a warp; strip < 0
 // adds up nothing.
@@ -251,13 +263,7 @@ __device__ Pack<float, 4> SumOfStrip(const PassGrid& grid, int strip, const floa
     from += (SlotOf(strip, begin) + lane) * slot_size;
     sum = SumOf(from, kLanes * slot_size, (count - lane + kLanes - 1) / kLanes);
   }
-  for (int k = 0; k < 4; ++k) {
-#pragma unroll
-    for (int other = kLanes / 2; other > 0; other /= 2) {
-      sum.v[k] += __shfl_xor_sync(0xffffffffu, sum.v[k], other);
-    }
-  }
-  return sum;
+  return SumOfLanes<kLanes>(sum);
 }
 
 // A thread per pack, 256 to a block: first those of ds, in whole warps, then `lanes` for each of
