@@ -1,12 +1,23 @@
-// GatedLoraBackward in one pass, on the tensor cores.
+// GatedLoraBackward in one pass, by products of warpgroups.
 //
-// A strip is some columns of gate and as many of up, h and dh (PassGrid). Tiles come through shared
-// memory (TilePipe); dgate, dup and h take the place of gate, up and dh there, and the first two go
-// back. A warp has 16 or 32 columns: its shares of the gradients of
-// B_gate, B_up and A_down (as columns x ranks) stay in registers to the end; its share of ds of a
-// tile goes through shared memory, where the block adds up those of its warps. The sums of a strip
-// and tile (ds) and of a block (the others) go to the workspace; a second, small kernel adds them
-// up in the order of strips and blocks.
+// A strip is kColumns columns of gate and as many of up and dh, a tile 64 rows of it (PassGrid).
+// The block's two warpgroups have every other panel of 64 columns each. Of a panel and tile, gate,
+// up and dh come to shared memory, dgate, dup and h take their places there, and out of those, as
+// they lie, come the products
+//   ds (64 rows x ranks)                  += panel B, of which B is turned once in a strip
+//   B's, A_down's gradients (64 columns x ranks)  += panel^T s, of which s is turned once in a tile
+// while the next panel is worked on; dgate and dup go back to memory from the same place. The
+// gradients of a warpgroup's panels stay in its registers to the end of the strip, ds to the end of
+// the tile, where the two add up theirs through shared memory. The sums of a strip and tile (ds)
+// and of a block (the others) go to the workspace; a second, small kernel adds them up in the order
+// of strips and blocks.
+//
+// Why two warpgroups: they share all registers, so gradients of wide strips fit, and the wider a
+// strip, the fewer sums of ds leave the block (16 ranks: a twentieth of all traffic). Why they copy
+// by themselves: a warpgroup's barrier of a panel says that the products of the panel before are
+// through and that this one is written, so the thread behind it can fill the place of the one and
+// give back the other: nobody waits for a place, and the two warpgroups meet only where a tile
+// begins.
 #include "kernels/fp8/fp8.cuh"
 #include "kernels/gated_activation/activate.cuh"
 #include "kernels/lora/gated_lora_backward.h"
@@ -18,25 +29,35 @@ bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a);
 
 namespace {
 
-enum { kGate, kUp, kDown };  // s and gradients of parameters
-enum { kGateTile, kUpTile, kDhTile, kTiles };
+enum { kGate, kUp, kDown };  // s and gradients of parameters; panels: gate, up, and dh or h
 
 template <int kGroups>
 struct Shape : GatedPassShape<kGroups> {
   using Pass = GatedPassShape<kGroups>;
+  static constexpr int kThreads = Pass::kWarpgroups * kWarpgroup;
   static constexpr int kStages = 3;
-  using Pipe = TilePipe<kTiles, 2, Pass::kColumns, kStages>;
-  using Sums = WarpSums<2 * Pass::kRank>;
-  static constexpr int kSPitch = Pass::kMatrices * Pass::kRank + 8;
-  static constexpr int kSElements = kPassRows * kSPitch;
-  static constexpr int kBytes = Pipe::kBytes + 2 * kStages * kSElements + 4 * 2 * Sums::kElements;
+  static_assert(Pass::kPanels >= kStages - 1);  // those that are copied first are of one tile
+  static_assert(Pass::kPanelWidth == kBoxColumns && kBoxColumns == kPanelColumns);
+
+  // Shared memory, in bytes.
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kPanelBytes = Pass::kTileRows * kPanelRowBytes;
+  static constexpr int kStageBytes = Pass::kMatrices * kPanelBytes;
+  static constexpr int kTurnedBytes = Pass::kRank * kPanelRowBytes;  // 64 columns or tokens
+  static constexpr int kMailBytes = 4 * Pass::kTileRows * Pass::kRank;
+  static constexpr int kStagesAt = kBarrierBytes;
+  static constexpr int kBAt = kStagesAt + Pass::kWarpgroups * kStages * kStageBytes;
+  static constexpr int kSAt = kBAt + 2 * Pass::kWarpgroups * Pass::kPanels * kTurnedBytes;
+  static constexpr int kMailAt = kSAt + Pass::kMatrices * kTurnedBytes;
+  static constexpr int kBytes = kMailAt + Pass::kWarpgroups * kMailBytes;
+  static_assert(8 * Pass::kWarpgroups * kStages <= kBarrierBytes && kTurnedBytes % 1024 == 0);
   static_assert(kBytes <= 227 << 10);
 };
 
 struct Params {
   int r, rows, columns;  // F columns
   PassGrid grid;
-  CUtensorMap gate_boxes, up_boxes, dh_boxes;
+  CUtensorMap boxes[3];  // gate, up, dh
   const Bf16* s;
   const Bf16* down_ds;
   int64_t s_stride, down_ds_stride;
@@ -52,198 +73,352 @@ struct Params {
   float scale, db_scale, down_da_scale;
 };
 
+// In place, of eight elements at once.
+template <Activation kActivation>
+__device__ void ActivatePack(uint4* gate_pack, uint4* up_pack, uint4* dh_pack) {
+  uint32_t gate[4] = {gate_pack->x, gate_pack->y, gate_pack->z, gate_pack->w};
+  uint32_t up[4] = {up_pack->x, up_pack->y, up_pack->z, up_pack->w};
+  uint32_t dh[4] = {dh_pack->x, dh_pack->y, dh_pack->z, dh_pack->w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 g = PairAsFloats(gate[i]), u = PairAsFloats(up[i]), d = PairAsFloats(dh[i]);
+    float2 slope;
+    const float2 act = {Activate<kActivation>(g.x, &slope.x), Activate<kActivation>(g.y, &slope.y)};
+    gate[i] = RoundedPair({d.x * u.x * slope.x, d.y * u.y * slope.y});
+    up[i] = RoundedPair({d.x * act.x, d.y * act.y});
+    dh[i] = RoundedPair({act.x * u.x, act.y * u.y});
+  }
+  *gate_pack = make_uint4(gate[0], gate[1], gate[2], gate[3]);
+  *up_pack = make_uint4(up[0], up[1], up[2], up[3]);
+  *dh_pack = make_uint4(dh[0], dh[1], dh[2], dh[3]);
+}
+
+// A thread's view of the block's work.
 template <int kGroups, Activation kActivation>
 struct Block {
   using S = Shape<kGroups>;
-  static constexpr int kHalves = 2 * kGroups;                   // 8 ranks each
-  static constexpr int kSCopies = S::kMatrices * S::kRank / 8;  // of 16 bytes, in a row
-  static_assert(kPassRows * kSCopies <= kPassThreads);
+  static constexpr int kSums = S::kRank / 2;  // of a product of 64 x kRank, in a thread
+  // Of s a thread reads some times two ranks of four tokens, which become 8 bytes of two rows.
+  static constexpr int kRankPairs = S::kMatrices * S::kRank / 2;
+  static constexpr int kSPieces = kRankPairs * (S::kTileRows / 4);
+  static constexpr int kSTurns = (kSPieces + S::kThreads - 1) / S::kThreads;
+  // Packs of eight that a thread works on side by side; two where registers are left for it.
+  static constexpr int kPacksAtOnce = kGroups == 1 || kActivation != Activation::kGeluErf ? 2 : 1;
 
   const Params& x;
-  typename S::Pipe pipe;
-  Bf16* s_tiles;    // kStages
-  float* sums;      // two
-  int strip_begin;  // in gate, up and dh
-  // Of this warp and thread: (column, column + 8; rank, rank + 1) of each 16 columns and 8 ranks;
-  // and B, whose rows are columns of the tile.
-  float gradient[S::kMatrices][S::kWarpBlocks][kHalves][4];
-  uint32_t b[2][S::kWarpBlocks][kHalves][2];
+  unsigned char* memory;
+  int warpgroup, thread;    // of the warpgroup
+  int stage = 0, turn = 0;  // of the panel that is worked on; the turn's parity
+  // The tile whose panels are copied next, and how many are left with it.
+  int next_row, next_column, next_tiles;
+  float gradient[S::kPanels][S::kMatrices][kSums];
+  float ds[2][kSums] = {};
 
-  // Of even and odd tiles.
-  __device__ typename S::Sums SumsOf(int tile) const {
-    return {sums + tile % 2 * S::Sums::kElements};
-  }
-  __device__ int Column() const { return threadIdx.x / 32 * S::kWarpColumns; }
-  // Whether the warp's block k of 16 columns is behind the last one.
-  __device__ bool Beyond(int k) const { return strip_begin + Column() + k * 16 >= x.columns; }
+  __device__ Block(const Params& params, unsigned char* shared)
+      : x(params),
+        memory(shared),
+        // The same in all lanes, as the compiler is to know.
+        warpgroup(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0)),
+        thread(static_cast<int>(threadIdx.x) % kWarpgroup) {}
 
-  __device__ auto StripOf(int strip) const {
-    const int column = strip * S::kColumns;
-    return StripBoxes<kTiles, 2>{{&x.gate_boxes, &x.up_boxes, &x.dh_boxes},
-                                 {&x.gate_boxes, &x.up_boxes},
-                                 column,
-                                 BoxesIn(column, S::kColumns, x.columns)};
+  __device__ uint64_t* Full(int at) const {
+    return reinterpret_cast<uint64_t*>(memory) + warpgroup * S::kStages + at;
+  }
+  __device__ unsigned char* Panel(int at, int which) const {
+    return memory + S::kStagesAt + (warpgroup * S::kStages + at) * S::kStageBytes +
+           which * S::kPanelBytes;
+  }
+  // B_gate or B_up, of 64 columns of the strip: kRank rows of them.
+  __device__ unsigned char* TurnedB(int which, int panel) const {
+    return memory + S::kBAt + (which * S::kWarpgroups * S::kPanels + panel) * S::kTurnedBytes;
+  }
+  // kRank rows of the tile's 64 tokens.
+  __device__ unsigned char* TurnedS(int which) const {
+    return memory + S::kSAt + which * S::kTurnedBytes;
+  }
+  // What this warpgroup leaves for the other, or the other way round.
+  __device__ float2* Mail(int from) const {
+    return reinterpret_cast<float2*>(memory + S::kMailAt + from * S::kMailBytes) + thread;
+  }
+  // In the strip; neighbours are copied at about the same time.
+  __device__ int PanelOf(int k) const { return k * S::kWarpgroups + warpgroup; }
+
+  // threadIdx.x, read anew: what is computed from it once in a tile is not kept in registers
+  // through all of a strip.
+  __device__ static int FreshThread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+  }
+  __device__ void SyncWarpgroup() const {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
   }
 
-  __device__ void AwaitAhead() const { WaitForCopies<0>(); }
-  __device__ void CopyAhead(int tile, int behind) const {
-    if (tile < behind) LoadS(tile, pipe.Next());
-  }
-  __device__ void LoadS(int tile, int stage) const {
-    const int row_begin = tile * kPassRows, thread = threadIdx.x;
-    if (thread < kPassRows * kSCopies) {
-      const int row = thread / kSCopies, c = thread % kSCopies * 8;
-      const int matrix = c / S::kRank, rank = c % S::kRank;
-      const bool any = row_begin + row < x.rows && rank < x.r;
-      const Bf16* from = matrix == kDown
-                             ? x.down_ds + (row_begin + row) * x.down_ds_stride + rank
-                             : x.s + (row_begin + row) * x.s_stride + matrix * x.r + rank;
-      CopyOrZero(SharedAddress(s_tiles + stage * S::kSElements + row * S::kSPitch + c),
-                 any ? from : x.s, any);
-    }
-    CommitCopies();
-  }
+  // ---- Copies, by the warpgroup's first thread ----
 
-  __device__ void Begin(int strip, int first, int) {
-    strip_begin = strip * S::kColumns;
-    LoadS(first, pipe.stage);
-    const int lane = threadIdx.x % 32;
-    const int n0 = strip_begin + Column() + lane % 4 * 2, c0 = lane / 4;
+  // The warpgroup's panel k of the next tile. What is outside of the matrix comes as zeros.
+  __device__ void Load(int k, int at) const {
+    if (next_tiles == 0) return;
+    ExpectBytes(Full(at), S::kStageBytes);
 #pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      const auto value = [&](int n, int c) {
-        return n < x.columns && c < x.r ? x.b[p][n * x.b_stride[p] + c] : FromFloat<Bf16>(0.0f);
-      };
-#pragma unroll
-      for (int k = 0; k < S::kWarpBlocks; ++k) {
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int n = n0 + k * 16 + i * 8, c = c0 + half * 8;
-            b[p][k][half][i] = PairOf(value(n, c), value(n + 1, c));
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < S::kMatrices; ++m) {
-#pragma unroll
-      for (int k = 0; k < S::kWarpBlocks; ++k) {
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) gradient[m][k][half][i] = 0.0f;
-        }
-      }
+    for (int which = 0; which < S::kMatrices; ++which) {
+      LoadBox(reinterpret_cast<Bf16*>(Panel(at, which)), x.boxes[which], next_row,
+              next_column + PanelOf(k) * kBoxColumns, Full(at));
     }
   }
-
-  __device__ void End(int slot) const {
-    const int lane = threadIdx.x % 32;
-    float* to = x.matrix_sums + int64_t{slot} * S::kMatrices * S::kColumns * S::kRank;
-    to += (Column() + lane / 4) * S::kRank + lane % 4 * 2;
+  __device__ void Store(int k, int row, int column) const {
 #pragma unroll
-    for (int m = 0; m < S::kMatrices; ++m) {
-#pragma unroll
-      for (int k = 0; k < S::kWarpBlocks; ++k) {
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          const float(&sum)[4] = gradient[m][k][half];
-          float* pair = to + (m * S::kColumns + k * 16) * S::kRank + half * 8;
-          *reinterpret_cast<float2*>(pair) = make_float2(sum[0], sum[1]);
-          *reinterpret_cast<float2*>(pair + 8 * S::kRank) = make_float2(sum[2], sum[3]);
-        }
-      }
+    for (int which = 0; which < 2; ++which) {
+      StoreBox(x.boxes[which], row, column + PanelOf(k) * kBoxColumns,
+               reinterpret_cast<const Bf16*>(Panel(stage, which)));
     }
+    CommitBulkStores();
   }
-
-  // += v^T s of 16 rows and of the warp's columns, where `v_tile` has them.
-  template <int kMatrix>
-  __device__ void AddGradient(const Bf16* v_tile, const Bf16* s_tile) {
-    const int lane = threadIdx.x % 32;
-    uint32_t s[kGroups][4];
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      LoadTransposed(s[group], s_tile + lane % 16 * S::kSPitch + kMatrix * S::kRank + group * 16 +
-                                   lane / 16 * 8);
-    }
-#pragma unroll
-    for (int k = 0; k < S::kWarpBlocks; ++k) {
-      if (Beyond(k)) break;
-      uint32_t v[4];
-      LoadTransposed(v, v_tile + S::Pipe::Place(lane / 16 * 8 + lane % 8,
-                                                Column() + k * 16 + lane / 8 % 2 * 8));
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        MultiplyAdd(gradient[kMatrix][k][2 * group], v, s[group][0], s[group][1]);
-        MultiplyAdd(gradient[kMatrix][k][2 * group + 1], v, s[group][2], s[group][3]);
-      }
-    }
-  }
-
-  __device__ void Multiply(int tile) {
-    const typename S::Sums to = SumsOf(tile);
-    const int lane = threadIdx.x % 32;
-    const Bf16* s_tile = s_tiles + pipe.stage * S::kSElements;
-    Bf16* gate_tile = pipe.Tile(pipe.stage, kGateTile);
-    Bf16* up_tile = pipe.Tile(pipe.stage, kUpTile);
-    Bf16* dh_tile = pipe.Tile(pipe.stage, kDhTile);
-    float ds[2][kHalves][4] = {};
-#pragma unroll
-    for (int k = 0; k < S::kWarpBlocks; ++k) {
-      if (Beyond(k)) break;
-      const int at = S::Pipe::Place(lane % 16, Column() + k * 16 + lane / 16 * 8);
-      uint32_t gate[4], up[4], dh[4];
-      LoadMatrices(gate, gate_tile + at);
-      LoadMatrices(up, up_tile + at);
-      LoadMatrices(dh, dh_tile + at);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 g = PairAsFloats(gate[i]), u = PairAsFloats(up[i]), d = PairAsFloats(dh[i]);
-        float2 slope;
-        const float2 act = {Activate<kActivation>(g.x, &slope.x),
-                            Activate<kActivation>(g.y, &slope.y)};
-        gate[i] = RoundedPair({d.x * u.x * slope.x, d.y * u.y * slope.y});
-        up[i] = RoundedPair({d.x * act.x, d.y * act.y});
-        dh[i] = RoundedPair({act.x * u.x, act.y * u.y});
-      }
-      StoreMatrices(gate_tile + at, gate);
-      StoreMatrices(up_tile + at, up);
-      StoreMatrices(dh_tile + at, dh);  // h
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        MultiplyAdd(ds[kGate][half], gate, b[kGate][k][half][0], b[kGate][k][half][1]);
-        MultiplyAdd(ds[kUp][half], up, b[kUp][k][half][0], b[kUp][k][half][1]);
-      }
+  // Behind a barrier behind the products of the panel before and FenceBulkCopies by those who wrote
+  // this one, k: it goes back, and the place of the one before is filled.
+  __device__ void Copy(int k, int row, int column) {
+    constexpr int kAhead = S::kStages - 1;
+    if (k + kAhead == S::kPanels) AdvanceNext();
+    if (thread == 0) {
+      WaitForBulkReads();  // of the panel before
+      Load((k + kAhead) % S::kPanels, stage == 0 ? S::kStages - 1 : stage - 1);
+      Store(k, row, column);
     }
     __syncwarp();
-    AddGradient<kGate>(gate_tile, s_tile);
-    AddGradient<kUp>(up_tile, s_tile);
-    AddGradient<kDown>(dh_tile, s_tile);
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) to.Put(p * S::kRank + half * 8, ds[p][half]);
-    }
-    FenceBulkCopies();
+  }
+  __device__ void AdvanceNext() {
+    --next_tiles;
+    next_row += S::kTileRows;
+    if (next_row < x.grid.tiles * S::kTileRows) return;
+    next_row = 0;
+    next_column += S::kColumns;
   }
 
-  __device__ void StoreSums(int strip, int tile) const {
-    float* to = x.ds_sums + static_cast<int64_t>(strip) * x.rows * 2 * S::kRank;
-    SumsOf(tile).Store(tile * kPassRows, x.rows, to);
+  // ---- What is turned ----
+
+  // Of a strip's columns, from `column` on; behind the last column and rank there are zeros.
+  __device__ void TurnB(int column) const {
+    constexpr int kPacks = 2 * S::kColumns / 8 * S::kRank;  // eight columns of a rank
+    static_assert(kPacks % S::kThreads == 0);
+#pragma unroll 4
+    for (int i = 0; i < kPacks / S::kThreads; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * S::kThreads;
+      const int c = at % S::kRank, pack = at / S::kRank % (S::kColumns / 8);
+      const int p = at / (S::kRank * (S::kColumns / 8)), n = column + pack * 8;
+      const bool real = n < x.columns && c < x.r;
+      const Bf16* from = real ? x.b[p] + n * x.b_stride[p] + c : nullptr;
+      Bf16 v[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = real ? from[j * x.b_stride[p]] : FromFloat<Bf16>(0.0f);
+      *reinterpret_cast<uint4*>(TurnedB(p, pack / 8) + c * kPanelRowBytes +
+                                ((pack % 8) ^ (c % 8)) * 16) =
+          make_uint4(PairOf(v[0], v[1]), PairOf(v[2], v[3]), PairOf(v[4], v[5]),
+                     PairOf(v[6], v[7]));
+    }
+  }
+  // Both of a tile: read long before they are turned. Behind the last row and rank there are zeros.
+  __device__ void ReadS(int row_begin, uint32_t (&s)[kSTurns][4]) const {
+    const int first = FreshThread();
+#pragma unroll
+    for (int i = 0; i < kSTurns; ++i) {
+      const int at = first + i * S::kThreads;
+      const int matrix = at % kRankPairs / (S::kRank / 2), rank = at % (S::kRank / 2) * 2;
+      const int row = row_begin + at / kRankPairs * 4;
+      const int64_t stride = matrix == kDown ? x.down_ds_stride : x.s_stride;
+      const Bf16* from = (matrix == kDown ? x.down_ds : x.s + matrix * x.r) + row * stride + rank;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool real = at < kSPieces && row + j < x.rows && rank < x.r;
+        s[i][j] = real ? *reinterpret_cast<const uint32_t*>(from + j * stride) : 0;
+      }
+    }
+  }
+  __device__ void TurnS(const uint32_t (&s)[kSTurns][4]) const {
+    const int first = FreshThread();
+#pragma unroll
+    for (int i = 0; i < kSTurns; ++i) {
+      const int at = first + i * S::kThreads;
+      const int matrix = at % kRankPairs / (S::kRank / 2), rank = at % (S::kRank / 2) * 2;
+      const int quad = at / kRankPairs;
+      if (at >= kSPieces) continue;
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        const int c = rank + high, halves = high ? 0x7632 : 0x5410;
+        *reinterpret_cast<uint2*>(TurnedS(matrix) + c * kPanelRowBytes +
+                                  ((quad / 2) ^ (c % 8)) * 16 + quad % 2 * 8) =
+            make_uint2(__byte_perm(s[i][0], s[i][1], halves),
+                       __byte_perm(s[i][2], s[i][3], halves));
+      }
+    }
+  }
+
+  // ---- Products ----
+
+  // Of the warpgroup's panel k, in `stage`. The sums of ds begin with the tile's first panel.
+  __device__ void Multiply(int k) {
+    // Descriptors are one but for their lower halves, which count in 16 bytes. Through a shuffle,
+    // which nothing is left of, they are not computed before the loop, to wait in registers.
+    constexpr uint64_t kUpper = uint64_t{0xffffffff} << 32;
+    const uint32_t base = static_cast<uint32_t>(DescriptorOf(0)) +
+                          __shfl_sync(0xffffffffu, SharedAddress(memory) / 16, 0);
+    const uint32_t panel =
+        base + S::kStagesAt / 16 + (warpgroup * S::kStages + stage) * (S::kStageBytes / 16);
+    const uint32_t b = base + S::kBAt / 16 + PanelOf(k) * (S::kTurnedBytes / 16);
+    const uint32_t s = base + S::kSAt / 16;
+    const auto behind = [&](uint32_t at, int bytes) {
+      return (DescriptorOf(0) & kUpper) | (at + bytes / 16);
+    };
+    constexpr int kBothB = S::kWarpgroups * S::kPanels * S::kTurnedBytes;  // from B_gate to B_up
+    FenceProducts();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {  // 16 columns of B, 16 tokens of s
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        MultiplyNarrow<S::kRank, false>(ds[p], behind(panel, p * S::kPanelBytes + step * 32),
+                                        behind(b, p * kBothB + step * 32), k > 0 || step > 0);
+      }
+#pragma unroll
+      for (int m = 0; m < S::kMatrices; ++m) {
+        MultiplyNarrow<S::kRank, true>(
+            gradient[k][m], behind(panel, m * S::kPanelBytes + step * 16 * kPanelRowBytes),
+            behind(s, m * S::kTurnedBytes + step * 32), true);
+      }
+    }
+    CommitProducts();
+  }
+  __device__ void AwaitProducts(int k) {
+    WaitForProducts<0>();
+    Pin(gradient[k]);
+    Pin(ds);
+  }
+
+  // ---- Sums ----
+
+  // The first warpgroup stores gate's ds, the second one up's: each has a share of the other's.
+  __device__ void SendSums() const {
+#pragma unroll
+    for (int i = 0; i < kSums / 2; ++i) {
+      Mail(warpgroup)[i * kWarpgroup] = warpgroup == 0
+                                            ? make_float2(ds[1][2 * i], ds[1][2 * i + 1])
+                                            : make_float2(ds[0][2 * i], ds[0][2 * i + 1]);
+    }
+  }
+  __device__ void StoreSums(int strip, int row_begin) const {
+    const int at = FreshThread() % kWarpgroup, lane = at % 32;
+    const int row = row_begin + at / 32 * 16 + lane / 4;
+    float* to = x.ds_sums + (static_cast<int64_t>(strip) * x.rows + row) * 2 * S::kRank +
+                warpgroup * S::kRank + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kSums / 2; ++i) {
+      const float2 other = Mail(1 - warpgroup)[i * kWarpgroup];
+      const float2 own = warpgroup == 0 ? make_float2(ds[0][2 * i], ds[0][2 * i + 1])
+                                        : make_float2(ds[1][2 * i], ds[1][2 * i + 1]);
+      if (row + i % 2 * 8 >= x.rows) continue;
+      *reinterpret_cast<float2*>(to + i % 2 * 8 * 2 * S::kRank + i / 2 * 8) =
+          make_float2(own.x + other.x, own.y + other.y);
+    }
+  }
+  __device__ void StoreGradients(int slot) const {
+    const int at = FreshThread() % kWarpgroup, lane = at % 32;
+    float* to = x.matrix_sums + int64_t{slot} * S::kMatrices * S::kColumns * S::kRank;
+    to += (at / 32 * 16 + lane / 4) * S::kRank + lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < S::kPanels; ++k) {
+#pragma unroll
+      for (int m = 0; m < S::kMatrices; ++m) {
+        float* of_panel = to + (m * S::kColumns + PanelOf(k) * kPanelColumns) * S::kRank;
+#pragma unroll
+        for (int i = 0; i < kSums / 2; ++i) {
+          *reinterpret_cast<float2*>(of_panel + i % 2 * 8 * S::kRank + i / 2 * 8) =
+              make_float2(gradient[k][m][2 * i], gradient[k][m][2 * i + 1]);
+        }
+      }
+    }
+  }
+
+  // ---- All of it ----
+
+  __device__ void Tile(int strip, int tile, bool is_first) {
+    const int row = tile * S::kTileRows, column = strip * S::kColumns;
+#pragma unroll
+    for (int k = 0; k < S::kPanels; ++k) {
+      uint32_t s[kSTurns][4];
+      if (k == 0) ReadS(row, s);
+      WaitFor(Full(stage), turn);
+      uint4* packs = reinterpret_cast<uint4*>(Panel(stage, 0)) + thread;
+      constexpr int kPacks = S::kPanelBytes / 16;
+#pragma unroll kPacksAtOnce
+      for (int i = 0; i < kPacks; i += kWarpgroup) {
+        ActivatePack<kActivation>(packs + i, packs + kPacks + i, packs + 2 * kPacks + i);
+      }
+      FenceBulkCopies();
+      AwaitProducts(k == 0 ? S::kPanels - 1 : k - 1);
+      if (k > 0) {
+        SyncWarpgroup();
+        Copy(k, row, column);
+      } else {
+        // Behind the first barrier nobody reads the turned s of the tile before any more, and its
+        // sums are there; behind the second one they have been read, and this tile's s is there.
+        if (!is_first) SendSums();
+        __syncthreads();
+        Copy(k, row, column);
+        TurnS(s);
+        FenceBulkCopies();
+        if (!is_first) StoreSums(strip, row - S::kTileRows);
+        __syncthreads();
+      }
+      Multiply(k);
+      stage = stage == S::kStages - 1 ? 0 : stage + 1;
+      turn ^= stage == 0;
+    }
+  }
+
+  __device__ void Run() {
+    if (threadIdx.x < S::kWarpgroups * S::kStages) {
+      InitBarrier(reinterpret_cast<uint64_t*>(memory) + threadIdx.x, 1);
+    }
+    FenceBarriers();
+    __syncthreads();
+    AwaitEarlier();
+    const int block = static_cast<int>(blockIdx.x), begin = FirstTile(x.grid, block);
+    next_row = begin % x.grid.tiles * S::kTileRows;
+    next_column = begin / x.grid.tiles * S::kColumns;
+    next_tiles = FirstTile(x.grid, block + 1) - begin;
+    if (thread == 0) {
+      for (int k = 0; k < S::kStages - 1; ++k) Load(k, k);
+    }
+    __syncwarp();
+    ForEachRun(x.grid, [&](int strip, int first, int behind, int slot) {
+      TurnB(strip * S::kColumns);
+      FenceBulkCopies();  // the first tile's barriers come before its products
+#pragma unroll
+      for (int k = 0; k < S::kPanels; ++k) {
+#pragma unroll
+        for (int m = 0; m < S::kMatrices; ++m) {
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) gradient[k][m][i] = 0.0f;
+        }
+        Pin(gradient[k]);
+      }
+      for (int tile = first; tile < behind; ++tile) Tile(strip, tile, tile == first);
+      AwaitProducts(S::kPanels - 1);
+      SendSums();
+      __syncthreads();  // and nobody reads the strip's turned B any more
+      StoreSums(strip, (behind - 1) * S::kTileRows);
+      StoreGradients(slot);
+    });
+    if (thread == 0) WaitForBulkStores();
   }
 };
 
 template <int kGroups, Activation kActivation>
-__global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constant__ Params x) {
-  if constexpr (kSm90) {
-    using S = Shape<kGroups>;
+__global__ __launch_bounds__(Shape<kGroups>::kThreads,
+                             1) void PassKernel(const __grid_constant__ Params x) {
+  if constexpr (kWarpgroupProducts) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    Bf16* s_tiles = reinterpret_cast<Bf16*>(memory + S::Pipe::kBytes);
-    float* sums = reinterpret_cast<float*>(s_tiles + S::kStages * S::kSElements);
-    Block<kGroups, kActivation> block{x, {memory}, s_tiles, sums};
-    RunPass(x.grid, &block);
+    Block<kGroups, kActivation>(x, memory).Run();
+  } else {
+    __trap();
   }
 }
 
@@ -296,9 +471,12 @@ Params ParamsOf(const GatedLoraBackwardArgs& a) {
   x.columns = static_cast<int>(a.dh.dim(1));
   x.grid = S::GridOf(x.rows, x.columns);
   const Bf16* gate = Data<const Bf16>(a.lora.dy);
-  x.gate_boxes = BoxesOf(gate, x.rows, x.columns, a.lora.dy.stride(0), kPassRows);
-  x.up_boxes = BoxesOf(gate + x.columns, x.rows, x.columns, a.lora.dy.stride(0), kPassRows);
-  x.dh_boxes = BoxesOf(Data<const Bf16>(a.dh), x.rows, x.columns, a.dh.stride(0), kPassRows);
+  const auto boxes = [&](const Bf16* data, int64_t stride) {
+    return BoxesOf(data, x.rows, x.columns, stride, S::kTileRows);
+  };
+  x.boxes[kGate] = boxes(gate, a.lora.dy.stride(0));
+  x.boxes[kUp] = boxes(gate + x.columns, a.lora.dy.stride(0));
+  x.boxes[kDown] = boxes(Data<const Bf16>(a.dh), a.dh.stride(0));
   x.s = Data<const Bf16>(a.lora.s);
   x.down_ds = Data<const Bf16>(a.down_ds);
   x.s_stride = a.lora.s.stride(0);
@@ -327,9 +505,9 @@ template <int kGroups, Activation kActivation>
 void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
   const auto pass = PassKernel<kGroups, kActivation>;
   const Params x = ParamsOf<kGroups>(a);
-  constexpr int kBytes = Shape<kGroups>::kBytes;
+  constexpr int kBytes = Shape<kGroups>::kBytes, kThreads = Shape<kGroups>::kThreads;
   CUDA_CHECK(cudaFuncSetAttribute(pass, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kPassBlock), kBytes}, pass, x);
+  LaunchEarly(exec.stream, {dim3(x.grid.blocks), dim3(kThreads), kBytes}, pass, x);
   LaunchBehind(exec, AddUpKernel<kGroups>, x, int64_t{x.rows} * (x.ds_columns / 4),
                int64_t{Shape<kGroups>::kMatrices} * x.columns * (x.r / 4));
 }
@@ -337,7 +515,7 @@ void Run(const Exec& exec, const GatedLoraBackwardArgs& a) {
 }  // namespace
 
 bool GatedLoraBackwardCuda(const Exec& exec, const GatedLoraBackwardArgs& a) {
-  if (!HasSm90()) return false;
+  if (!HasWarpgroupProducts()) return false;
   const OpTraceScope trace(exec, "GatedLoraBackward");
   for (const TensorView* view : {&a.dh, &a.lora.dy, &a.lora.s, &a.down_ds}) {
     CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0);

@@ -4,7 +4,7 @@
 //   ds, db      = as LoraBackward, dy = [dgate | dup]
 //   down_da    += down_da_scale down_ds^T h,   h = act(gate) up       (r, F)
 //
-// CUDA, bf16, r a multiple of 8 to 32, F of 16: one pass, in which gate, up and dh are read and
+// Hopper, bf16, r a multiple of 8 to 32, F of 16: one pass, in which gate, up and dh are read and
 // dgate and dup written once, and h never is. Everywhere else it is those ops and a product, with h
 // in the place of dh. The sums' order hangs on the shapes alone.
 //

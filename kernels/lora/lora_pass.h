@@ -1,7 +1,8 @@
 // How the passes over the gradients of rows are shared out to blocks; a plan asks for it on any
 // machine.
 //
-// Columns are cut into strips, and those into tiles of kPassRows rows.
+// Columns are cut into strips, and those into tiles of kPassRows rows, or of as many as a pass
+// says.
 #pragma once
 
 #include <algorithm>
@@ -46,9 +47,9 @@ struct PassGrid {
   int slots() const { return strips + blocks - 1; }
 };
 // A block for each multiprocessor of an H100; others take as many, so that sums are the same.
-inline PassGrid PassGridOf(int strips, int64_t rows) {
+inline PassGrid PassGridOf(int strips, int64_t rows, int tile_rows = kPassRows) {
   constexpr int64_t kProcessors = 132;
-  const int tiles = DivideUp(rows, kPassRows);
+  const int tiles = DivideUp(rows, tile_rows);
   CHECK(int64_t{strips} * tiles <= (int64_t{1} << 31) / kProcessors - 1);  // 32 bits are enough
   return {strips, tiles, static_cast<int>(std::min(kProcessors, int64_t{strips} * tiles))};
 }
@@ -67,17 +68,20 @@ struct GatedForwardShape {
   }
 };
 
-// GatedLoraBackward's, with kGroups times 16 ranks. A warp has 16 columns of a strip, or with one
-// group twice 16.
+// GatedLoraBackward's, with kGroups times 16 ranks. A warpgroup has every other panel of a strip;
+// how many is what its registers hold the gradients of.
 template <int kGroups>
 struct GatedPassShape {
   static constexpr int kRank = 16 * kGroups;
-  static constexpr int kWarpBlocks = 2 / kGroups;
-  static constexpr int kWarpColumns = 16 * kWarpBlocks;
-  static constexpr int kColumns = kPassWarps * kWarpColumns;  // of a strip
+  static constexpr int kTileRows = 64, kPanelWidth = 64;
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kPanels = kGroups == 1 ? 4 : 3;                  // of a warpgroup
+  static constexpr int kColumns = kWarpgroups * kPanels * kPanelWidth;  // of a strip
   static constexpr int kMatrices = 3;  // whose gradients are summed: B_gate, B_up, A_down
 
-  static PassGrid GridOf(int64_t T, int64_t F) { return PassGridOf(DivideUp(F, kColumns), T); }
+  static PassGrid GridOf(int64_t T, int64_t F) {
+    return PassGridOf(DivideUp(F, kColumns), T, kTileRows);
+  }
   // The partial sums: of the matrices for each slot, of ds for each strip and row.
   static int64_t MatrixSums(const PassGrid& grid) {
     return int64_t{grid.slots()} * kMatrices * kColumns * kRank;
