@@ -23,8 +23,9 @@ struct DeviceRates {
   double attention_backward_flops_per_s = 0;
   double own_attention_backward_flops_per_s = 0;  // by our own kernels, not cuDNN
   double attention_extra_context = 0;             // keys whose time a query costs whatever it sees
-  double memory_bytes_per_s = 0;                  // read and written
-  double host_copy_bytes_per_s = 0;               // pinned, one direction
+  double adapter_flops_per_s = 0;    // of the passes over gradients, where they compute
+  double memory_bytes_per_s = 0;     // read and written
+  double host_copy_bytes_per_s = 0;  // pinned, one direction
   double layer_s = 0;  // of a layer, forward and backward, however few its tokens: starting its ops
 };
 // By the name that the driver gives; those of an H100 for one that was not measured.
