@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -331,6 +332,16 @@ void Apply(const Candidate& candidate, EngineOptions* options) {
 
 constexpr int64_t kLogitsBytes[] = {512 << 20, 256 << 20, 128 << 20, 32 << 20};
 
+// Tokens that an MLP may take at a time; 0: all.
+std::vector<int64_t> MlpTiles(const EngineOptions& options) {
+  if (options.shards > 1) return {0};  // each would gather again
+  std::vector<int64_t> out = {0};
+  for (const int64_t tile : {16384, 8192, 2048}) {
+    if (tile < options.spec.batch().micro_batch_tokens()) out.push_back(tile);
+  }
+  return out;
+}
+
 std::vector<int64_t> Steps(int64_t layers) {
   std::vector<int64_t> out;
   for (int64_t i = 0; i <= 8; ++i) {
@@ -372,7 +383,8 @@ std::vector<ActivationPolicy> Policies(const ModelConfig& config) {
 // Every choice, the fastest first.
 std::vector<Candidate> Candidates(const EngineOptions& options, const SavedSizes& sizes,
                                   const Costs& costs) {
-  const int64_t T = options.spec.batch().micro_batch_tokens(), L = options.model.num_layers;
+  const int64_t L = options.model.num_layers;
+  const std::vector<int64_t> tiles = MlpTiles(options);
   const bool nf4 = IsNf4(options), table_may_go = EmbeddingBytes(options) > 0;
   std::vector<Candidate> out;
   for (const ActivationPolicy& policy : Policies(options.model)) {
@@ -380,8 +392,7 @@ std::vector<Candidate> Candidates(const EngineOptions& options, const SavedSizes
     for (const bool resident : {true, false}) {
       if (resident && (!nf4 || options.shards > 1)) continue;
       candidate.resident = resident;
-      for (const int64_t tile : {0, 8192, 2048}) {
-        if (tile >= T || (tile > 0 && options.shards > 1)) continue;  // each would gather again
+      for (const int64_t tile : tiles) {
         candidate.activations.mlp_tile = tile;
         for (const int64_t logits_bytes : kLogitsBytes) {
           candidate.logits_bytes = logits_bytes;
@@ -461,9 +472,10 @@ class Planner {
     return memory;
   }
 
-  // The fastest choice of those that differ from one that fits in numbers of layers and logits
-  // alone: they use what its coarse steps leave of the memory. Where layers keep their inputs
-  // alone, room for one that keeps its attention is worth most, so the weights may give theirs.
+  // The fastest choice of those that differ from one that fits in numbers of layers, tiles and
+  // logits alone: they use what its coarse steps leave of the memory. Where layers keep their
+  // inputs alone, room for one that keeps its attention is worth most, so the weights may give
+  // theirs.
   absl::StatusOr<Candidate> Refine(const PlacementLimits& limits, const Candidate& coarse) {
     // By so little the model does not tell which is faster (8B in 10 GiB with products of 8-bit
     // floats: the same by the model, and 3 % slower).
@@ -478,10 +490,13 @@ class Planner {
       if (resident != coarse.resident && !gives) continue;
       Candidate candidate = coarse;
       candidate.resident = resident;
-      for (int64_t whole = coarse.activations.layers_rebuilt; whole >= 0; --whole) {
-        candidate.activations.layers_rebuilt = whole;
-        const absl::Status status = RefineOthers(limits, candidate, most_gates, &best);
-        if (!status.ok()) return status;
+      for (const int64_t tile : MlpTiles(options_)) {
+        candidate.activations.mlp_tile = tile;
+        for (int64_t whole = coarse.activations.layers_rebuilt; whole >= 0; --whole) {
+          candidate.activations.layers_rebuilt = whole;
+          const absl::Status status = RefineOthers(limits, candidate, most_gates, &best);
+          if (!status.ok()) return status;
+        }
       }
     }
     return best;
@@ -516,18 +531,32 @@ class Planner {
   absl::StatusOr<bool> Fill(const PlacementLimits& limits, double seconds, Candidate* candidate) {
     const int64_t most = options_.model.num_layers - candidate->activations.gate_ups_on_host;
     int64_t& rebuilt = candidate->activations.gate_ups_rebuilt;
-    for (rebuilt = 0; rebuilt <= most;) {
-      candidate->footprint = FootprintOf(candidate->activations, options_.model.num_layers, sizes_);
+    rebuilt = 0;
+    candidate->footprint = {};  // takes the least time, and most are through with that
+    if (SecondsOf(costs_, *candidate) >= seconds) return false;
+    while (rebuilt <= most) {
+      candidate->footprint = FootprintFor(candidate->activations);
       candidate->seconds = SecondsOf(costs_, *candidate);
-      if (candidate->seconds >= seconds) return false;
+      if (candidate->seconds >= seconds || HostBytesOf(options_, *candidate) > limits.host_bytes) {
+        return false;
+      }
       const absl::StatusOr<int64_t> peak = PeakBytes(*candidate);
       if (!peak.ok()) return peak.status();
       const int64_t missing = *peak - limits.device_bytes;
-      if (missing <= 0) return HostBytesOf(options_, *candidate) <= limits.host_bytes;
+      if (missing <= 0) return true;
       const int64_t layers = (missing + sizes_.gate_up - 1) / sizes_.gate_up;
       rebuilt = rebuilt == most ? most + 1 : std::min(most, rebuilt + layers);
     }
     return false;
+  }
+
+  // FootprintOf, once for all tiles and logits.
+  const Footprint& FootprintFor(const ActivationPolicy& policy) {
+    const auto [it, is_new] = footprints_.try_emplace(
+        {policy.streams_on_host, policy.gate_ups_on_host, policy.gate_ups_rebuilt,
+         policy.projections_rebuilt, policy.layers_rebuilt, policy.heads_saved});
+    if (is_new) it->second = FootprintOf(policy, options_.model.num_layers, sizes_);
+    return it->second;
   }
 
   absl::StatusOr<int64_t> PeakBytes(const Candidate& candidate) {
@@ -554,6 +583,8 @@ class Planner {
   SavedSizes sizes_;
   Costs costs_;
   std::map<Key, int64_t> base_;  // peak less DeviceBytes
+  using PolicyKey = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool>;  // less the tile
+  absl::flat_hash_map<PolicyKey, Footprint> footprints_;
 };
 
 // Takes the fastest choice that fits.
