@@ -328,23 +328,14 @@ void Run(const Exec& exec, Args<T> args, int64_t rows) {
   unsigned blocks = 1;
   while (HasSm90() && blocks < kMaxCluster && packs(blocks) > kHeld) ++blocks;
   args.held = static_cast<int>(std::min<int64_t>(packs(blocks), kMaxHeld));
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {blocks, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows) * blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(args.held) * kThreads * sizeof(Words<T, N>);
-  config.stream = StreamOf(exec.stream);
-  config.attrs = attributes;
-  config.numAttrs = HasSm90() ? 2 : 0;
+  const size_t held_bytes = static_cast<size_t>(args.held) * kThreads * sizeof(Words<T, N>);
   const auto kernel =
       args.softcap > 0.0f ? CrossEntropyKernel<true, T, N> : CrossEntropyKernel<false, T, N>;
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(config.dynamicSmemBytes)));
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+                                  static_cast<int>(held_bytes)));
+  LaunchEarly(exec.stream,
+              {dim3(static_cast<unsigned>(rows) * blocks), dim3(kThreads), held_bytes, blocks},
+              kernel, args);
 }
 
 }  // namespace

@@ -67,6 +67,7 @@ __global__ __launch_bounds__(kThreads) void MagnitudeKernel(const Magnitude<T> x
   const int across = threadIdx.x % kAcross * N, down = threadIdx.x / kAcross;
   const int64_t begin = int64_t{blockIdx.x / blocks} * kColumns;
   Pack<float, N> sum{};
+  AwaitEarlier();
   if (begin + across < x.columns) {
 #pragma unroll 4
     for (int64_t t = rank * kDown + down; t < x.tokens; t += blocks * kDown) {
@@ -128,16 +129,9 @@ void DoraMagnitudeBackwardCuda(const Exec& exec, const DoraMagnitudeBackwardArgs
     const auto run = [&]<int kPack>() {
       const unsigned blocks = HasSm90() ? kMostCluster : 1;
       const int64_t strips = (N + kAcross * kPack - 1) / (kAcross * kPack);
-      cudaLaunchAttribute cluster{};
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {blocks, 1, 1};
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(static_cast<unsigned>(strips) * blocks);
-      config.blockDim = dim3(kThreads);
-      config.stream = StreamOf(exec.stream);
-      config.attrs = &cluster;
-      config.numAttrs = HasSm90() ? 1 : 0;
-      CUDA_CHECK(cudaLaunchKernelEx(&config, MagnitudeKernel<E, kPack>, x));
+      LaunchEarly(exec.stream,
+                  {dim3(static_cast<unsigned>(strips) * blocks), dim3(kThreads), 0, blocks},
+                  MagnitudeKernel<E, kPack>, x);
     };
     Packable(kPackSize<E>, {&a.dy, &a.u}) ? run.template operator()<kPackSize<E>>()
                                           : run.template operator()<1>();
