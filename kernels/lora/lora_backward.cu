@@ -38,7 +38,7 @@ static_assert(kCopyingRegisters + kDsRegisters + kDbGroups * kDbRegisters <= kWa
 template <int kWidth>
 struct Shape {
   static constexpr int kRank = kWidth;
-  static constexpr int kStripChunks = Grid::MostChunks(kRank);
+  static constexpr int kStripChunks = Grid::kMostChunks;
   // Sums of ds of which each waits for its own products alone.
   static constexpr int kDsChains = 64 / kRank;
   // r rows of 64 columns or tokens.
@@ -542,14 +542,7 @@ bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
     if (part.column_begin % 8 != 0 || part.b.dim(0) % 8 != 0 || part.b.dim(0) == 0) return false;
     if (!Packable(8, {&part.b}) || !Packable(4, {&part.db})) return false;
   }
-  switch (Grid::WidthOf(r)) {
-    case 16:
-      return Run<16>(exec, a);
-    case 32:
-      return Run<32>(exec, a);
-    default:
-      return Run<64>(exec, a);
-  }
+  return r <= 16 ? Run<16>(exec, a) : Run<32>(exec, a);
 }
 
 }  // namespace attune

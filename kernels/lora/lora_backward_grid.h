@@ -18,14 +18,12 @@ struct LoraBackwardGrid {
   static constexpr int kTileRows = 64, kChunkColumns = 256;
   // Beyond, the registers hold few columns, and there is more to add up than to read: the products
   // of MatMul are faster.
-  static constexpr int kMaxRank = 64;
+  static constexpr int kMaxRank = 32;
+  static constexpr int kMostChunks = 4;  // of a strip
   // A block for each multiprocessor of an H100; others take as many, so that sums are the same.
   static constexpr int kMostBlocks = 132;
 
-  static constexpr int WidthOf(int64_t r) { return r <= 16 ? 16 : r <= 32 ? 32 : 64; }
-  static constexpr int MostChunks(int width) { return width <= 32 ? 4 : 2; }
-
-  int width = 0;                     // of sums: r, or a little more
+  int width = 0;                     // of sums: 16 or 32
   int strips = 0, strip_chunks = 0;  // a strip has at most as many
   int tiles = 0;                     // of a strip
   int work = 0;                      // chunks of all tiles
@@ -34,7 +32,7 @@ struct LoraBackwardGrid {
   LoraBackwardGrid() = default;
   // Of `rows` rows.
   LoraBackwardGrid(const LoraBackwardArgs& a, int64_t rows, int chunks_of_a_strip)
-      : width(WidthOf(a.parts[0].b.dim(1))),
+      : width(a.parts[0].b.dim(1) <= 16 ? 16 : 32),
         strip_chunks(chunks_of_a_strip),
         tiles(DivideUp(rows, kTileRows)) {
     int64_t chunks = 0;
@@ -52,7 +50,7 @@ struct LoraBackwardGrid {
   static LoraBackwardGrid Of(const LoraBackwardArgs& a) {
     const int64_t T = a.dy.dim(0);
     LoraBackwardGrid best;
-    for (int chunks = MostChunks(WidthOf(a.parts[0].b.dim(1))); chunks > 0; chunks /= 2) {
+    for (int chunks = kMostChunks; chunks > 0; chunks /= 2) {
       const LoraBackwardGrid grid(a, T, chunks);
       if (best.blocks == 0 || grid.Sums(T) < best.Sums(T)) best = grid;
     }

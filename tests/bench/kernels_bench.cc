@@ -233,8 +233,6 @@ void BenchLoraBackward(Bench* b) {
         Case{"LoraBackward gate, up 2048x28672 r 16", "  by products", 2048, 16, {kF, kF}},
         Case{"LoraBackward gate, up 2048x28672 r 32", "  by products", 2048, 32, {kF, kF}},
         Case{"LoraBackward gate, up 16384x28672 r 32", "  by products", 16384, 32, {kF, kF}},
-        Case{"LoraBackward gate, up 16384x28672 r 64", "  by products", 16384, 64, {kF, kF}},
-        Case{"LoraBackward q, k, v 16384x6144 r 64", "  by products", 16384, 64, {kC, 1024, 1024}},
         Case{"LoraBackward q, k, v 16384x6144 r 16", "  by products", 16384, 16, {kC, 1024, 1024}},
         Case{"LoraBackward q, k, v 2048x6144 r 16", "  by products", 2048, 16, {kC, 1024, 1024}},
         Case{"LoraBackward o 16384x4096 r 16", "  by products", 16384, 16, {kC}},

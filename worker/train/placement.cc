@@ -647,7 +647,7 @@ int64_t MicroBatchThatFits(const PlacementLimits& limits, const DeviceRates& rat
 // H200 of 2026-11-27 (commit 428a7d9), which they give within 5 %, and H100 of 2026-11-26 (669e8d4,
 // and with less weight f9e46eb). What one op alone tells was held: the forward pass of attention
 // has 1.14 times the rate of the backward one, the memory's is near what ops reach of the copy, and
-// the adapters' passes over gradients do 83 TFLOP/s where their products take longer than reading
+// the adapters' passes over gradients do 160 TFLOP/s where their products take longer than reading
 // (r 32). A device in a long run is slower than one op alone is (power). The own attention's rate
 // is cuDNN's by what kernels_bench gives of both.
 DeviceRates RatesOf(const std::string& device_name) {
@@ -658,7 +658,7 @@ DeviceRates RatesOf(const std::string& device_name) {
           .attention_backward_flops_per_s = 486e12,
           .own_attention_backward_flops_per_s = 400e12,
           .attention_extra_context = 880,
-          .adapter_flops_per_s = 83e12,
+          .adapter_flops_per_s = 160e12,
           .memory_bytes_per_s = h200 ? 3.8e12 : 2.5e12,
           .host_copy_bytes_per_s = 53e9,
           .layer_s = 0.145e-3};
