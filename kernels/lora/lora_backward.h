@@ -5,10 +5,10 @@
 // Sums are in f32 (f64 for f64) in a fixed order; ds is rounded once. ds may lie behind dy in the
 // same rows; otherwise outputs overlap nothing.
 //
-// Hopper, bf16, r a multiple of 8 to 32 and dy_p, s and b in multiples of 16 bytes: dy is read once,
-// by one kernel for both products of all parts. Everywhere else they are MatMul's, two per part, and
-// dy is read twice. The workspace is for either; where the one pass would want more than 96 MiB for
-// its partial sums it takes some of the rows at a time.
+// Hopper, bf16, r a multiple of 8 to 32 and dy_p, s and b in multiples of 16 bytes: dy is read
+// once, by one kernel for both products of all parts. Everywhere else they are MatMul's, two per
+// part, and dy is read twice. The workspace is for either; where the one pass would want more than
+// 96 MiB for its partial sums it takes some of the rows at a time.
 //
 // Cost: 4 T N r operations, N the sum of N_p.
 #pragma once
