@@ -14,7 +14,19 @@ struct AttentionCase {
   AttentionMask mask = AttentionMask::kCausal;
   int64_t window = 0;
   double softcap = 0.0;
+
+  std::string Name() const {
+    std::string name = "Heads" + std::to_string(hq) + "Of" + std::to_string(hk) + "Dims" +
+                       std::to_string(dqk) + "And" + std::to_string(dv);
+    if (mask == AttentionMask::kBidirectional) name += "Bidirectional";
+    if (window > 0) name += "Window" + std::to_string(window);
+    if (softcap > 0) name += "Capped";
+    return name;
+  }
 };
+void PrintTo(const AttentionCase& c, std::ostream* out) {
+  *out << c.Name();
+}
 
 // Of one call's tokens. Entries behind the last segment are capacity.
 struct Packing {
@@ -203,30 +215,38 @@ TEST_F(CudaAttention, Attention) {
   }
 }
 
-// What the kernels on the tensor cores take, in packings that cut their tiles.
-TEST_F(CudaAttention, AttentionOnTensorCores) {
+// What the kernels on the tensor cores take, in packings that cut their tiles. A test for each:
+// under a tool that follows every access all of them together take long.
+class CudaAttentionOnTensorCores : public CudaAttention,
+                                   public testing::WithParamInterface<AttentionCase> {};
+
+TEST_P(CudaAttentionOnTensorCores, AsCpu) {
+  const AttentionCase& c = GetParam();
   std::vector<int32_t> tiny;
   for (int32_t i = 0; i < 100; ++i) tiny.push_back(1 + i * 7 % 13);
   for (const Packing& packing : {Documents("documents", 5, {70, 1, 0, 64, 200, 145}, 15),
                                  Documents("tiny documents", 0, tiny, 9)}) {
-    for (const AttentionCase& c :
-         {AttentionCase{4, 4, 64, 64}, AttentionCase{4, 1, 80, 80},
-          AttentionCase{8, 1, 96, 96, kCausal, 17}, AttentionCase{8, 2, 128, 128},
-          AttentionCase{4, 1, 128, 128, kBidirectional},
-          AttentionCase{4, 4, 128, 128, kCausal, 100, 5.0},
-          AttentionCase{4, 2, 256, 256, kCausal, 33, 50.0},
-          AttentionCase{2, 1, 256, 256, kBidirectional}, AttentionCase{2, 1, 256, 256, kCausal},
-          AttentionCase{2, 2, 33, 33, kBidirectional, 150}, AttentionCase{4, 2, 40, 24},
-          AttentionCase{2, 1, 100, 192, kCausal, 5, 2.0}}) {
-      ExpectAsCpu({.c = c, .packing = packing}, 2e-2);
-      if (c.dqk != c.dv) continue;
-      ExpectAsCpu({.c = c,
-                   .packing = packing,
-                   .layout = {.fused = true, .padding = 16, .o_padding = c.dqk == 80 ? 3 : 8}},
-                  2e-2);
-    }
+    ExpectAsCpu({.c = c, .packing = packing}, 2e-2);
+    if (c.dqk != c.dv) continue;
+    ExpectAsCpu({.c = c,
+                 .packing = packing,
+                 .layout = {.fused = true, .padding = 16, .o_padding = c.dqk == 80 ? 3 : 8}},
+                2e-2);
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, CudaAttentionOnTensorCores,
+    testing::Values(AttentionCase{4, 4, 64, 64}, AttentionCase{4, 1, 80, 80},
+                    AttentionCase{8, 1, 96, 96, kCausal, 17}, AttentionCase{8, 2, 128, 128},
+                    AttentionCase{4, 1, 128, 128, kBidirectional},
+                    AttentionCase{4, 4, 128, 128, kCausal, 100, 5.0},
+                    AttentionCase{4, 2, 256, 256, kCausal, 33, 50.0},
+                    AttentionCase{2, 1, 256, 256, kBidirectional},
+                    AttentionCase{2, 1, 256, 256, kCausal},
+                    AttentionCase{2, 2, 33, 33, kBidirectional, 150}, AttentionCase{4, 2, 40, 24},
+                    AttentionCase{2, 1, 100, 192, kCausal, 5, 2.0}),
+    [](const testing::TestParamInfo<AttentionCase>& info) { return info.param.Name(); });
 
 TEST_F(CudaAttention, AttentionOfALongDocument) {
   for (const AttentionCase& c :

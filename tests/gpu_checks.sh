@@ -31,7 +31,7 @@ done
 run gpu_job_test env ATTUNE_BIN_DIR="$bin" python3 "$root/tests/e2e/gpu_job_test.py"
 
 under() {  # TOOL TEST
-  local log=$logs/$1-$2 rc=0
+  local log=$logs/$1-${2//\//-} rc=0
   timeout "$SECONDS_EACH" compute-sanitizer --tool "$1" --print-limit 20 "$bin/cuda_ops_test" \
     --gtest_brief=1 --gtest_filter="$2" >"$log" 2>&1 || rc=$?
   local library=""
