@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A job on two GPUs through the whole service, on a GPU machine: coordinator, agent and one trainer
-a GPU, over NCCL. One trainer is killed; the job recovers and ends with the losses of the
-undisturbed run, bit for bit, as does one whose trainers share the weights; its adapter is downloaded
-and loads, by PEFT too, where torch, transformers and peft are: with our logits.
+a GPU, over NCCL. One trainer is killed; the job recovers and ends with the losses and weights of the
+undisturbed run, bit for bit; one whose trainers share the weights has those losses. The adapter is
+downloaded and loads, by PEFT too, where torch, transformers and peft are: with our logits.
 
     ATTUNE_BIN_DIR=/path/to/bin python3 tests/e2e/gpu_job_test.py
 
@@ -66,6 +66,11 @@ def read_safetensors(path):
     return {name: (t["dtype"], t["shape"]) for name, t in header.items()}
 
 
+def weights_of(adapter):
+    data = (adapter / "adapter_model.safetensors").read_bytes()
+    return data[8 + struct.unpack("<Q", data[:8])[0]:]
+
+
 @unittest.skipIf(GPUS == 0, "needs a GPU")
 class GpuJob(unittest.TestCase):
     def succeed(self, service, name):
@@ -101,8 +106,10 @@ class GpuJob(unittest.TestCase):
             shared = service.submit_on_gpus("shared", "parallelism: {shard_weights: true}\n")
             self.assertEqual(self.succeed(service, shared)[1], baseline)
 
-            out = service.directory / "adapter"
+            out, undisturbed = service.directory / "adapter", service.directory / "undisturbed"
             service.cli("download", killed, "-o", out)
+            service.cli("download", name, "-o", undisturbed)
+            self.assertEqual(weights_of(out), weights_of(undisturbed), "the weights, bit for bit")
             self.check_adapter(service, out)
 
     def check_adapter(self, service, adapter):
