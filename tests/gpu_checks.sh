@@ -3,7 +3,9 @@
 # under compute-sanitizer's memcheck, initcheck and racecheck, as many at once as there are cores.
 # Usage: tests/gpu_checks.sh [--sanitize] [BIN_DIR]   (default: build/release/bin)
 # A line per test and tool; ends with an error if one of them failed. Races inside kernels of
-# cuBLASLt and cuDNN are told, and do not count. SECONDS_EACH limits a test under a tool [1200].
+# cuBLASLt and cuDNN are told, and do not count. SECONDS_EACH limits a test under a tool [1200]; TOOLS
+# names some of the tools, ONLY what a test's name has to contain (a regular expression): then the
+# tests and the job without a tool are left out.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 sanitize=no
@@ -25,10 +27,12 @@ run() {  # NAME COMMAND...
     failed+=("$name")
   fi
 }
-for test in cuda_ops_test engine_cuda_test worker_memory_test communicator_test; do
-  run "$test" "$bin/$test" --gtest_brief=1
-done
-run gpu_job_test env ATTUNE_BIN_DIR="$bin" python3 "$root/tests/e2e/gpu_job_test.py"
+if [ -z "${TOOLS:-}${ONLY:-}" ]; then
+  for test in cuda_ops_test engine_cuda_test worker_memory_test communicator_test; do
+    run "$test" "$bin/$test" --gtest_brief=1
+  done
+  run gpu_job_test env ATTUNE_BIN_DIR="$bin" python3 "$root/tests/e2e/gpu_job_test.py"
+fi
 
 under() {  # TOOL TEST
   local log=$logs/$1-${2//\//-} rc=0
@@ -49,8 +53,9 @@ under() {  # TOOL TEST
 export -f under
 if [ "$sanitize" = yes ]; then
   tests=$("$bin/cuda_ops_test" --gtest_list_tests |
-    awk '/^[^ ]/ {suite = $1} /^ / {print suite $1}')
-  for tool in memcheck initcheck racecheck; do
+    awk '/^[^ ]/ {suite = $1} /^ / {print suite $1}' | grep -E "${ONLY:-.}") ||
+    { echo "no test's name contains $ONLY"; exit 1; }
+  for tool in ${TOOLS:-memcheck initcheck racecheck}; do
     for test in $tests; do printf '%s %s\n' "$tool" "$test"; done
   done | xargs -P "$(nproc)" -L 1 bash -c 'under "$@"' _ || failed+=(sanitizers)
 fi
