@@ -59,6 +59,22 @@ def adapter_rows(session):
                        f"{1e3 * r['step_s']:.0f}", f"{100 * (r['step_s'] / f['step_s'] - 1):.1f} %")
 
 
+# Llama-3.1-8B: parameters of a layer's linears, of its q, k and v, and inputs and outputs of all.
+LINEARS_8B = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+QKV_8B, ENDS_8B = 4096 * (4096 + 2 * 1024), 9 * 4096 + 2 * 1024 + 3 * 14336
+
+
+def bytes_of_a_step(row):
+    """What a rank gets of the others in a step of one pass (engine_ranks_test): its part of the
+    adapters' gradients, reduced once; and of shared weights the others' nibbles, forward and
+    backward, but not backward those of the first layer's q, k and v."""
+    n = row["ranks"]
+    reduced = 2 * (n - 1) / n * 4 * 32 * row["r"] * ENDS_8B
+    if not row["share_weights"]:
+        return reduced
+    return reduced + (n - 1) / n * (2 * 32 * LINEARS_8B - QKV_8B) / 2
+
+
 def rank_rows(session):
     """What several GPUs give together, in units of the slower one of those that work alone."""
     for r in session["steps"]:
@@ -71,7 +87,9 @@ def rank_rows(session):
         if alone:
             together = r["ranks"] * r["tokens_per_s"]
             yield (r["model"], work_of(r), r["weights"], f"{together:,.0f}",
-                   f"{min(alone):,.0f} to {max(alone):,.0f}", f"{together / min(alone):.2f}")
+                   f"{min(alone):,.0f} to {max(alone):,.0f}", f"{together / min(alone):.2f}",
+                   f"{r['nvlink_gb']:.2f}" if "nvlink_gb" in r else "",
+                   f"{bytes_of_a_step(r) / 1e9:.2f}" if r["model"] == "8b" else "")
 
 
 def placement_of(row):
@@ -302,7 +320,8 @@ def main():
         if ranks:
             page += ["", "### Several GPUs", ""]
             page += table(("model", "step", "weights", "tok/s of all", "tok/s of one alone",
-                           "together / slower one"), ranks)
+                           "together / slower one", "GB received over NVLink a step",
+                           "by the formula"), ranks)
         if session.get("peers"):
             page += ["", "### Beside others on the same machine", "",
                      "Each peer's own peak, and our fastest row on the same work that takes no "

@@ -127,6 +127,7 @@ class Recorder:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 flags = shlex.split(flags)
+                received = nvlink_bytes() if "--ranks" in flags else None
                 processes = []
                 for i in range(gpus):
                     more = ["--json", f"{folder}/{i}", "--device", i]
@@ -139,8 +140,12 @@ class Recorder:
                     if text is None or not rows_of.exists():
                         continue
                     print(text.strip().splitlines()[-1], flush=True)
-                    self.session.setdefault("steps", []).extend(
-                        rounded(objects_in(rows_of.read_text())))
+                    rows_of = rounded(objects_in(rows_of.read_text()))
+                    if received is not None:
+                        count = sum(int(flags[flags.index(f) + 1]) for f in ("--steps", "--warm-up"))
+                        for row in rows_of:
+                            row["nvlink_gb"] = round((nvlink_bytes() - received) / count / 1e9, 3)
+                    self.session.setdefault("steps", []).extend(rows_of)
             self.save()
 
     def ops(self):
@@ -222,6 +227,14 @@ def gpu_name(pair):
                           capture_output=True, text=True)
     name = done.stdout.splitlines()[0].strip()
     return f"2 x {name}" if pair else name
+
+
+def nvlink_bytes():
+    """What the first GPU has received over NVLink, or None where nobody tells."""
+    done = subprocess.run(["nvidia-smi", "nvlink", "-gt", "d", "-i", "0"], check=False,
+                          capture_output=True, text=True)
+    links = re.findall(r"Rx: (\d+) KiB", done.stdout)
+    return 1024 * sum(map(int, links)) if links else None
 
 
 def commit():

@@ -37,8 +37,10 @@ std::vector<double> LossesOf(int steps, int rank, int world, Communicator* comm,
   return losses;
 }
 
-// Those of rank 0 of so many, each in a process of its own.
-std::vector<double> Losses(int steps, int world, const Change& change) {
+// What f finds on rank 0 of so many, each in a process of its own: `count` numbers.
+std::vector<double> OfRankZero(
+    int count, int world,
+    const std::function<std::vector<double>(int rank, Communicator* comm)>& f) {
   char directory[] = "/tmp/attune_engine_XXXXXX";
   int pipe_fds[2];
   CHECK(mkdtemp(directory) != nullptr && pipe(pipe_fds) == 0);
@@ -48,9 +50,9 @@ std::vector<double> Losses(int steps, int world, const Change& change) {
     auto comm = world == 1
                     ? NewSelfCommunicator()
                     : NewGlooCommunicator({.rank = rank, .size = world}, store.get()).value();
-    const std::vector<double> losses = LossesOf(steps, rank, world, comm.get(), change);
-    const ssize_t bytes = static_cast<ssize_t>(losses.size() * sizeof(double));
-    const bool sent = rank != 0 || write(pipe_fds[1], losses.data(), bytes) == bytes;
+    const std::vector<double> found = f(rank, comm.get());
+    const ssize_t bytes = static_cast<ssize_t>(found.size() * sizeof(double));
+    const bool sent = rank != 0 || write(pipe_fds[1], found.data(), bytes) == bytes;
     _exit(sent && !testing::Test::HasFailure() ? 0 : 1);
   }
   for (int i = 0; i < world; ++i) {
@@ -59,11 +61,16 @@ std::vector<double> Losses(int steps, int world, const Change& change) {
     EXPECT_EQ(status, 0);
   }
   close(pipe_fds[1]);
-  std::vector<double> losses(steps);
-  const ssize_t want = static_cast<ssize_t>(steps * sizeof(double));
-  EXPECT_EQ(read(pipe_fds[0], losses.data(), want), want);
+  std::vector<double> found(count);
+  const ssize_t want = static_cast<ssize_t>(count * sizeof(double));
+  EXPECT_EQ(read(pipe_fds[0], found.data(), want), want);
   close(pipe_fds[0]);
-  return losses;
+  return found;
+}
+std::vector<double> Losses(int steps, int world, const Change& change) {
+  return OfRankZero(steps, world, [&](int rank, Communicator* comm) {
+    return LossesOf(steps, rank, world, comm, change);
+  });
 }
 
 TEST(EngineRanksTest, TwoRanksTrainAsOne) {
@@ -93,6 +100,73 @@ TEST(EngineRanksTest, SharedWeightsChangeNoBit) {
   }
   EXPECT_EQ(Losses(1, 2, change(true, true, true)), Losses(1, 2, change(false, false, true)))
       << "8-bit floats";
+}
+
+// Counts what a rank reduces, and what it gets of the others in gathers.
+class Counting : public Communicator {
+ public:
+  explicit Counting(Communicator* comm) : comm_(comm) {}
+  int rank() const override { return comm_->rank(); }
+  int size() const override { return comm_->size(); }
+  absl::Status AllReduceSum(const Exec& exec, const TensorView& x) override {
+    ++reductions;
+    reduced_bytes += x.bytes();
+    return comm_->AllReduceSum(exec, x);
+  }
+  absl::Status AllGather(const Exec& exec, const TensorView& mine, const TensorView& all) override {
+    gathered_bytes += all.bytes() - mine.bytes();
+    return comm_->AllGather(exec, mine, all);
+  }
+  absl::Status Broadcast(const Exec& exec, const TensorView& x, int root) override {
+    return comm_->Broadcast(exec, x, root);
+  }
+  absl::Status Barrier() override { return comm_->Barrier(); }
+  absl::Status Wait() override { return comm_->Wait(); }
+
+  int64_t reductions = 0, reduced_bytes = 0, gathered_bytes = 0;
+
+ private:
+  Communicator* comm_;
+};
+
+// A step reduces the adapters' gradients once, however many passes it has; and of weights that are
+// shared each pass gets the others' nibbles twice, forward and backward.
+TEST(EngineRanksTest, MovesTheBytesThatItHasTo) {
+  constexpr int kPasses = 2;
+  for (const int world : {2, 3}) {
+    for (const bool shared : {false, true}) {
+      GoldenCase golden = LoadGoldenCase(kGolden + "qlora60", DType::kF32);
+      if (shared) golden.options.shards = world;
+      const std::vector<double> moved =
+          OfRankZero(3, world, [&](int rank, Communicator* comm) -> std::vector<double> {
+            if (shared) golden.options.shard = rank;
+            std::unique_ptr<Engine> engine = StartEngine(golden);
+            GoldenStep step = StepOf(golden, 0, 0, 1);
+            step.packs.resize(1);
+            while (step.packs.size() < kPasses) step.packs.push_back(step.packs[0]);
+            Counting counting(comm);
+            EXPECT_TRUE(engine->TrainStep(step.input, step.packs, &counting, [] {}).ok());
+            return {static_cast<double>(counting.reductions),
+                    static_cast<double>(counting.reduced_bytes),
+                    static_cast<double>(counting.gathered_bytes)};
+          });
+      int64_t gradients = 0, shares = 0;
+      for (const AdapterEntry& entry : golden.options.adapters.entries) {
+        gradients += golden.options.adapters.r * (entry.shape.in + entry.shape.out);
+      }
+      for (Linear linear : LinearsOf(golden.options.model)) {
+        const LinearShape shape = ShapeOf(golden.options.model, linear);
+        const int64_t lines = (shape.in * shape.out / 2 + 255) / 256;  // that are not cut
+        // Nobody wants the gradient of the first layer's input.
+        const int64_t times = 2 * golden.options.model.num_layers - (PlaceOf(linear).matrix == 0);
+        shares += times * ((lines + world - 1) / world) * 256;
+      }
+      EXPECT_EQ(moved[0], 1);
+      EXPECT_NEAR(moved[1], 4.0 * static_cast<double>(gradients) + 32, 32) << "and the loss";
+      EXPECT_EQ(moved[2], shared ? kPasses * (world - 1) * static_cast<double>(shares) : 0)
+          << world;
+    }
+  }
 }
 
 class StopAt : public TrainerObserver {
