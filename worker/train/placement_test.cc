@@ -106,7 +106,7 @@ TEST(PlacementTest, FitsAndIsNeverSlowerWithMoreMemory) {
 // the steps of the search.
 TEST(PlacementTest, UsesTheMemoryOfEachLayer) {
   double before = 1e9;
-  for (int64_t mib = 7 * 1024; mib <= 11 * 1024; mib += 256) {
+  for (int64_t mib = int64_t{7} * 1024; mib <= int64_t{11} * 1024; mib += 256) {
     EngineOptions options = Llama8B(4096);
     ASSERT_TRUE(ChoosePlacement({.device_bytes = mib << 20, .host_bytes = 64 * kGib}, kRates, 2048,
                                 &options)
