@@ -20,7 +20,7 @@ struct AttentionCase {
                        std::to_string(dqk) + "And" + std::to_string(dv);
     if (mask == AttentionMask::kBidirectional) name += "Bidirectional";
     if (window > 0) name += "Window" + std::to_string(window);
-    if (softcap > 0) name += "Capped";
+    if (softcap > 0) name += "Cap" + std::to_string(static_cast<int>(softcap));
     return name;
   }
 };
@@ -83,11 +83,7 @@ struct Call {
   bool deterministic = true;
 
   std::string Name() const {
-    return "attention of " + packing.name + ", " + DTypeName(dtype) + ", heads " +
-           std::to_string(c.hq) + "/" + std::to_string(c.hk) + " of " + std::to_string(c.dqk) +
-           "/" + std::to_string(c.dv) +
-           (c.mask == AttentionMask::kCausal ? "" : ", bidirectional") + ", window " +
-           std::to_string(c.window) + ", softcap " + std::to_string(c.softcap) +
+    return "attention of " + packing.name + ", " + DTypeName(dtype) + ", " + c.Name() +
            (layout.fused ? ", fused" : "") + ", padding " + std::to_string(layout.padding) + "/" +
            std::to_string(layout.o_padding) + (deterministic ? "" : ", any order");
   }
