@@ -330,7 +330,7 @@ __device__ void MultiplyWeights(float (&out)[kPanels][32], const uint32_t (&w)[k
 template <int kN>
 __device__ void PackWeights(const float (&s)[kN], uint32_t (&w)[kN / 8][4]) {
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) w[i / 4][i % 4] = PackPair(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < kN / 2; ++i) w[i / 4][i % 4] = RoundedPair({s[2 * i], s[2 * i + 1]});
 }
 
 // Writes the thread's two rows (8 apart) of an output's tile.
@@ -350,7 +350,7 @@ __device__ void StoreRows(const float (&x)[kPanels][32], const float (&factor)[2
         const float low = x[panel][4 * j + 2 * row] * factor[row];
         const float high = x[panel][4 * j + 2 * row + 1] * factor[row];
         if (pairs && c < width) {
-          *reinterpret_cast<uint32_t*>(out + c) = PackPair(low, high);
+          *reinterpret_cast<uint32_t*>(out + c) = RoundedPair({low, high});
           continue;
         }
         if (c < width) out[c] = __float2bfloat16_rn(low);

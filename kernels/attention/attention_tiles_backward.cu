@@ -133,8 +133,8 @@ __device__ void QueryScoreGradients(const float (&delta)[2], const float (&s)[kN
 #pragma unroll
   for (int i = 0; i < kN; i += 2) {
     const float at = delta[RowOf(i)];
-    ds[i / 8][i / 2 % 4] = PackPair(s[i] == 0.0f ? 0.0f : s[i] * (dp[i] - at),
-                                    s[i + 1] == 0.0f ? 0.0f : s[i + 1] * (dp[i + 1] - at));
+    ds[i / 8][i / 2 % 4] = RoundedPair({s[i] == 0.0f ? 0.0f : s[i] * (dp[i] - at),
+                                        s[i + 1] == 0.0f ? 0.0f : s[i + 1] * (dp[i + 1] - at)});
   }
 }
 
@@ -346,8 +346,8 @@ __device__ void KeyScoreGradients(const ScoreScale& scale, const W& walk,
             weight[e] = gradient[e] = 0.0f;
           }
         }
-        p[at / 8][at / 2 % 4] = PackPair(weight[0], weight[1]);
-        ds[at / 8][at / 2 % 4] = PackPair(gradient[0], gradient[1]);
+        p[at / 8][at / 2 % 4] = RoundedPair({weight[0], weight[1]});
+        ds[at / 8][at / 2 % 4] = RoundedPair({gradient[0], gradient[1]});
       }
     }
   });

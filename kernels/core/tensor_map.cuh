@@ -64,7 +64,7 @@ __device__ inline void LoadBox(Bf16* to, const CUtensorMap& map, int row, int co
       "l"(&map), "r"(column), "r"(row), "r"(SharedAddress(barrier))
       : "memory");
 }
-// The same of what is read once and large: what is made of it stays in the L2 cache instead.
+// For what is read once and large: what is made of it stays in the L2 cache instead.
 __device__ inline uint64_t ReadOncePolicy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

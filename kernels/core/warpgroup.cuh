@@ -132,11 +132,11 @@ __device__ void MultiplyShared(float (&d)[kN / 2], uint64_t a, uint64_t b, bool 
         : "l"(a), "l"(b), "r"(plus));
   }
 }
-// The same with few columns, kN = 16, 32 or 64; if kAcross, a is (16, 64)^T: a panel's 64 columns
+// The same with few columns, kN = 16 or 32; if kAcross, a is (16, 64)^T: a panel's 64 columns
 // of 16 rows.
 template <int kN, bool kAcross>
 __device__ void MultiplyNarrow(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(kN == 16 || kN == 32 || kN == 64);
+  static_assert(kN == 16 || kN == 32);
   const int plus = add;
   if constexpr (kN == 16) {
     asm volatile(
@@ -145,19 +145,12 @@ __device__ void MultiplyNarrow(float (&d)[kN / 2], uint64_t a, uint64_t b, bool 
         "}, %8, %9, p, 1, 1, %11, 0; }"
         : ATTUNE_OPERANDS_8(d, 0)
         : "l"(a), "l"(b), "r"(plus), "n"(kAcross));
-  } else if constexpr (kN == 32) {
+  } else {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %18, 0; "
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " ATTUNE_REGISTERS_16
         "}, %16, %17, p, 1, 1, %19, 0; }"
         : ATTUNE_OPERANDS_8(d, 0), ATTUNE_OPERANDS_8(d, 8)
-        : "l"(a), "l"(b), "r"(plus), "n"(kAcross));
-  } else {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %34, 0; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ATTUNE_REGISTERS_32
-        "}, %32, %33, p, 1, 1, %35, 0; }"
-        : ATTUNE_OPERANDS_32(d, 0)
         : "l"(a), "l"(b), "r"(plus), "n"(kAcross));
   }
 }
@@ -188,13 +181,6 @@ __device__ inline void MultiplyRegisters(float (&left)[32], float (&right)[32],
 #undef ATTUNE_REGISTERS_32
 #undef ATTUNE_REGISTERS_16
 #undef ATTUNE_REGISTERS_8
-
-// Of two bf16, `low` at the lower address.
-__device__ inline uint32_t PackPair(float low, float high) {
-  uint32_t out;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
 
 // ---- Registers ----
 

@@ -18,6 +18,8 @@
 // through and that this one is written, so the thread behind it can fill the place of the one and
 // give back the other: nobody waits for a place, and the two warpgroups meet only where a tile
 // begins.
+#include "kernels/core/tensor_map.cuh"
+#include "kernels/core/warpgroup.cuh"
 #include "kernels/fp8/fp8.cuh"
 #include "kernels/gated_activation/activate.cuh"
 #include "kernels/lora/gated_lora_backward.h"
@@ -449,9 +451,13 @@ __global__ __launch_bounds__(256) void AddUpKernel(const __grid_constant__ Param
   const int n = at % x.columns, rest = at / x.columns, c = rest % rank_packs * 4;
   const int matrix = rest / rank_packs;
   const bool real = matrix < S::kMatrices;
+  const int strip = real ? n / S::kColumns : -1;
   const float* from = x.matrix_sums + (matrix * S::kColumns + n % S::kColumns) * S::kRank + c;
-  const Pack<float, 4> sum = SumOfStrip<kSlotLanes>(x.grid, real ? n / S::kColumns : -1, from,
-                                                    S::kMatrices * S::kColumns * S::kRank);
+  const Pack<float, 4> sum =
+      SumOfStrip<kSlotLanes>(strip, from, S::kMatrices * S::kColumns * S::kRank, [&] {
+        const int tiles = x.grid.tiles;
+        return Blocks{BlockOf(x.grid, strip * tiles), BlockOf(x.grid, (strip + 1) * tiles - 1)};
+      });
   if (!real || threadIdx.x % kSlotLanes != 0) return;
   if (matrix == kDown) {
     float* to = x.down_da + c * x.down_da_stride + n;

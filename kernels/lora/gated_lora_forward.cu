@@ -3,6 +3,8 @@
 // warp's share of s, of its 32 columns, goes through shared memory, where the block adds up those
 // of its warps. The sums of a strip and tile go to the workspace; a second, small kernel adds up
 // those of the strips.
+#include "kernels/core/tensor_map.cuh"
+#include "kernels/core/warpgroup.cuh"
 #include "kernels/gated_activation/activate.cuh"
 #include "kernels/lora/gated_lora_forward.h"
 #include "kernels/lora/lora_pass.cuh"
@@ -12,6 +14,163 @@ namespace attune {
 bool GatedLoraForwardCuda(const Exec& exec, const GatedLoraForwardArgs& a);
 
 namespace {
+
+// One more warpgroup copies, so that those which compute do not wait for it; it leaves them most of
+// its registers. A block begins with 96 for each thread and can only share those out anew.
+constexpr int kPassBlock = kPassThreads + kWarpgroup;
+constexpr int kPassCopyingRegisters = 24, kPassComputingRegisters = 112;
+static_assert(kPassThreads * kPassComputingRegisters + kWarpgroup * kPassCopyingRegisters <=
+              kPassBlock * 96);
+__device__ bool IsCopying() {
+  return threadIdx.x >= kPassThreads;
+}
+__device__ void TakePassRegisters() {
+  if constexpr (kWarpgroupProducts) TakeRegisters<kPassComputingRegisters>();
+}
+// Of those that compute.
+__device__ void SyncPass() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kPassThreads) : "memory");
+}
+
+// A strip of some matrices: boxes of kBoxColumns columns, from one on.
+template <int kLoads, int kStores>
+struct StripBoxes {
+  const CUtensorMap* load[kLoads];
+  const CUtensorMap* store[kStores];
+  int column, boxes;
+};
+
+// How many boxes a strip of at most `width` columns has, from `column` on, of a matrix of
+// `columns`.
+__device__ int BoxesIn(int column, int width, int columns) {
+  return (min(columns - column, width) + kBoxColumns - 1) / kBoxColumns;
+}
+
+// Tiles of kColumns columns on their way through shared memory, of kLoads matrices; what is left in
+// the places of the first kStores goes back to memory. A stage is worked on while others are copied
+// to, or back.
+template <int kLoads, int kStores, int kColumns, int kStages>
+struct TilePipe {
+  static constexpr int kBoxElements = kPassRows * kBoxColumns;
+  static constexpr int kTileElements = kPassRows * kColumns;
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kBytes = kBarrierBytes + 2 * kStages * kLoads * kTileElements;
+  static_assert(16 * kStages <= kBarrierBytes && kStores <= kLoads);
+
+  unsigned char* memory;    // kBytes, at a multiple of 1024
+  int stage = 0, turn = 0;  // of the tile that is worked on; the turn's parity
+
+  __device__ uint64_t* Full(int at) const { return reinterpret_cast<uint64_t*>(memory) + at; }
+  __device__ uint64_t* Done(int at) const { return Full(kStages + at); }
+  __device__ Bf16* Tile(int at, int which) const {
+    return reinterpret_cast<Bf16*>(memory + kBarrierBytes) + (at * kLoads + which) * kTileElements;
+  }
+  // Of a tile; columns in multiples of 8.
+  __device__ static int Place(int row, int column) {
+    return column / kBoxColumns * kBoxElements + BoxPlace(row, column % kBoxColumns);
+  }
+  __device__ int Next() const { return stage == kStages - 1 ? 0 : stage + 1; }
+  __device__ int Before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+  __device__ void Advance() {
+    stage = Next();
+    turn ^= stage == 0;
+  }
+
+  // By all threads, first of all.
+  __device__ void Prepare() const {
+    if (threadIdx.x < 2 * kStages) InitBarrier(Full(static_cast<int>(threadIdx.x)), 1);
+    FenceBarriers();
+    __syncthreads();
+  }
+  // All of the copying warpgroup's work. boxes_of(strip) is a StripBoxes.
+  template <typename F>
+  __device__ void Copy(const PassGrid& grid, F&& boxes_of) const {
+    if constexpr (kWarpgroupProducts) GiveRegisters<kPassCopyingRegisters>();
+    if (threadIdx.x != kPassThreads) return;
+    const int block = static_cast<int>(blockIdx.x), begin = FirstTile(grid, block);
+    const int count = FirstTile(grid, block + 1) - begin;
+    const auto load = [&](int i) {
+      const int strip = (begin + i) / grid.tiles, row = (begin + i) % grid.tiles * kPassRows;
+      const StripBoxes<kLoads, kStores> from = boxes_of(strip);
+      const int at = i % kStages;
+      ExpectBytes(Full(at), 2 * kLoads * from.boxes * kBoxElements);
+#pragma unroll
+      for (int which = 0; which < kLoads; ++which) {
+        for (int box = 0; box < from.boxes; ++box) {
+          LoadBox(Tile(at, which) + box * kBoxElements, *from.load[which], row,
+                  from.column + box * kBoxColumns, Full(at));
+        }
+      }
+    };
+    const auto store = [&](int i) {
+      const int strip = (begin + i) / grid.tiles, row = (begin + i) % grid.tiles * kPassRows;
+      const StripBoxes<kLoads, kStores> to = boxes_of(strip);
+#pragma unroll
+      for (int which = 0; which < kStores; ++which) {
+        for (int box = 0; box < to.boxes; ++box) {
+          StoreBox(*to.store[which], row, to.column + box * kBoxColumns,
+                   Tile(i % kStages, which) + box * kBoxElements);
+        }
+      }
+      CommitBulkStores();
+    };
+    for (int i = 0; i < min(count, kStages); ++i) load(i);
+    for (int i = 0; i < count; ++i) {
+      WaitFor(Done(i % kStages), i / kStages & 1);
+      store(i);
+      if (i + kStages >= count) continue;
+      WaitForBulkReads();
+      load(i + kStages);
+    }
+    WaitForBulkStores();
+  }
+  // For those that compute.
+  __device__ void Wait() const {
+    WaitFor(Full(stage), turn);
+  }
+  // Behind SyncPass behind FenceBulkCopies by those who wrote.
+  __device__ void GiveBack(int at) const {
+    if (threadIdx.x == 0) Arrive(Done(at));
+  }
+};
+
+// Sums of products of kWarps warps with 16 rows, each of kWidth columns: where a warp leaves its
+// own, and the block's of element `at`, in a fixed order.
+template <int kWidth>
+struct WarpSums {
+  static constexpr int kElements = kPassWarps * kPassRows * kWidth;
+
+  float* memory;  // kElements
+
+  // So that no two of four rows share a bank: by eights of columns.
+  __device__ static int Place(int row, int column) {
+    static_assert(kWidth % 32 == 0 || kWidth == 16);
+    return column ^ (kWidth == 16 ? row / 2 % 2 : row % 4) * 8;
+  }
+  // The accumulator of a product, of columns [column, column + 8).
+  __device__ void Put(int column, const float (&sum)[4]) const {
+    const int lane = threadIdx.x % 32, row = lane / 4;
+    float* to =
+        memory + (threadIdx.x / 32 * kPassRows + row) * kWidth + Place(row, column) + lane % 4 * 2;
+    *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
+    *reinterpret_cast<float2*>(to + 8 * kWidth) = make_float2(sum[2], sum[3]);
+  }
+  __device__ float Of(int at) const {
+    const int row = at / kWidth;
+    const float* from = memory + row * kWidth + Place(row, at % kWidth);
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kPassWarps; ++w) sum += from[w * kPassRows * kWidth];
+    return sum;
+  }
+  // Of `rows` rows from row_begin on, into `to` (rows, kWidth).
+  __device__ void Store(int row_begin, int rows, float* to) const {
+    for (int at = threadIdx.x; at < kPassRows * kWidth; at += kPassThreads) {
+      if (row_begin + at / kWidth < rows)
+        to[static_cast<int64_t>(row_begin) * kWidth + at] = Of(at);
+    }
+  }
+};
 
 enum { kGateTile, kUpTile, kTiles };
 
@@ -59,10 +218,7 @@ struct Block {
                                  BoxesIn(column, S::kColumns, x.columns)};
   }
 
-  __device__ void AwaitAhead() const {}
-  __device__ void CopyAhead(int, int) const {}
-
-  __device__ void Begin(int strip, int, int) {
+  __device__ void Begin(int strip) {
     strip_begin = strip * S::kColumns;
     const int lane = threadIdx.x % 32;
     const int n0 = strip_begin + Column() + lane % 4 * 2, c0 = lane / 4;
@@ -115,7 +271,31 @@ struct Block {
     float* to = x.sums + static_cast<int64_t>(strip) * x.rows * S::kRank;
     SumsOf(tile).Store(tile * kPassRows, x.rows, to);
   }
-  __device__ void End(int) const {}
+
+  __device__ void Run() {
+    pipe.Prepare();
+    AwaitEarlier();
+    if (IsCopying()) return pipe.Copy(x.grid, [&](int strip) { return StripOf(strip); });
+    TakePassRegisters();
+    ForEachRun(x.grid, [&](int strip, int first, int behind, int) {
+      Begin(strip);
+      for (int tile = first; tile < behind; ++tile) {
+        // Behind the barrier the tile before is done: its rows go back and its sums are read while
+        // this one is worked on. Even and odd tiles have sums of their own, so one is enough.
+        pipe.Wait();
+        SyncPass();
+        if (tile > first) {
+          pipe.GiveBack(pipe.Before());
+          StoreSums(strip, tile - 1);
+        }
+        Multiply(tile);
+        pipe.Advance();
+      }
+      SyncPass();
+      pipe.GiveBack(pipe.Before());
+      StoreSums(strip, behind - 1);
+    });
+  }
 };
 
 template <int kGroups, Activation kActivation>
@@ -124,8 +304,7 @@ __global__ __launch_bounds__(kPassBlock, 1) void PassKernel(const __grid_constan
     using S = Shape<kGroups>;
     extern __shared__ __align__(1024) unsigned char memory[];
     float* sums = reinterpret_cast<float*>(memory + S::Pipe::kBytes);
-    Block<kGroups, kActivation> block{x, {memory}, sums};
-    RunPass(x.grid, &block);
+    Block<kGroups, kActivation>{x, {memory}, sums}.Run();
   }
 }
 

@@ -71,8 +71,7 @@ int64_t LoraBackwardWorkspaceBytes(const Exec& exec, const LoraBackwardArgs& arg
                       MatMulWorkspaceBytes(exec, ParameterProduct(args, i))});
   }
   const int64_t r = args.parts[0].b.dim(1);
-  if (exec.device == DeviceKind::kCuda && args.dy.dtype == DType::kBF16 &&
-      r <= LoraBackwardGrid::kMaxRank) {
+  if (exec.device == DeviceKind::kCuda && args.dy.dtype == DType::kBF16 && r <= kMaxPassRank) {
     const int64_t sums = 4 * LoraBackwardGrid::Of(args).Sums(args.dy.dim(0));
     bytes = std::max(bytes, std::min(sums, kMostSumBytes));
   }

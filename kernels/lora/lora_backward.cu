@@ -11,6 +11,8 @@
 //
 // Partial sums: of ds, 4 r bytes for each row and strip, of db, 4 r for each column of a block's
 // strips.
+#include "kernels/core/tensor_map.cuh"
+#include "kernels/core/warpgroup.cuh"
 #include "kernels/lora/lora_backward_grid.h"
 #include "kernels/lora/lora_pass.cuh"
 
@@ -399,23 +401,6 @@ __global__ __launch_bounds__(kThreads, 1) void PassKernel(const __grid_constant_
   }
 }
 
-// The sum of what the blocks have left of a strip in their slots of `slot_size`, of which the first
-// is at `from`. kLanes lanes side by side share the slots. By all lanes of a warp; strip < 0 adds
-// up nothing.
-template <int kLanes>
-__device__ Pack<float, 4> SumOfSlots(const Params& x, int strip, const float* from,
-                                     int64_t slot_size) {
-  Pack<float, 4> sum{};
-  if (strip >= 0) {
-    const int begin = BlockOf(x, strip, 0);
-    const int count = BlockOf(x, strip, x.grid.tiles - 1) - begin + 1;
-    const int lane = threadIdx.x % kLanes;
-    from += (SlotOf(strip, begin) + lane) * slot_size;
-    sum = SumOf(from, kLanes * slot_size, (count - lane + kLanes - 1) / kLanes);
-  }
-  return SumOfLanes<kLanes>(sum);
-}
-
 // A thread per four elements of ds, then kLanes per column of a strip and four ranks.
 template <int kRank, int kLanes>
 __global__ __launch_bounds__(256, 4) void AddUpKernel(const __grid_constant__ Params x) {
@@ -446,8 +431,11 @@ __global__ __launch_bounds__(256, 4) void AddUpKernel(const __grid_constant__ Pa
   const Part& part = x.part[PartOf(x, strip)];
   const int n = (strip - part.first_strip) * width + column;
   const bool real = strip < x.grid.strips && n < part.columns;
-  const Pack<float, 4> sum = SumOfSlots<kLanes>(
-      x, real ? strip : -1, x.db_sums + column * kRank + c, int64_t{width} * kRank);
+  const int summed = real ? strip : -1;
+  const Pack<float, 4> sum =
+      SumOfStrip<kLanes>(summed, x.db_sums + column * kRank + c, int64_t{width} * kRank, [&] {
+        return Blocks{BlockOf(x, summed, 0), BlockOf(x, summed, x.grid.tiles - 1)};
+      });
   if (!real || threadIdx.x % kLanes != 0) return;
   float* to = part.db + n * part.db_stride + c;
   Pack<float, 4> db = Pack<float, 4>::Load(to);
@@ -530,7 +518,7 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
   if (!HasWarpgroupProducts() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 ||
-      r > Grid::kMaxRank) {
+      r > kMaxPassRank) {
     return false;
   }
   if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;

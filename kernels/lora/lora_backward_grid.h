@@ -16,12 +16,7 @@ namespace attune {
 
 struct LoraBackwardGrid {
   static constexpr int kTileRows = 64, kChunkColumns = 256;
-  // Beyond, the registers hold few columns, and there is more to add up than to read: the products
-  // of MatMul are faster.
-  static constexpr int kMaxRank = 32;
   static constexpr int kMostChunks = 4;  // of a strip
-  // A block for each multiprocessor of an H100; others take as many, so that sums are the same.
-  static constexpr int kMostBlocks = 132;
 
   int width = 0;                     // of sums: 16 or 32
   int strips = 0, strip_chunks = 0;  // a strip has at most as many
@@ -40,10 +35,10 @@ struct LoraBackwardGrid {
       strips += DivideUp(part.b.dim(0), strip_columns());
       chunks += DivideUp(part.b.dim(0), kChunkColumns);
     }
-    CHECK(tiles * chunks <= (int64_t{1} << 31) / kMostBlocks - 1);  // 32 bits are enough
+    CHECK(tiles * chunks <= (int64_t{1} << 31) / kPassBlocks - 1);  // 32 bits are enough
     work = static_cast<int>(tiles * chunks);
     // Each has a tile, so that none of the slots between two blocks of a strip is left out.
-    blocks = std::clamp(work / strip_chunks, 1, kMostBlocks);
+    blocks = std::clamp(work / strip_chunks, 1, kPassBlocks);
   }
   // With the width of strips that has the fewest partial sums: narrow ones have more of ds, wide
   // ones of db.

@@ -15,6 +15,10 @@
 namespace attune {
 
 constexpr int kPassWarps = 16, kPassThreads = 32 * kPassWarps;
+// A block for each multiprocessor of an H100; others take as many, so that sums are the same.
+constexpr int kPassBlocks = 132;
+// Of what the passes take; beyond, there is more to add up than to read.
+constexpr int kMaxPassRank = 32;
 constexpr int kPassRows = 16;  // of a tile: one for each warp to copy
 static_assert(kPassRows == kPassWarps);
 
@@ -27,7 +31,7 @@ inline int DivideUp(int64_t a, int64_t b) {
 inline bool GatedPassTakes(const Exec& exec, int64_t F, int64_t r,
                            std::initializer_list<const TensorView*> rows) {
   if (exec.device != DeviceKind::kCuda || F == 0 || F % 16 != 0) return false;
-  if (r == 0 || r % 8 != 0 || r > 32) return false;
+  if (r == 0 || r % 8 != 0 || r > kMaxPassRank) return false;
   for (const TensorView* x : rows) {
     if (x->dtype != DType::kBF16 || x->dim(0) == 0) return false;
     if (x->dim(0) > 1 && x->stride(0) % 8 != 0) return false;
@@ -46,12 +50,10 @@ struct PassGrid {
   // both.
   int slots() const { return strips + blocks - 1; }
 };
-// A block for each multiprocessor of an H100; others take as many, so that sums are the same.
 inline PassGrid PassGridOf(int strips, int64_t rows, int tile_rows = kPassRows) {
-  constexpr int64_t kProcessors = 132;
   const int tiles = DivideUp(rows, tile_rows);
-  CHECK(int64_t{strips} * tiles <= (int64_t{1} << 31) / kProcessors - 1);  // 32 bits are enough
-  return {strips, tiles, static_cast<int>(std::min(kProcessors, int64_t{strips} * tiles))};
+  CHECK(int64_t{strips} * tiles <= (int64_t{1} << 31) / kPassBlocks - 1);  // 32 bits are enough
+  return {strips, tiles, static_cast<int>(std::min<int64_t>(kPassBlocks, int64_t{strips} * tiles))};
 }
 
 // GatedLoraForward's, with kGroups times 16 ranks; a warp has 32 columns of a strip.

@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/lora/lora_pass.h"
 
 namespace attune {
 namespace {
@@ -243,7 +244,7 @@ Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mea
   out.forward =
       product(parameters + longer) + out.attention + move(traffic.forward + adapters.input_reads);
   // Ranks that have no such pass take two products (kernels/lora).
-  const bool one_pass = options.adapters.r % 8 == 0 && options.adapters.r <= 32;
+  const bool one_pass = options.adapters.r % 8 == 0 && options.adapters.r <= kMaxPassRank;
   const double pass = one_pass ? std::max(move(adapters.pass_reads),
                                           T * adapters.pass_operations / rates.adapter_flops_per_s)
                                : move(2 * adapters.pass_reads);
