@@ -100,7 +100,7 @@ class Recorder:
     def save(self):
         pathlib.Path(self.args.out).write_text(json.dumps(self.session, indent=1) + "\n")
 
-    def start(self, program, *flags):
+    def launch(self, program, *flags):
         return subprocess.Popen([str(self.bin / program), *map(str, flags)], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -118,11 +118,11 @@ class Recorder:
         return None
 
     def run(self, program, *flags):
-        return self.end(self.start(program, *flags), " ".join(map(str, (program, *flags))))
+        return self.end(self.launch(program, *flags), " ".join(map(str, (program, *flags))))
 
-    def steps(self, rows, gpus=1):
+    def rows_of(self, table, gpus=1):
         """A process a GPU; of ranks that train together the first one has the row."""
-        for flags in rows:
+        for flags in table:
             if self.args.only and self.args.only not in flags:
                 continue
             with tempfile.TemporaryDirectory() as folder:
@@ -133,20 +133,29 @@ class Recorder:
                     more = ["--json", f"{folder}/{i}", "--device", i]
                     if "--ranks" in flags:
                         more += ["--my-rank", i, "--rendezvous", f"{folder}/meet"]
-                    processes.append(self.start("train_bench", *flags, *more))
+                    processes.append(self.launch("train_bench", *flags, *more))
                 for i, process in enumerate(processes):
                     text = self.end(process, " ".join(flags))
-                    rows_of = pathlib.Path(folder, str(i))
-                    if text is None or not rows_of.exists():
+                    written = pathlib.Path(folder, str(i))
+                    if text is None or not written.exists():
                         continue
                     print(text.strip().splitlines()[-1], flush=True)
-                    rows_of = rounded(objects_in(rows_of.read_text()))
+                    rows = rounded(objects_in(written.read_text()))
                     if received is not None:
                         count = sum(int(flags[flags.index(f) + 1]) for f in ("--steps", "--warm-up"))
-                        for row in rows_of:
+                        for row in rows:
                             row["nvlink_gb"] = round((nvlink_bytes() - received) / count / 1e9, 3)
-                    self.session.setdefault("steps", []).extend(rows_of)
+                    self.session.setdefault("steps", []).extend(rows)
             self.save()
+
+    def steps(self):
+        self.rows_of(STEPS)
+
+    def long(self):
+        self.rows_of(LONG)
+
+    def pair(self):
+        self.rows_of(PAIR, gpus=2)
 
     def ops(self):
         rows = []
@@ -176,7 +185,7 @@ class Recorder:
             text = self.run("load_bench", "--model", checkpoint, "--repeat", 3) or ""
             self.session.setdefault("loads", []).extend(rounded(objects_in(text)))
 
-    def start_of_jobs(self):
+    def start(self):
         """Two steps of one pack of 4,096 tokens, three times: the first with nothing cached but the
         checkpoint's pages, which load_bench or `cat` has read."""
         for checkpoint in map(pathlib.Path, self.args.checkpoint):
@@ -211,14 +220,7 @@ class Recorder:
 
     def record(self):
         for name in self.args.sets:
-            if name in ("steps", "long"):
-                self.steps(STEPS if name == "steps" else LONG)
-            elif name == "pair":
-                self.steps(PAIR, gpus=2)
-            elif name == "start":
-                self.start_of_jobs()
-            else:
-                getattr(self, name)()
+            getattr(self, name)()
             self.save()
 
 
