@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -233,6 +234,8 @@ def gpu_name(pair):
 
 def nvlink_bytes():
     """What the first GPU has received over NVLink, or None where nobody tells."""
+    if shutil.which("nvidia-smi") is None:
+        return None
     done = subprocess.run(["nvidia-smi", "nvlink", "-gt", "d", "-i", "0"], check=False,
                           capture_output=True, text=True)
     links = re.findall(r"Rx: (\d+) KiB", done.stdout)
