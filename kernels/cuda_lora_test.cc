@@ -37,6 +37,39 @@ TEST_F(CudaLora, LoraExtend) {
   }
 }
 
+// More at once than one launch takes, in sizes that differ; in packs of 16 bytes and not.
+TEST_F(CudaLora, LoraExtendAll) {
+  constexpr int64_t kMany = 130;
+  for (DType dtype : kDTypes) {
+    for (int64_t r : {3, 16}) {
+      const int64_t E = LoraExtension(1, r);
+      std::vector<Operand> operands;
+      for (int64_t i = 0; i < kMany; ++i) {
+        const int64_t K = 8 + 8 * (i % 7), N = 5 + i % 40;
+        operands.push_back({Random(dtype, {r, K})});
+        operands.push_back({Random(dtype, {N, r})});
+        operands.push_back({Tensor(dtype, {N + E, K + E}, 8)});
+      }
+      ExpectGpuAsCpu("many, rank " + std::to_string(r) + ", " + DTypeName(dtype), operands,
+                     [&](const Exec& exec, const Views& v, Scratch&) {
+                       std::vector<LoraExtendPart> parts;
+                       for (int64_t i = 0; i < kMany; ++i) {
+                         parts.push_back({v[3 * i], v[3 * i + 1]});
+                       }
+                       std::vector<LoraExtendArgs> all;
+                       for (int64_t i = 0; i < kMany; ++i) {
+                         all.push_back({.parts = {&parts[i], 1},
+                                        .w = v[3 * i + 2],
+                                        .scale = 0.5 + static_cast<double>(i),
+                                        .beside = i % 3 != 1,
+                                        .below = i % 3 != 2});
+                       }
+                       LoraExtendAll(exec, {.all = all});
+                     });
+    }
+  }
+}
+
 // Parts of a row of dy with a gap before each, ds behind them; what the one pass takes (columns and
 // ranks in multiples of 8, ends of strips and tiles, two lots of rows) and what it leaves to the
 // products.

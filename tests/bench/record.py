@@ -128,6 +128,7 @@ class Recorder:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 flags = shlex.split(flags)
+                pathlib.Path(folder, "meet").mkdir()
                 received = nvlink_bytes() if "--ranks" in flags else None
                 processes = []
                 for i in range(gpus):
