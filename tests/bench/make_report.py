@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes docs/benchmarks.md and its plots from the recorded rows in docs/benchmarks/*.json.
+"""Writes docs/benchmarks.md, docs/benchmarks/earlier.md and their plots from the recorded rows in
+docs/benchmarks/*.json. Rows of the latest commit hold; the others are in earlier.md.
 
     python3 tests/bench/make_report.py
 
@@ -247,7 +248,7 @@ def profile_part(profile):
                      f"{100 * r['ms'] / total:.1f} %") for r in profile["rows"]])]
 
 
-def parity_part(parity, svg):
+def parity_part(parity, svg, images):
     plot_losses(parity, svg)
     return ["", "### Losses beside the reference", "", parity["model"] + ".",
             f"The oracle's loss falls by {parity['fall']:.3f} nats (tests/parity/loss).", "",
@@ -258,7 +259,7 @@ def parity_part(parity, svg):
                      f"{r['mean_difference']:.5f}",
                      f"{100 * r['mean_difference'] / parity['fall']:.2f} %")
                     for r in parity["runs"]]),
-            "", f"![Losses](benchmarks/{svg.name})"]
+            "", f"![Losses]({images}{svg.name})"]
 
 
 def load_part(rows):
@@ -298,70 +299,118 @@ def plan_line(sessions):
             f"{100 * speed:.1f} % of the measured one.")
 
 
+def glance_part(sessions):
+    """Every kind of step on every GPU, in one table; several readings of one as a range."""
+    speeds, gpus = {}, []
+    for session in sessions:
+        for r in session.get("steps", []):
+            if r.get("ranks", 1) > 1:
+                continue
+            if r["device"] not in gpus:
+                gpus.append(r["device"])
+            work = f"{r['batch']}x{r['sequence']}" + (", log-normal" if r.get("log_normal") else "") + \
+                (", an adapter on one layer alone" if frozen(r) else "")
+            key = (r["model"], r["r"], r["sequence"] * r["batch"], work,
+                   "8-bit" if "fp8" in r["weights"] else "bf16", r["micro_batch_tokens"],
+                   round(r["peak_gib"]))
+            speeds.setdefault(key, {}).setdefault(r["device"], []).append(r["tokens_per_s"])
+    gpus.sort()
+
+    def span(values):
+        if not values:
+            return ""
+        low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
+        return low if low == high else f"{low} to {high}"
+
+    return ["", "## At a glance", "", "Optimiser steps of one GPU, tokens/s.", "",
+            *table(("model", "r", "step", "products", "pack", "GiB", *gpus),
+                   [(model, r, work, products, f"{pack:,}", gib,
+                     *(span(speeds[key].get(gpu)) for gpu in gpus))
+                    for key in sorted(speeds, key=lambda k: (-len(k[0]), k[0], *k[1:]))
+                    for model, r, _, work, products, pack, gib in [key]])]
+
+
+STEPS_SAY = [
+    "", "Steps: random weights and tokens, full-length sequences where nothing else is said, LoRA r 16 "
+    "on all linear", "layers, bf16 products where nothing else is said, AdamW; median of the timed "
+    "steps. Roof: only the frozen model's", "products and attention, measured in the same run. Memory: "
+    "the driver's peak less the context. `plan`: the planned", "arena against that peak; `model`: the "
+    "predicted speed against the measured one. TFLOP/s: of the frozen model's", "own products and "
+    "attention."]
+
+
+def session_part(path, session, images):
+    """One session's part of a page; `images`: the way from the page to the plots' folder."""
+    page = ["", f"## {session.get('gpu') or session['cpu']}, {session['date']}, commit {session['commit']}"]
+    if session.get("note"):
+        page += ["", session["note"]]
+    if session.get("steps"):
+        page += ["", "### Optimiser steps", ""]
+        page += table(("model", "step", "pack", "weights", "activations", "tok/s", "of roof",
+                       "TFLOP/s", "GiB", "plan", "model", "host GiB", "loss", "grad norm", "load s",
+                       "first step s"), step_rows(session))
+    costs = list(adapter_rows(session)) if session.get("steps") else []
+    if costs:
+        page += ["", "### What adapters cost", "",
+                 "A step beside one whose only adapter is that of the first layer's q: the frozen "
+                 "model's own forward and backward pass.", ""]
+        page += table(("model", "step", "weights", "frozen, ms", "with adapters, ms", "cost"), costs)
+    ranks = list(rank_rows(session)) if session.get("steps") else []
+    if ranks:
+        page += ["", "### Several GPUs", ""]
+        page += table(("model", "step", "weights", "tok/s of all", "tok/s of one alone",
+                       "together / slower one", "GB received over NVLink a step",
+                       "by the formula"), ranks)
+    if session.get("peers"):
+        page += ["", "### Beside others on the same machine", "",
+                 "Each peer's own peak, and our fastest row on the same work that takes no "
+                 "more.", ""]
+        page += table(("program", "model", "step", "tok/s", "GiB", "loss", "grad norm",
+                       "our products", "attune tok/s", "GiB", "loss", "ratio"),
+                      peer_rows(session))
+        svg = path.with_suffix(".svg")
+        if plot(session, svg):
+            page += ["", f"![Speed over memory]({images}{svg.name})"]
+    if session.get("loads"):
+        page += load_part(session["loads"])
+    if session.get("starts"):
+        page += start_part(session["starts"])
+    for profile in session.get("profiles", []):
+        page += profile_part(profile)
+    if session.get("parity"):
+        page += parity_part(session["parity"], path.with_name(path.stem + "-losses.svg"), images)
+    if session.get("training"):
+        page += cpu_part(session)
+    if session.get("kernels"):
+        page += ["", "### Ops", ""]
+        page += table(("op", "result", "of its roof"),
+                      [(k["op"], k["result"], k["roof"]) for k in session["kernels"]])
+    return page
+
+
 def main():
     sessions = [(path, json.loads(path.read_text()))
                 for path in sorted(FOLDER.glob("*.json"), reverse=True)]
+    latest = next(s["commit"] for _, s in sessions if s.get("steps"))
     page = ["# Benchmarks", "",
             "Generated by tests/bench/make_report.py from docs/benchmarks/*.json, which "
             "tests/bench/record.py writes. Ours:",
             "`train_bench`, `load_bench` and `kernels_bench` (tests/bench). Compare ratios within a "
             "session; sessions ran on different machines.",
-            "GPUs other than sm_90 were not run.", "", plan_line([s for _, s in sessions])]
+            "GPUs other than sm_90 were not run. Rows of earlier commits: "
+            "[earlier.md](benchmarks/earlier.md).",
+            "", plan_line([s for _, s in sessions])]
+    earlier = ["# Benchmarks of earlier commits", "",
+               "Generated with [benchmarks.md](../benchmarks.md), which has the rows that hold.",
+               *STEPS_SAY]
+    page += STEPS_SAY + glance_part([s for _, s in sessions if s["commit"] == latest])
     for path, session in sessions:
-        page += ["", f"## {session.get('gpu') or session['cpu']}, {session['date']}, commit {session['commit']}"]
-        if session.get("note"):
-            page += ["", session["note"]]
-        if session.get("steps"):
-            page += ["", "### Optimiser steps", "",
-                     "Random weights and tokens, full-length sequences where nothing else is said, LoRA "
-                     "r 16 on all linear",
-                     "layers, bf16 products where nothing else is said, AdamW;",
-                     "median of the timed steps. Roof: only the frozen model's products and "
-                     "attention, measured in the same",
-                     "run. Memory: the driver's peak less the context. `plan`: the planned arena "
-                     "against that peak; `model`: the",
-                     "predicted speed against the measured one. TFLOP/s: of the frozen model's "
-                     "own products and attention.", ""]
-            page += table(("model", "step", "pack", "weights", "activations", "tok/s", "of roof",
-                           "TFLOP/s", "GiB", "plan", "model", "host GiB", "loss", "grad norm", "load s",
-                           "first step s"), step_rows(session))
-        costs = list(adapter_rows(session)) if session.get("steps") else []
-        if costs:
-            page += ["", "### What adapters cost", "",
-                     "A step beside one whose only adapter is that of the first layer's q: the frozen "
-                     "model's own forward and backward pass.", ""]
-            page += table(("model", "step", "weights", "frozen, ms", "with adapters, ms", "cost"), costs)
-        ranks = list(rank_rows(session)) if session.get("steps") else []
-        if ranks:
-            page += ["", "### Several GPUs", ""]
-            page += table(("model", "step", "weights", "tok/s of all", "tok/s of one alone",
-                           "together / slower one", "GB received over NVLink a step",
-                           "by the formula"), ranks)
-        if session.get("peers"):
-            page += ["", "### Beside others on the same machine", "",
-                     "Each peer's own peak, and our fastest row on the same work that takes no "
-                     "more.", ""]
-            page += table(("program", "model", "step", "tok/s", "GiB", "loss", "grad norm",
-                           "our products", "attune tok/s", "GiB", "loss", "ratio"),
-                          peer_rows(session))
-            svg = path.with_suffix(".svg")
-            if plot(session, svg):
-                page += ["", f"![Speed over memory](benchmarks/{svg.name})"]
-        if session.get("loads"):
-            page += load_part(session["loads"])
-        if session.get("starts"):
-            page += start_part(session["starts"])
-        for profile in session.get("profiles", []):
-            page += profile_part(profile)
-        if session.get("parity"):
-            page += parity_part(session["parity"], path.with_name(path.stem + "-losses.svg"))
-        if session.get("training"):
-            page += cpu_part(session)
-        if session.get("kernels"):
-            page += ["", "### Ops", ""]
-            page += table(("op", "result", "of its roof"),
-                          [(k["op"], k["result"], k["roof"]) for k in session["kernels"]])
+        if "cpu" in session or session["commit"] == latest:
+            page += session_part(path, session, "benchmarks/")
+        else:
+            earlier += session_part(path, session, "")
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page) + "\n")
+    (FOLDER / "earlier.md").write_text("\n".join(earlier) + "\n")
 
 
 if __name__ == "__main__":
