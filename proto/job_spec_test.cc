@@ -167,6 +167,8 @@ TEST(JobSpecTest, ErrorsNameFieldAndLine) {
   EXPECT_THAT(ParseError("model:\n  source: {path: a, artifact: b}\n"),
               HasSubstr("only one of these"));
   EXPECT_THAT(ParseError("name: a\nname: b\n"), HasSubstr("job.yaml:2: name: is given twice"));
+  EXPECT_THAT(ParseError("name: a\nlora: {target_modules: [\"caf\xE9\"]}\n"),
+              HasSubstr("job.yaml:2: lora.target_modules[0]: is not UTF-8"));
   EXPECT_THAT(ParseError("model: [1, 2\n"), HasSubstr("job.yaml:"));
   EXPECT_THAT(ParseError(""), HasSubstr("one YAML document"));
   EXPECT_THAT(ParseError("a: 1\n---\nb: 2\n"), HasSubstr("found several"));

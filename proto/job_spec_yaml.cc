@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <utility>
 
@@ -39,6 +40,16 @@ constexpr std::pair<absl::string_view, absl::string_view> kNotBuilt[] = {
 std::string EnumPrefix(const EnumDescriptor& type) {
   const std::string& zero = type.FindValueByNumber(0)->name();
   return zero.substr(0, zero.size() - std::string("UNSPECIFIED").size());
+}
+
+// What a proto's string has to be. YAML passes on whatever bytes it finds.
+bool IsUtf8(const std::string& text) {
+  try {
+    nlohmann::json(text).dump();
+  } catch (const nlohmann::json::type_error&) {
+    return false;
+  }
+  return true;
 }
 
 class YamlReader {
@@ -130,6 +141,7 @@ class YamlReader {
     const std::string& text = node.Scalar();
     switch (field.cpp_type()) {
       case FieldDescriptor::CPPTYPE_STRING:
+        if (!IsUtf8(text)) return Error(node, path, "is not UTF-8: save the file as UTF-8");
         field.is_repeated() ? r->AddString(message, &field, text)
                             : r->SetString(message, &field, text);
         return absl::OkStatus();
