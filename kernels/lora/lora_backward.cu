@@ -254,6 +254,17 @@ struct Block {
     asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
   }
 
+  // Behind a chunk's products: those of the chunk before it are through, and its place is free.
+  __device__ void EndChunk(int chunk, bool tells, int* before, RingPlace<S::kStages>* place) const {
+    CommitProducts();
+    if (chunk > 0) {
+      WaitForProducts<1>();
+      if (tells) Arrive(Empty(*before));
+    }
+    *before = place->at;
+    place->Advance();
+  }
+
   // (row, row + 8; rank, rank + 1) of each eight ranks.
   __device__ void StoreDs(int strip, int tile, const float (&ds)[S::kDsChains][kRank / 2]) const {
     const auto sum = [&](int i) {
@@ -300,13 +311,7 @@ struct Block {
                 ds[i % S::kDsChains], rows + panel * (kPanelBytes / 16) + k * 2,
                 b + panel * (S::kTurnedBytes / 16) + k * 2, chunk > 0 || i >= S::kDsChains);
           }
-          CommitProducts();
-          if (chunk > 0) {
-            WaitForProducts<1>();
-            if (tells) Arrive(Empty(before));
-          }
-          before = place.at;
-          place.Advance();
+          EndChunk(chunk, tells, &before, &place);
         }
         WaitForProducts<0>();
         Pin(ds);
@@ -355,13 +360,7 @@ struct Block {
             MultiplyNarrow<kRank, true>(db[chunk], columns + k * (16 * kPanelRowBytes / 16),
                                         s + k * 2, tile > first || k > 0);
           }
-          CommitProducts();
-          if (chunk > 0) {
-            WaitForProducts<1>();
-            if (tells) Arrive(Empty(before));
-          }
-          before = place.at;
-          place.Advance();
+          EndChunk(chunk, tells, &before, &place);
         }
         WaitForProducts<0>();
         Pin(db);
@@ -517,10 +516,7 @@ bool Run(const Exec& exec, const LoraBackwardArgs& a) {
 
 bool LoraBackwardCuda(const Exec& exec, const LoraBackwardArgs& a) {
   const int64_t r = a.parts[0].b.dim(1);
-  if (!HasWarpgroupProducts() || a.dy.dtype != DType::kBF16 || r == 0 || r % 8 != 0 ||
-      r > kMaxPassRank) {
-    return false;
-  }
+  if (!HasWarpgroupProducts() || a.dy.dtype != DType::kBF16 || !PassTakesRank(r)) return false;
   if (a.dy.dim(0) == 0 || !Packable(4, {&a.ds})) return false;
   for (const TensorView* view : {&a.dy, &a.s}) {
     if (reinterpret_cast<uintptr_t>(view->data) % 16 != 0) return false;

@@ -22,6 +22,10 @@ constexpr int kMaxPassRank = 32;
 constexpr int kPassRows = 16;  // of a tile: one for each warp to copy
 static_assert(kPassRows == kPassWarps);
 
+inline bool PassTakesRank(int64_t r) {
+  return r > 0 && r % 8 == 0 && r <= kMaxPassRank;
+}
+
 inline int DivideUp(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
 }
@@ -31,7 +35,7 @@ inline int DivideUp(int64_t a, int64_t b) {
 inline bool GatedPassTakes(const Exec& exec, int64_t F, int64_t r,
                            std::initializer_list<const TensorView*> rows) {
   if (exec.device != DeviceKind::kCuda || F == 0 || F % 16 != 0) return false;
-  if (r == 0 || r % 8 != 0 || r > kMaxPassRank) return false;
+  if (!PassTakesRank(r)) return false;
   for (const TensorView* x : rows) {
     if (x->dtype != DType::kBF16 || x->dim(0) == 0) return false;
     if (x->dim(0) > 1 && x->stride(0) % 8 != 0) return false;

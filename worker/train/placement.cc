@@ -244,10 +244,10 @@ Costs CostsOf(const EngineOptions& options, const DeviceRates& rates, double mea
   out.forward =
       product(parameters + longer) + out.attention + move(traffic.forward + adapters.input_reads);
   // Ranks that have no such pass take two products (kernels/lora).
-  const bool one_pass = options.adapters.r % 8 == 0 && options.adapters.r <= kMaxPassRank;
-  const double pass = one_pass ? std::max(move(adapters.pass_reads),
-                                          T * adapters.pass_operations / rates.adapter_flops_per_s)
-                               : move(2 * adapters.pass_reads);
+  const double pass = PassTakesRank(options.adapters.r)
+                          ? std::max(move(adapters.pass_reads),
+                                     T * adapters.pass_operations / rates.adapter_flops_per_s)
+                          : move(2 * adapters.pass_reads);
   out.backward = product(parameters + adapters.backward) +
                  2.5 * pairs /
                      (own_backward ? rates.own_attention_backward_flops_per_s
