@@ -38,29 +38,27 @@ EngineOptions JobOf(const ModelConfig& model, int64_t micro_batch_tokens, int64_
 }
 
 EngineOptions Llama8B(int64_t micro_batch_tokens, int64_t r = 16) {
-  ModelConfig c;
-  c.vocab_size = 128256;
-  c.hidden_size = 4096;
-  c.num_layers = 32;
-  c.num_heads = 32;
-  c.num_kv_heads = 8;
-  c.head_dim = 128;
-  c.intermediate_size = 14336;
-  return JobOf(c, micro_batch_tokens, r);
+  return JobOf({.vocab_size = 128256,
+                .hidden_size = 4096,
+                .num_layers = 32,
+                .num_heads = 32,
+                .num_kv_heads = 8,
+                .head_dim = 128,
+                .intermediate_size = 14336},
+               micro_batch_tokens, r);
 }
 
 EngineOptions Qwen600M(int64_t micro_batch_tokens, int64_t r = 16) {
-  ModelConfig c;
-  c.vocab_size = 151936;
-  c.hidden_size = 1024;
-  c.num_layers = 28;
-  c.num_heads = 16;
-  c.num_kv_heads = 8;
-  c.head_dim = 128;
-  c.intermediate_size = 3072;
-  c.tied_embeddings = true;
-  c.qk_norm = true;
-  return JobOf(c, micro_batch_tokens, r);
+  return JobOf({.vocab_size = 151936,
+                .hidden_size = 1024,
+                .num_layers = 28,
+                .num_heads = 16,
+                .num_kv_heads = 8,
+                .head_dim = 128,
+                .intermediate_size = 3072,
+                .tied_embeddings = true,
+                .qk_norm = true},
+               micro_batch_tokens, r);
 }
 
 constexpr int64_t kGib = int64_t{1} << 30;
