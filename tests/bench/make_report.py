@@ -34,14 +34,18 @@ def weights_of(row):
     return row["weights"] + (", kept expanded" if expanded else ", expanded at use")
 
 
-def work_of(row):
+def step_of(row):
     text = ("log-normal, " if row.get("log_normal") else "") + f"{row['batch']}x{row['sequence']}"
     if row.get("ranks", 1) > 1:
         text += f" on each of {row['ranks']} ranks"
         text += " that share the weights" if row["share_weights"] else ""
     if frozen(row):
         text += " (an adapter on one layer alone)"
-    return text + (f" ({row['label']})" if row.get("label") else "")
+    return text
+
+
+def work_of(row):
+    return step_of(row) + (f" ({row['label']})" if row.get("label") else "")
 
 
 def frozen(row):
@@ -285,10 +289,8 @@ def start_part(rows):
                      f"{r['first_step_s']:.2f}", f"{r['ended_s']:.2f}") for r in rows])]
 
 
-def plan_line(sessions):
-    """How well memory and speed were foretold in the rows of the latest commit that has any."""
-    commit = next(s["commit"] for s in sessions if s.get("steps"))
-    rows = [r for s in sessions if s["commit"] == commit for r in s.get("steps", [])]
+def plan_line(commit, rows):
+    """How well memory and speed were foretold in a commit's steps."""
     what = ("device", "model", "weights", "r", "target", "batch", "sequence", "micro_batch_tokens",
             "log_normal", "ranks", "share_weights", "placement")
     different = {tuple(r.get(k) for k in what) for r in rows}
@@ -299,22 +301,16 @@ def plan_line(sessions):
             f"{100 * speed:.1f} % of the measured one.")
 
 
-def glance_part(sessions):
+def glance_part(rows):
     """Every kind of step on every GPU, in one table; several readings of one as a range."""
-    speeds, gpus = {}, []
-    for session in sessions:
-        for r in session.get("steps", []):
-            if r.get("ranks", 1) > 1:
-                continue
-            if r["device"] not in gpus:
-                gpus.append(r["device"])
-            work = f"{r['batch']}x{r['sequence']}" + (", log-normal" if r.get("log_normal") else "") + \
-                (", an adapter on one layer alone" if frozen(r) else "")
-            key = (r["model"], r["r"], r["sequence"] * r["batch"], work,
-                   "8-bit" if "fp8" in r["weights"] else "bf16", r["micro_batch_tokens"],
-                   round(r["peak_gib"]))
-            speeds.setdefault(key, {}).setdefault(r["device"], []).append(r["tokens_per_s"])
-    gpus.sort()
+    rows = [r for r in rows if r.get("ranks", 1) == 1]
+    gpus = sorted({r["device"] for r in rows})
+    speeds = {}
+    for r in rows:
+        key = (r["model"], r["r"], r["sequence"] * r["batch"], step_of(r),
+               "8-bit" if "fp8" in r["weights"] else "bf16", r["micro_batch_tokens"],
+               round(r["peak_gib"]))
+        speeds.setdefault(key, {}).setdefault(r["device"], []).append(r["tokens_per_s"])
 
     def span(values):
         if not values:
@@ -349,18 +345,17 @@ def session_part(path, session, images):
         page += table(("model", "step", "pack", "weights", "activations", "tok/s", "of roof",
                        "TFLOP/s", "GiB", "plan", "model", "host GiB", "loss", "grad norm", "load s",
                        "first step s"), step_rows(session))
-    costs = list(adapter_rows(session)) if session.get("steps") else []
-    if costs:
-        page += ["", "### What adapters cost", "",
-                 "A step beside one whose only adapter is that of the first layer's q: the frozen "
-                 "model's own forward and backward pass.", ""]
-        page += table(("model", "step", "weights", "frozen, ms", "with adapters, ms", "cost"), costs)
-    ranks = list(rank_rows(session)) if session.get("steps") else []
-    if ranks:
-        page += ["", "### Several GPUs", ""]
-        page += table(("model", "step", "weights", "tok/s of all", "tok/s of one alone",
-                       "together / slower one", "GB received over NVLink a step",
-                       "by the formula"), ranks)
+        costs, ranks = list(adapter_rows(session)), list(rank_rows(session))
+        if costs:
+            page += ["", "### What adapters cost", "",
+                     "A step beside one whose only adapter is that of the first layer's q: the frozen "
+                     "model's own forward and backward pass.", ""]
+            page += table(("model", "step", "weights", "frozen, ms", "with adapters, ms", "cost"), costs)
+        if ranks:
+            page += ["", "### Several GPUs", ""]
+            page += table(("model", "step", "weights", "tok/s of all", "tok/s of one alone",
+                           "together / slower one", "GB received over NVLink a step",
+                           "by the formula"), ranks)
     if session.get("peers"):
         page += ["", "### Beside others on the same machine", "",
                  "Each peer's own peak, and our fastest row on the same work that takes no "
@@ -392,6 +387,7 @@ def main():
     sessions = [(path, json.loads(path.read_text()))
                 for path in sorted(FOLDER.glob("*.json"), reverse=True)]
     latest = next(s["commit"] for _, s in sessions if s.get("steps"))
+    steps = [r for _, s in sessions if s["commit"] == latest for r in s.get("steps", [])]
     page = ["# Benchmarks", "",
             "Generated by tests/bench/make_report.py from docs/benchmarks/*.json, which "
             "tests/bench/record.py writes. Ours:",
@@ -399,11 +395,10 @@ def main():
             "session; sessions ran on different machines.",
             "GPUs other than sm_90 were not run. Rows of earlier commits: "
             "[earlier.md](benchmarks/earlier.md).",
-            "", plan_line([s for _, s in sessions])]
+            "", plan_line(latest, steps), *STEPS_SAY, *glance_part(steps)]
     earlier = ["# Benchmarks of earlier commits", "",
                "Generated with [benchmarks.md](../benchmarks.md), which has the rows that hold.",
                *STEPS_SAY]
-    page += STEPS_SAY + glance_part([s for _, s in sessions if s["commit"] == latest])
     for path, session in sessions:
         if "cpu" in session or session["commit"] == latest:
             page += session_part(path, session, "benchmarks/")
